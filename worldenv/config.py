@@ -1,0 +1,496 @@
+"""Every knob of a run, frozen, with its unit; presets are values. A default lives here and nowhere else.
+
+`worldenv-train` builds its flags from these classes, so a field's docstring is its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The true environment."""
+
+    name: Literal["tabletop"] = "tabletop"
+    """Which environment."""
+    image: int = 64
+    """Side of the square camera picture [px]."""
+    steps: int = 32
+    """Step limit of an episode [control steps at 20 Hz]."""
+    jitter_m: float = 0.03
+    """Initial objects lie within this distance of their nominal places, per axis [m]."""
+    train_states: int = 50
+    """Fixed initial states per task for demonstrations, exploration and LOOP."""
+    test_states: int = 200
+    """Fixed initial states per task for evaluation only, disjoint from the others."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """One vision transformer tower."""
+
+    width: int
+    """Channels of a token."""
+    depth: int
+    """Blocks in the checkpoint; the last is never run (features come from the second-to-last)."""
+    heads: int
+    """Attention heads."""
+    mlp: int
+    """Hidden channels of a block's MLP."""
+    patch: int
+    """Side of a patch [px]."""
+    registers: int = 0
+    """Register tokens after the class token (DINOv2); a tower with registers has LayerScale and a class token."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The policy's language model."""
+
+    width: int
+    """Channels of a token."""
+    layers: int
+    """Decoder layers."""
+    heads: int
+    """Attention heads."""
+    ffn: int
+    """Hidden channels of the gated MLP."""
+    vocab: int
+    """Rows of the embedding table."""
+    rms_eps: float = 1e-6
+    """RMSNorm epsilon (OpenVLA's conversion: 1e-6, not Llama-2's 1e-5)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """OpenVLA-OFT: two vision towers, projector, Llama, L1 head, scale head."""
+
+    image: int
+    """Side of the picture that the towers see [px]."""
+    dino: VisionConfig
+    """First tower (DINOv2 with registers)."""
+    siglip: VisionConfig
+    """Second tower (SigLIP)."""
+    llama: LlamaConfig
+    """Language model."""
+    head_width: int
+    """Hidden channels of both MLPResNet heads."""
+    chunk: int = 8
+    """Actions per query (K), executed open loop."""
+    proprio: int = 8
+    """Proprioceptive values (P)."""
+    images: int = 1
+    """Camera views per query."""
+    scale_factor: float = 1.0
+    """Factor on the Laplace scale, inside the density (1 is the paper)."""
+    scale_floor: float = 0.02
+    """Least Laplace scale before the factor [normalised action]; 0 is the paper. Idle dimensions fit a scale near 0."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """EVAC's denoising network."""
+
+    model_channels: int
+    """Base width; at least 64, since GroupNorm(32) over 32 channels cancels time and biases."""
+    channel_mult: tuple[int, ...]
+    """Width of each level, in units of `model_channels`."""
+    num_res_blocks: int
+    """Residual blocks per level."""
+    attention_resolutions: tuple[int, ...]
+    """Downsampling rates whose levels have attention."""
+    num_head_channels: int
+    """Channels per attention head."""
+    context_dim: int
+    """Channels of image and action tokens."""
+
+    def __post_init__(self) -> None:
+        if self.model_channels < 64:
+            raise ValueError(f"model_channels={self.model_channels}: at 32 GroupNorm(32) cancels the time embedding; use 64 or more")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The latent autoencoder (SD type, KL)."""
+
+    channels: int
+    """Base width."""
+    channel_mult: tuple[int, ...]
+    """Width of each level, in units of `channels`; n levels shrink the picture by 2^(n-1)."""
+    num_res_blocks: int
+    """Residual blocks per level."""
+    z_channels: int
+    """Latent channels."""
+    norm_groups: int = 32
+    """Groups of its GroupNorms."""
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The CLIP image tower (all tokens of the last layer, no final norm)."""
+
+    image: int
+    """Side of its input [px]."""
+    patch: int
+    """Side of a patch [px]."""
+    width: int
+    """Channels of a token."""
+    layers: int
+    """Transformer layers."""
+    heads: int
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """A Perceiver resampler: learned queries attend to tokens."""
+
+    width: int
+    """Channels inside."""
+    depth: int
+    """Layers."""
+    heads: int
+    """Attention heads."""
+    head_channels: int
+    """Channels per head."""
+    queries: int
+    """Output tokens."""
+
+
+@dataclass(frozen=True)
+class SimulatorConfig:
+    """EVAC: latent video diffusion with action maps."""
+
+    unet: UNetConfig
+    """Denoising network."""
+    vae: VAEConfig
+    """Autoencoder."""
+    clip: ClipConfig
+    """Image tower."""
+    image_resampler: ResamplerConfig
+    """Image tokens."""
+    action_resampler: ResamplerConfig
+    """Action tokens."""
+    height: int
+    """Picture height [px]."""
+    width: int
+    """Picture width [px]."""
+    memory: int = 4
+    """Memory frames: first, n/3, 2n/3, last."""
+    chunk: int = 8
+    """Frames imagined at once (the released model: 16)."""
+    denoise_steps: int = 27
+    """DDIM steps, trailing spacing."""
+    eta: float = 1.0
+    """Noise of a DDIM step: 0 deterministic, 1 ancestral (the released sampler)."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight; 1 is off (the released command line)."""
+    guidance_rescale: float = 0.7
+    """Share of the guided prediction whose deviation is matched to the conditional one."""
+    dynamic_rescale: bool = True
+    """Scale latents by 1 .. 0.7 over the first 400 noise steps (DynamiCrafter)."""
+    latent_scale: float = 0.18215
+    """Factor on VAE latents; the `world` stage replaces it by 1/std of its own autoencoder's."""
+    fps_token: int = 2
+    """Value of the fps condition (constant in the released model)."""
+    domain: int = 11
+    """Row of the domain embedding (agibotworld)."""
+
+
+@dataclass(frozen=True)
+class ReflectorConfig:
+    """LLaVA-OneVision (SigLIP, Qwen2) with a reward head."""
+
+    image: int
+    """Side of its picture [px]."""
+    patch: int
+    """Side of a patch [px]."""
+    vision_width: int
+    """Channels of the vision tower."""
+    vision_layers: int
+    """Its layers."""
+    vision_heads: int
+    """Its attention heads."""
+    vision_mlp: int
+    """Hidden channels of its MLPs."""
+    width: int
+    """Channels of the language model."""
+    layers: int
+    """Its layers."""
+    heads: int
+    """Its query heads."""
+    kv_heads: int
+    """Its key/value heads."""
+    ffn: int
+    """Hidden channels of its MLPs."""
+    frames: int = 32
+    """Frames shown at most, spread evenly over the video so far."""
+    head_width: int = 512
+    """Hidden channels of the reward head."""
+    pooling: Literal["last", "mean"] = "last"
+    """Embedding of the video: the last token, or the mean of all."""
+    threshold: float = 0.5
+    """eta: a score above it ends the rollout."""
+
+
+@dataclass(frozen=True)
+class DemosConfig:
+    """Stage demos: scripted expert demonstrations."""
+
+    per_task: int = 5
+    """Demonstrations per task."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Stage sft: L1 fine-tuning on the demonstrations."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch: int = 32
+    """Queries per step."""
+    lr: float = 1e-3
+    """Peak learning rate (one cycle)."""
+    stop_l1: float = 0.01
+    """Stop when the mean L1 of the last epoch is below this [normalised action]."""
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """Stage scale: Laplace NLL of the scale head, everything else frozen (paper, appendix B.1)."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch: int = 8
+    """Queries per step."""
+    lr: float = 5e-4
+    """Learning rate."""
+
+
+@dataclass(frozen=True)
+class ExploreConfig:
+    """Stage explore: the policy with its noise in the true environment, past success."""
+
+    episodes: int = 600
+    """Episodes over all tasks, on training states."""
+    factors: tuple[float, ...] = (1.0, 3.0)
+    """Factors on the scale, one after another over the episodes: a spread of behaviour for the world model."""
+    held_out: float = 0.1
+    """Share of episodes kept from training, for stop rules and for the figures of the report."""
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Stage world: autoencoder and simulator trained on demonstrations and exploration."""
+
+    extra_data: bool = True
+    """Train on exploration too, not on demonstrations alone (the paper's first ablation)."""
+    vae_steps: int = 500
+    """Optimiser steps of the autoencoder."""
+    vae_batch: int = 32
+    """Frames per step."""
+    vae_lr: float = 1e-3
+    """Peak learning rate."""
+    foreground_weight: float = 7.0
+    """Weight of pixels that differ from the median picture, in the autoencoder's loss."""
+    steps: int = 1000
+    """Optimiser steps of the simulator, at most."""
+    batch: int = 12
+    """Clips per step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    ema: float = 0.99
+    """Decay of the averaged weights that are kept."""
+    patience: int = 4
+    """Stop after this many held-out losses in a row without a better one."""
+    check_every: int = 100
+    """Steps between held-out losses."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Stage reward: the reflector's backbone (where none is pretrained) and its reward head."""
+
+    head: bool = True
+    """Use the reward head; else the probability of "Yes" (the paper's second ablation)."""
+    backbone_steps: int = 500
+    """Optimiser steps of the backbone, where no pretrained one is given."""
+    backbone_batch: int = 48
+    """Videos per step."""
+    backbone_lr: float = 1e-3
+    """Peak learning rate of the backbone."""
+    positives: float = 0.33
+    """Share of successes in a batch."""
+    head_epochs: int = 50
+    """Epochs of the head over precomputed embeddings."""
+    head_batch: int = 8
+    """Embeddings per step."""
+    head_lr: float = 1e-4
+    """Learning rate of the head."""
+    embeddings: int = 2000
+    """Embeddings precomputed for the head, balanced."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Stage loop: leave-one-out PPO in the imagined world (paper, Algorithm 1)."""
+
+    group: int = 8
+    """Rollouts per start state (N); the baseline of each is the mean of the other group - 1."""
+    contexts: int = 12
+    """Start states per iteration."""
+    context_states: Literal["demos", "train"] = "train"
+    """Start states: those of the demonstrations, or all training states; never test states."""
+    iterations: int = 30
+    """Iterations (M)."""
+    passes: int = 1
+    """Passes over an iteration's rollouts (K)."""
+    batch: int = 4
+    """Rollouts per optimiser step."""
+    clip: float = 0.1
+    """Ratios count within 1 - clip .. 1 + clip."""
+    lora_rank: int = 32
+    """Rank of the LoRA on the backbone."""
+    lora_alpha: int = 16
+    """LoRA's alpha; the update is scaled by alpha / rank."""
+    lora_lr: float = 1e-4
+    """Learning rate of LoRA."""
+    head_lr: float = 1e-5
+    """Learning rate of both heads."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm, for LoRA and for the heads."""
+    scale_factor: float = 1.0
+    """Factor on the Laplace scale during rollouts and updates, inside the density (1 is the paper)."""
+    microbatch: int = 16
+    """Queries per forward and backward pass; the gradient does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise ValueError(f"group={self.group}: leaving one out needs at least 2 rollouts per start state")
+        if (self.group * self.contexts) % self.batch:
+            raise ValueError(f"batch={self.batch} does not divide group * contexts = {self.group * self.contexts} rollouts")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Stage eval: greedy success in the true environment."""
+
+    episodes: int = 600
+    """Paired test episodes per policy, spread over the tasks' test states."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Stage report."""
+
+    replays: int = 48
+    """Imagined rollouts replayed in the true environment with the same actions, for fidelity."""
+    videos: int = 6
+    """Videos in the page, at most."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, from demonstrations to report."""
+
+    policy: PolicyConfig
+    """The policy."""
+    simulator: SimulatorConfig
+    """The world simulator."""
+    reflector: ReflectorConfig
+    """The judge."""
+    preset: str = "tiny"
+    """Where the defaults came from."""
+    seed: int = 0
+    """First half of every noise key; also seeds initial weights and batches. 0 .. 2^32 - 1."""
+    device: str = "auto"
+    """torch device; auto takes cuda where there is one, else cpu."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    demos: DemosConfig = field(default_factory=DemosConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
+        if self.policy.chunk != self.simulator.chunk:
+            raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: one query is one imagined chunk, so they are equal")
+        if self.env.steps % self.policy.chunk:
+            raise ValueError(f"env.steps={self.env.steps} is not a multiple of policy.chunk={self.policy.chunk}")
+
+
+TINY = RunConfig(
+    policy=PolicyConfig(
+        image=64,
+        dino=VisionConfig(width=64, depth=3, heads=4, mlp=256, patch=8, registers=4),
+        siglip=VisionConfig(width=64, depth=3, heads=4, mlp=256, patch=8),
+        llama=LlamaConfig(width=96, layers=3, heads=4, ffn=256, vocab=64),
+        head_width=96,
+    ),
+    simulator=SimulatorConfig(
+        unet=UNetConfig(64, (1, 2), 1, (1, 2), 32, 64),
+        vae=VAEConfig(16, (1, 2, 4, 4), 1, 16, norm_groups=8),
+        clip=ClipConfig(image=64, patch=16, width=64, layers=2, heads=4),
+        image_resampler=ResamplerConfig(64, 1, 4, 16, queries=16),
+        action_resampler=ResamplerConfig(64, 1, 4, 16, queries=16),
+        height=64,
+        width=64,
+        denoise_steps=2,
+    ),
+    reflector=ReflectorConfig(
+        image=64, patch=8, vision_width=64, vision_layers=3, vision_heads=4, vision_mlp=256,
+        width=64, layers=2, heads=4, kv_heads=2, ffn=192, frames=4, head_width=128,
+    ),
+)  # fmt: skip
+
+FAST = dataclasses.replace(
+    TINY,
+    preset="tiny-fast",
+    sft=SftConfig(steps=40),
+    scale=ScaleConfig(steps=60),
+    explore=ExploreConfig(episodes=36),
+    world=WorldConfig(vae_steps=30, steps=30, check_every=10),
+    reward=RewardConfig(backbone_steps=20, head_epochs=4, embeddings=200),
+    loop=LoopConfig(contexts=3, iterations=2),
+    eval=EvalConfig(episodes=30),
+    report=ReportConfig(replays=6, videos=3),
+)
+"""Every stage of `tiny`, cut short: it shows that the path is whole, and says nothing about success."""
+
+PRESETS: dict[str, RunConfig] = {"tiny": TINY}
+
+
+def preset(name: str) -> RunConfig:
+    """The preset `name`; ValueError with the nearest name where there is none."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"no preset {name!r}; did you mean {near!r}? There are: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON-ready values."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (64 hex digits) of configs and JSON-ready values: two settings are the same where theirs is."""
+    plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

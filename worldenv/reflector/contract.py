@@ -1,0 +1,20 @@
+"""What a reflector is to the rest: frames in, a success score for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class Reflector(Protocol):
+    """Scores R(o_1:t, g) for every new frame t of a growing video. What it remembers is per rollout."""
+
+    def begin(self, instruction: Sequence[str], frame: torch.Tensor) -> list[Any]:
+        """Watches of B videos that start at `frame` (B, H, W, 3) uint8."""
+        ...
+
+    def judge(self, watch: Sequence[Any], frames: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        """Scores (B, K) float32 in [0, 1] after each of the new `frames` (B, K, H, W, 3) uint8, and new watches; nothing is changed in place."""
+        ...

@@ -1,0 +1,1 @@
+"""Commands: arguments in, an exit code out."""

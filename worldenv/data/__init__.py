@@ -1,0 +1,1 @@
+"""Episodes: the one on-disk format, and how episodes come into it."""

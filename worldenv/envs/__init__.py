@@ -1,0 +1,1 @@
+"""True environments: the embedded tabletop and LIBERO, with their scripted experts."""

@@ -1,0 +1,1 @@
+"""LOOP: leave-one-out PPO on imagined rollouts."""

@@ -1,0 +1,1 @@
+"""Observations in, action chunks out: OpenVLA-OFT and its Laplace density."""

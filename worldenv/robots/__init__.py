@@ -1,0 +1,1 @@
+"""What is true of one robot, one file each, with its source."""

@@ -1,0 +1,1 @@
+"""Policy and world together: collecting rollouts, and keeping the finished ones."""

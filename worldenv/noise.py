@@ -25,6 +25,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from worldenv import _core
+
 _WORD = 2**32
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -194,20 +196,23 @@ def bits(seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, strea
     array, the result is (B, count), and row b is what the b-th numbers alone give. ValueError where a value is negative or
     does not fit 32 bits, or where lengths differ.
     """
-    return bits_definition(seed, rollout, chunk, step, stream, count)
+    seed, rollouts, chunks, steps, stream, many = _address(seed, rollout, chunk, step, stream, count)
+    words = _core.philox_bits(seed, rollouts, chunks, steps, stream, count)
+    return words if many else words[0]
 
 
 def uniform(seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, stream: int, shape: Sequence[int]) -> NDArray[np.float64]:
     """Uniform float64 in (0, 1), `shape`, or (B, *shape) as in `bits`; C order of `shape` counts the elements."""
-    words = bits(seed, rollout, chunk, step, stream, math.prod(shape))
-    return uniform_definition(words).reshape(*words.shape[:-1], *shape)
+    seed, rollouts, chunks, steps, stream, many = _address(seed, rollout, chunk, step, stream, math.prod(shape))
+    unit = _core.philox_uniform(seed, rollouts, chunks, steps, stream, math.prod(shape))
+    return unit.reshape((*unit.shape[: 1 if many else 0], *shape))
 
 
 def normal(seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, stream: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Standard normal float32, `shape`, or (B, *shape) as in `bits`; C order of `shape` counts the elements."""
-    count = math.prod(shape)
-    words = bits(seed, rollout, chunk, step, stream, count + count % 2)
-    return normal_definition(words)[..., :count].reshape(*words.shape[:-1], *shape)
+    seed, rollouts, chunks, steps, stream, many = _address(seed, rollout, chunk, step, stream, math.prod(shape))
+    values = _core.philox_normal(seed, rollouts, chunks, steps, stream, math.prod(shape))
+    return values.reshape((*values.shape[: 1 if many else 0], *shape))
 
 
 def integers(seed: int, stage: int, step: int, high: int, count: int) -> NDArray[np.int64]:

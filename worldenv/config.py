@@ -9,8 +9,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class LlamaConfig:
     """Hidden channels of the gated MLP."""
     vocab: int
     """Rows of the embedding table."""
+    kv_heads: int | None = None
+    """Key/value heads; None: as many as `heads` (Llama-2-7B)."""
     rms_eps: float = 1e-6
     """RMSNorm epsilon (OpenVLA's conversion: 1e-6, not Llama-2's 1e-5)."""
     rope_theta: float = 10000.0
@@ -89,6 +94,16 @@ class PolicyConfig:
     """Proprioceptive values (P)."""
     images: int = 1
     """Camera views per query."""
+    head_blocks: int = 2
+    """Residual blocks of both heads."""
+    scale_form: Literal["mlp", "trunk"] = "mlp"
+    """Scale head: the L1 head's architecture (paper), or RIPT-VLA's trunk with one more linear layer."""
+    jpeg: bool = True
+    """Send pictures through JPEG before resizing, as the published training data went; off where the policy is trained from scratch here."""
+    crop_area: float = 0.9
+    """Share of the picture that the centre crop keeps (its counterpart in training: a random crop); 1 keeps all."""
+    attention: Literal["full", "prefix_lm"] = "full"
+    """Who sees the action slots: everyone (OpenVLA-OFT), or the slots alone (RIPT-VLA: cheaper gradients, another function)."""
     scale_factor: float = 1.0
     """Factor on the Laplace scale, inside the density (1 is the paper)."""
     scale_floor: float = 0.02
@@ -111,6 +126,12 @@ class UNetConfig:
     """Channels per attention head."""
     context_dim: int
     """Channels of image and action tokens."""
+    init_heads: int = 8
+    """Heads of the temporal block behind the first convolution; it is `init_heads * num_head_channels` wide inside."""
+    dropout: float = 0.0
+    """Share of channels dropped in residual blocks while training (the released model: 0.1)."""
+    domains: int = 30
+    """Rows of the domain embedding."""
 
     def __post_init__(self) -> None:
         if self.model_channels < 64:
@@ -131,6 +152,11 @@ class VAEConfig:
     """Latent channels."""
     norm_groups: int = 32
     """Groups of its GroupNorms."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.channel_mult) - 1)
 
 
 @dataclass(frozen=True)
@@ -203,6 +229,29 @@ class SimulatorConfig:
     """Value of the fps condition (constant in the released model)."""
     domain: int = 11
     """Row of the domain embedding (agibotworld)."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """What the autoencoder's posterior gives as a latent: its mean, or a sample (the released sampler)."""
+    final: Literal["x_prev", "pred_x0"] = "x_prev"
+    """What the last DDIM step returns: its noisy end (the released sampler) or its estimate of the clean latent."""
+    scale_memory: bool = False
+    """Scale the memory latents in the noisy channels as `dynamic_rescale` scales the others: so in training; not in the released sampler."""
+    first_tokens: Literal["given", "decoded"] = "given"
+    """Image tokens after the first chunk: those of the given picture, or of its decoded latent (the released sampler)."""
+    delta_rows: Literal["aligned", "published"] = "aligned"
+    """Deltas of chunk i of a known path: rows iK .. iK + K - 1, or iK + memory - 1 .. iK + K + memory - 1 (the released sampler, i > 0)."""
+    delta_stride: float = 1.0
+    """Deltas are normalised by this multiple of mean and deviation (the released training and command line: 3)."""
+
+    def __post_init__(self) -> None:
+        if self.height % self.vae.factor or self.width % self.vae.factor:
+            raise ValueError(f"height={self.height}, width={self.width}: want multiples of {self.vae.factor}, the side of a latent's patch")
+        if self.posterior == "sample" and self.memory > self.chunk:
+            raise ValueError(f"posterior='sample' with memory={self.memory} > chunk={self.chunk}: the first chunk's noise has no room for the memory's")
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Height and width of a latent frame."""
+        return self.height // self.vae.factor, self.width // self.vae.factor
 
 
 @dataclass(frozen=True)
@@ -369,6 +418,8 @@ class LoopConfig:
     """AdamW's weight decay."""
     grad_clip: float = 1.0
     """Largest gradient norm, for LoRA and for the heads."""
+    slots: int = 16
+    """Rollouts in flight at once."""
     scale_factor: float = 1.0
     """Factor on the Laplace scale during rollouts and updates, inside the density (1 is the paper)."""
     microbatch: int = 16
@@ -411,6 +462,8 @@ class RunConfig:
     """The judge."""
     preset: str = "tiny"
     """Where the defaults came from."""
+    fast: bool = False
+    """Every stage cut short: the report makes no claim about success."""
     seed: int = 0
     """First half of every noise key; also seeds initial weights and batches. 0 .. 2^32 - 1."""
     device: str = "auto"
@@ -435,6 +488,22 @@ class RunConfig:
             raise ValueError(f"env.steps={self.env.steps} is not a multiple of policy.chunk={self.policy.chunk}")
 
 
+EVAC = SimulatorConfig(
+    unet=UNetConfig(320, (1, 2, 4, 4), 2, (4, 2, 1), 64, 1024, dropout=0.1),
+    vae=VAEConfig(128, (1, 2, 4, 4), 2, 4),
+    clip=ClipConfig(image=224, patch=14, width=1280, layers=32, heads=16),
+    image_resampler=ResamplerConfig(1024, 4, 12, 64, queries=256),
+    action_resampler=ResamplerConfig(1024, 4, 12, 64, queries=16),
+    height=320,
+    width=512,
+    chunk=16,
+    posterior="sample",
+    first_tokens="decoded",
+    delta_rows="published",
+    delta_stride=3.0,
+)
+"""The released EnerVerse-AC, with every switch as in its command line (AgibotTech/EnerVerse-AC, configs/agibotworld/config.yaml)."""
+
 TINY = RunConfig(
     policy=PolicyConfig(
         image=64,
@@ -442,6 +511,8 @@ TINY = RunConfig(
         siglip=VisionConfig(width=64, depth=3, heads=4, mlp=256, patch=8),
         llama=LlamaConfig(width=96, layers=3, heads=4, ffn=256, vocab=64),
         head_width=96,
+        jpeg=False,
+        crop_area=1.0,
     ),
     simulator=SimulatorConfig(
         unet=UNetConfig(64, (1, 2), 1, (1, 2), 32, 64),
@@ -459,20 +530,6 @@ TINY = RunConfig(
     ),
 )  # fmt: skip
 
-FAST = dataclasses.replace(
-    TINY,
-    preset="tiny-fast",
-    sft=SftConfig(steps=40),
-    scale=ScaleConfig(steps=60),
-    explore=ExploreConfig(episodes=36),
-    world=WorldConfig(vae_steps=30, steps=30, check_every=10),
-    reward=RewardConfig(backbone_steps=20, head_epochs=4, embeddings=200),
-    loop=LoopConfig(contexts=3, iterations=2),
-    eval=EvalConfig(episodes=30),
-    report=ReportConfig(replays=6, videos=3),
-)
-"""Every stage of `tiny`, cut short: it shows that the path is whole, and says nothing about success."""
-
 PRESETS: dict[str, RunConfig] = {"tiny": TINY}
 
 
@@ -484,10 +541,41 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]
 
 
+def fast(settings: RunConfig) -> RunConfig:
+    """The same run with every stage cut short: it shows that the path is whole, and says nothing about success."""
+    return dataclasses.replace(
+        settings,
+        fast=True,
+        sft=dataclasses.replace(settings.sft, steps=40),
+        scale=dataclasses.replace(settings.scale, steps=60),
+        explore=dataclasses.replace(settings.explore, episodes=36),
+        world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),
+        reward=dataclasses.replace(settings.reward, backbone_steps=20, head_epochs=4, embeddings=200),
+        loop=dataclasses.replace(settings.loop, contexts=3, iterations=2),
+        eval=dataclasses.replace(settings.eval, episodes=30),
+        report=dataclasses.replace(settings.report, replays=6, videos=3),
+    )
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON-ready values."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """The config that `to_dict` wrote. Raises ValueError for a field that is unknown or missing: settings of another version."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if differing := sorted(known ^ values.keys()):
+        raise ValueError(f"{kind.__name__}: stored settings and this version differ in {', '.join(differing)}; use the version that wrote them")
+
+    def build(hint: Any, value: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return from_dict(hint, value)  # type: ignore[arg-type]
+        return tuple(value) if typing.get_origin(hint) is tuple else value
+
+    return kind(**{name: build(hints[name], value) for name, value in values.items()})
 
 
 def fingerprint(*parts: Any) -> str:

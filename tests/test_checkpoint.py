@@ -1,0 +1,109 @@
+"""Files that are whole or not there."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from worldenv import checkpoint
+from worldenv.checkpoint import CheckpointError, Savepoint
+
+TREE = {
+    "weights": {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.zeros((), dtype=torch.bfloat16)},
+    "array": np.arange(4, dtype=np.uint8),
+    "list": [1, 2.5, None, True, "x", torch.zeros(0, 3)],
+    7: {"$": "looks like a mark"},
+}
+
+
+def assert_same(got, want):
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        for key in want:
+            assert_same(got[key], want[key])
+    elif isinstance(want, list):
+        assert len(got) == len(want)
+        for g, w in zip(got, want, strict=True):
+            assert_same(g, w)
+    elif isinstance(want, torch.Tensor):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+    elif isinstance(want, np.ndarray):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+    else:
+        assert got == want
+        assert type(got) is type(want)
+
+
+def test_round_trip_by_file_and_by_bytes(tmp_path):
+    checkpoint.save(tmp_path / "x.safetensors", TREE)
+    assert_same(checkpoint.load(tmp_path / "x.safetensors"), TREE)
+    assert_same(checkpoint.from_bytes(checkpoint.to_bytes(TREE), "x"), TREE)
+
+
+def test_every_truncation_and_every_flipped_byte_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, {"a": torch.arange(8), "note": "text"})
+    whole = path.read_bytes()
+    for cut in range(0, len(whole), 7):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            checkpoint.load(path)
+    for at in range(0, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x41
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            checkpoint.load(path)
+
+
+def test_missing_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        checkpoint.load(tmp_path / "none")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match="another program"):
+        checkpoint.load(tmp_path / "foreign")
+
+
+def test_what_cannot_be_stored_is_named_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "x"
+    checkpoint.save(path, {"a": 1})
+    with pytest.raises(TypeError, match=r"tree\.b\[1\]: set"):
+        checkpoint.save(path, {"b": [0, {1, 2}]})
+    assert checkpoint.load(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_rest(tmp_path):
+    path = tmp_path / "x"
+    checkpoint.write_text(path, "old")
+    with pytest.raises(OSError, match="disk"), checkpoint.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_full_disk_is_an_oserror_that_says_so():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("/dev/full: Linux only")
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb", buffering=0) as full:
+        full.write(checkpoint.to_bytes({"a": torch.zeros(9)}))
+
+
+def test_savepoint_keeps_the_last_tree_and_the_seconds_before(tmp_path):
+    first = Savepoint(tmp_path / "s", every_s=0.0)
+    assert first.load() is None
+    assert first.due()
+    first._began -= 100  # as if it had worked for 100 s
+    first.save({"step": 3})
+    second = Savepoint(tmp_path / "s")
+    assert second.load() == {"step": 3}
+    assert not second.due()
+    assert 100 <= second.seconds < 160
+    second.clear()
+    assert second.load() is None

@@ -1,0 +1,136 @@
+"""Imagined against true: the same actions in the learned world and in the true environment, all steps, judged by the true one.
+
+A replay that stops where the reflector stopped flatters or slanders the world model, because the reflector may fire a frame early; so
+everything here runs to the step limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worldenv.data.episode import Episode
+from worldenv.envs.contract import TrueEnvironment
+from worldenv.nouns import Context
+from worldenv.policy.contract import Policy
+from worldenv.reflector.contract import Reflector
+from worldenv.rollout.collect import draw_uniform
+from worldenv.world import Scene, World, observe
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One list of commands, imagined and true, T steps."""
+
+    context: Context
+    command: NDArray[np.float32]
+    """(T, 7)."""
+    imagined: NDArray[np.uint8]
+    """(T, H, W, 3)."""
+    imagined_score: NDArray[np.float32]
+    """(T,) the reflector on the imagined video."""
+    true: NDArray[np.uint8]
+    """(T, H, W, 3)."""
+    true_score: NDArray[np.float32]
+    """(T,) the reflector on the true video."""
+    success: NDArray[np.bool_]
+    """(T,) the predicate, after each step."""
+
+
+def psnr(ours: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio [dB] of uint8 pictures of one shape, over all their pixels; 99 where they are equal."""
+    error = float(np.mean((ours.astype(np.float64) - truth) ** 2))
+    return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def _imagine(world: World, scenes: list[Scene], commands: Callable[[list[Scene]], torch.Tensor], steps: int) -> tuple[Any, Any, Any]:
+    """Frames (B, T, H, W, 3), scores (B, T), commands (B, T, 7) of B scenes to the step limit."""
+    frames, scores, used = [], [], []
+    while sum(part.shape[1] for part in used) < steps:
+        command = commands(scenes)
+        outcome = world.step(scenes, command)
+        scenes = outcome.scenes
+        frames.append(outcome.frames.cpu().numpy())
+        scores.append(outcome.score.numpy())
+        used.append(command.cpu().numpy())
+    return tuple(np.concatenate(parts, axis=1) for parts in (frames, scores, used))
+
+
+def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chunk: int) -> list[NDArray[np.uint8]]:
+    """Each episode's commands in `world`, from its first frame: its imagined frames (T, H, W, 3), in order. `batch` episodes at a time."""
+    out: list[NDArray[np.uint8]] = []
+    for start in range(0, len(episodes), batch):
+        some = episodes[start : start + batch]
+        command = torch.from_numpy(np.stack([e.command for e in some]))
+        scenes = world.begin([_context(e) for e in some], range(start, start + len(some)))
+        frames, _, _ = _imagine(world, scenes, lambda now, c=command: c[:, now[0].chunk * chunk : (now[0].chunk + 1) * chunk], command.shape[1])  # type: ignore[misc]
+        out += list(frames)
+    return out
+
+
+def _context(episode: Episode) -> Context:
+    return Context(episode.instruction, episode.task, episode.state_index, episode.frame[0], episode.pose[0], float(episode.gripper[0]))
+
+
+def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], episodes: Sequence[Episode], chunk: int) -> list[float]:
+    """Mean over episodes of the PSNR [dB] of each chunk, against the true frames that followed the first."""
+    chunks = range(0, episodes[0].command.shape[0], chunk)
+    return [float(np.mean([psnr(ours[c : c + chunk], e.frame[1:][c : c + chunk]) for ours, e in zip(imagined, episodes, strict=True)])) for c in chunks]
+
+
+def replay(
+    policy: Policy, world: World, env: TrueEnvironment, reflector: Reflector, contexts: Sequence[Context], *,
+    seed: int, first_number: int, steps: int, batch: int, device: torch.device,
+) -> list[Pair]:  # fmt: skip
+    """Roll `policy` out with its noise from training states `contexts` in `world`, then the same commands in `env`; all `steps`.
+
+    Rollout numbers count up from `first_number`.
+    """
+    pairs: list[Pair] = []
+    for start in range(0, len(contexts), batch):
+        some = contexts[start : start + batch]
+        scenes = world.begin(some, range(first_number + start, first_number + start + len(some)))
+        frames, scores, commands = _imagine(world, scenes, lambda now: policy.act(observe(now), draw_uniform(policy, now, seed)).command, steps)
+        truth = [_true(env, context, command) for context, command in zip(some, commands, strict=True)]
+        watched = torch.from_numpy(np.stack([frames_ for frames_, _ in truth])).to(device)
+        first = torch.from_numpy(np.stack([context.frame for context in some])).to(device)
+        true_scores, _ = reflector.judge(reflector.begin([context.instruction for context in some], first), watched)
+        for i, context in enumerate(some):
+            pairs.append(Pair(context, commands[i], frames[i], scores[i], truth[i][0], true_scores[i].cpu().numpy(), truth[i][1]))
+    return pairs
+
+
+def _true(env: TrueEnvironment, context: Context, command: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    env.begin(context.task, "train", context.state_index)
+    moments = [env.advance(one) for one in command]
+    return np.stack([m.frame for m in moments]), np.array([m.success for m in moments])
+
+
+def agreement(pairs: Sequence[Pair], tasks: Sequence[str], threshold: float) -> dict[str, Any]:
+    """How often imagined and true outcome agree: success at any step of T, by the reflector on the imagined video and by the predicate.
+
+    Counts in all and by task: `agree` of `episodes`; `false_positives` are imagined successes that were true failures; `reflector_*` are
+    the reflector's errors on the true video of the same episodes, so the rest is the simulator's and the kinematics' share.
+    """
+
+    def count(some: Sequence[Pair]) -> dict[str, int]:
+        imagined = [bool((p.imagined_score > threshold).any()) for p in some]
+        seen = [bool((p.true_score > threshold).any()) for p in some]
+        true = [bool(p.success.any()) for p in some]
+        return {
+            "episodes": len(some),
+            "agree": sum(i == t for i, t in zip(imagined, true, strict=True)),
+            "imagined_successes": sum(imagined),
+            "true_successes": sum(true),
+            "false_positives": sum(i and not t for i, t in zip(imagined, true, strict=True)),
+            "false_negatives": sum(t and not i for i, t in zip(imagined, true, strict=True)),
+            "reflector_false_positives": sum(s and not t for s, t in zip(seen, true, strict=True)),
+            "reflector_false_negatives": sum(t and not s for s, t in zip(seen, true, strict=True)),
+        }
+
+    return {**count(pairs), "by_task": {task: count([p for p in pairs if p.context.instruction == task]) for task in tasks}}

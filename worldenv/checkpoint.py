@@ -1,0 +1,200 @@
+"""Files that are whole or not there: trees of tensors as safetensors, written atomically, checked when they are read.
+
+A tree is made of dict, list, tuple (read back as list), str, int, float, bool, None, torch tensors and numpy arrays. Tensors lie in the
+safetensors body; the rest is a JSON skeleton in its header, beside the SHA-256 of all of it. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import save_file
+
+FORMAT = "worldenv-tree-1"
+_MARK = "$"
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used: missing, truncated, damaged or foreign. The message names the file and the cure."""
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it becomes `path` when the block ends well, and is removed when it does not.
+
+    The bytes are on disk before the name changes, so `path` holds the old content or the new, whole. Raises OSError as the disk does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _pack(node: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
+    if isinstance(node, torch.Tensor | np.ndarray):
+        name = str(len(tensors))
+        kind = "array" if isinstance(node, np.ndarray) else "tensor"
+        tensor = torch.from_numpy(np.ascontiguousarray(node)) if isinstance(node, np.ndarray) else node.detach()
+        tensors[name] = tensor.cpu().contiguous().clone()  # safetensors refuses shared memory
+        return {_MARK: kind, "name": name}
+    if isinstance(node, dict):
+        if all(isinstance(key, str) and key != _MARK for key in node):
+            return {key: _pack(value, tensors, f"{where}.{key}") for key, value in node.items()}
+        return {_MARK: "dict", "items": [[key, _pack(value, tensors, f"{where}.{key}")] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return [_pack(value, tensors, f"{where}[{i}]") for i, value in enumerate(node)]
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(f"{where}: {type(node).__name__} cannot be stored; want tensors, arrays, numbers, text, lists, dicts")
+
+
+def _unpack(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_unpack(value, tensors) for value in node]
+    if isinstance(node, dict):
+        kind = node.get(_MARK)
+        if kind == "tensor":
+            return tensors[node["name"]]
+        if kind == "array":
+            return tensors[node["name"]].numpy()
+        if kind == "dict":
+            return {key: _unpack(value, tensors) for key, value in node["items"]}
+        return {key: _unpack(value, tensors) for key, value in node.items()}
+    return node
+
+
+def _digest(skeleton: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(skeleton.encode())
+    for name in sorted(tensors, key=int):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _header(tree: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = json.dumps(_pack(tree, tensors, "tree"))
+    return tensors, {"format": FORMAT, "tree": skeleton, "sha256": _digest(skeleton, tensors)}
+
+
+def _tree(header: dict[str, str], tensors: dict[str, torch.Tensor], name: str) -> Any:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{name}: not a {FORMAT} file; was it written by another program?")
+    if _digest(header.get("tree", ""), tensors) != header.get("sha256"):
+        raise CheckpointError(f"{name}: damaged, its content does not match its checksum; delete it and run its stage again")
+    return _unpack(json.loads(header["tree"]), tensors)
+
+
+def to_bytes(tree: Any) -> bytes:
+    """`tree` as the bytes that `save` would write."""
+    tensors, header = _header(tree)
+    return tensors_to_bytes(tensors, metadata=header)
+
+
+def from_bytes(blob: bytes, name: str) -> Any:
+    """The tree in `blob`; `name` says in errors where the bytes came from. Raises CheckpointError where they are damaged or not ours."""
+    try:
+        tensors = tensors_from_bytes(blob)
+        length = int.from_bytes(blob[:8], "little")
+        header = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{name}: truncated or damaged ({error})") from error
+    return _tree(header, tensors, name)
+
+
+def save(path: Path, tree: Any) -> str:
+    """Write `tree` to `path` and return its SHA-256. Raises TypeError for what cannot be stored, OSError as the disk does."""
+    tensors, header = _header(tree)
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:  # the writer wraps the disk's own error
+            if "No space left" in str(error):
+                raise OSError(28, "No space left on device", str(path)) from error
+            raise
+    return header["sha256"]
+
+
+def load(path: Path) -> Any:
+    """The tree in `path`, on the CPU. Raises CheckpointError where the file is missing, truncated, damaged or not ours."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; run the stage that writes it")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 -- not a dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); delete it and run its stage again") from error
+    return _tree(header, tensors, str(path))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes (64 hex digits)."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class Savepoint:
+    """What a long stage has so far, so that a killed run goes on: one file, replaced now and then, gone when the stage is done."""
+
+    def __init__(self, path: Path, every_s: float = 30.0) -> None:
+        """Keep it at `path`, at most once in `every_s` seconds."""
+        self._path = path
+        self._every_s = every_s
+        self._began = self._last = time.monotonic()
+        self._before_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work so far, those of the killed runs up to their last save included."""
+        return self._before_s + time.monotonic() - self._began
+
+    def load(self) -> Any | None:
+        """The last tree that was saved, or None. Raises CheckpointError where it is damaged."""
+        if not self._path.exists():
+            return None
+        kept = load(self._path)
+        self._before_s = kept["seconds"]
+        return kept["tree"]
+
+    def due(self) -> bool:
+        """Whether `every_s` seconds have passed since the last save."""
+        return time.monotonic() - self._last >= self._every_s
+
+    def save(self, tree: Any) -> None:
+        """Replace what is kept by `tree`."""
+        save(self._path, {"seconds": self.seconds, "tree": tree})
+        self._last = time.monotonic()
+
+    def clear(self) -> None:
+        """Forget it."""
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,44 @@
+"""A command line into a dataclass, by tyro; a mistake becomes one line that names it and the nearest right name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """The value after `flag` in `argv` (`--flag value` or `--flag=value`), or None."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None
+
+
+def parse(program: str, kind: type[T], default: T, argv: Sequence[str]) -> T:
+    """`argv` as a `kind`. Raises ValueError with one line for an unknown flag or a bad value; --help prints and exits with 0."""
+    options = (tyro.conf.FlagCreatePairsOff,)
+    known = {word for action in tyro.extras.get_parser(kind, default=default, config=options)._actions for word in action.option_strings}
+    for word in argv:
+        name = word.split("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in {k.replace("_", "-") for k in known}:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown flag {name!r}; did you mean {near[0]!r}? All flags: {program} --help")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=program, default=default, args=list(argv), config=options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[^\x20-\x7e]+", " ", said.getvalue())  # the message without the box around it
+        raise ValueError(re.sub(r"[-\s]{2,}", " ", words).strip()) from None

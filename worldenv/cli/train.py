@@ -1,0 +1,95 @@
+"""worldenv-train: from five demonstrations a task to a post-trained policy and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from worldenv import config, run, train
+from worldenv.cli.arguments import parse, value_of
+from worldenv.config import RunConfig
+
+StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Post-train a policy inside a learned world. The same command again goes on where it stopped."""
+
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """Every knob, from the preset."""
+    out: Path = Path("runs/tiny")
+    """Folder of the run: everything is written here."""
+    from_stage: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
+    """Do this stage and all later ones again."""
+    only: StageName | None = None
+    """Do this stage alone, again."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with the settings that it has stored."""
+    no_extra_data: bool = False
+    """Train the world model on demonstrations alone (the paper's first ablation)."""
+    no_reward_head: bool = False
+    """Score by the probability of "Yes", without a reward head (the paper's second ablation)."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def _defaults(argv: Sequence[str]) -> TrainArgs:
+    """The defaults that --preset, --fast and --resume choose, before the other flags are read."""
+    if (folder := value_of(argv, "--resume")) is not None:
+        return TrainArgs(run.settings_of(Path(folder)), out=Path(folder), resume=Path(folder))
+    chosen = config.preset(value_of(argv, "--preset") or "tiny")
+    return TrainArgs(config.fast(chosen) if "--fast" in argv else chosen)
+
+
+def _settings(args: TrainArgs) -> RunConfig:
+    settings = args.settings
+    if args.no_extra_data:
+        settings = dataclasses.replace(settings, world=dataclasses.replace(settings.world, extra_data=False))
+    if args.no_reward_head:
+        settings = dataclasses.replace(settings, reward=dataclasses.replace(settings.reward, head=False))
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when the report is written, 1 when a stage failed, 2 for a bad command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        # --fast has chosen the defaults; left in, it would ask to turn on what is on
+        args = parse("worldenv-train", TrainArgs, _defaults(argv), [word for word in argv if word != "--fast"])
+        if args.resume is not None and args.resume != args.out:
+            raise ValueError(f"--resume {args.resume} and --out {args.out}: a run goes on in its own folder; leave --out away")
+        if args.only and args.from_stage:
+            raise ValueError("--only and --from: choose one")
+        settings = _settings(args)
+    except ValueError as error:
+        print(f"worldenv-train: {error}", file=sys.stderr)
+        return 2
+    try:
+        report = train.train(args.out, settings, first=args.from_stage, only=args.only)
+    except KeyboardInterrupt:
+        print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
+        if args.debug:
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"worldenv-train: the disk of {args.out} is full; free some space, then give the same command again", file=sys.stderr)
+        else:
+            print(f"worldenv-train: {error}", file=sys.stderr)
+        return 1
+    if report is not None:
+        print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,59 @@
+"""What a person sees while a stage runs: a bar with rate and time left on a terminal, a line now and then elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LINE_EVERY_S = 15.0
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print one line."""
+    _console.print(line, markup=False)
+
+
+class track:  # noqa: N801 -- used like range()
+    """Iterate over range(start, stop) with a progress display: `for step in (bar := track(0, 1000, "sft")): bar.note(loss=...)`."""
+
+    def __init__(self, start: int, stop: int, label: str) -> None:
+        """Steps `start` .. `stop` - 1 of the work named `label`."""
+        self._start, self._stop, self._label = start, stop, label
+        self._notes = ""
+        self._began = time.monotonic()
+
+    def note(self, **values: float) -> None:
+        """Numbers to show beside the bar, the last ones count."""
+        self._notes = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._bar() if sys.stderr.isatty() else self._lines()
+
+    def _rate(self, done: int) -> float:
+        return done / max(time.monotonic() - self._began, 1e-9)
+
+    def _bar(self) -> Iterator[int]:
+        columns = (
+            TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[notes]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=_console, transient=True) as progress:
+            task = progress.add_task(self._label, total=self._stop, completed=self._start, rate="", notes="")
+            for step in range(self._start, self._stop):
+                yield step
+                progress.update(task, advance=1, rate=f"{self._rate(step + 1 - self._start):.2f}/s", notes=self._notes)
+
+    def _lines(self) -> Iterator[int]:
+        last = self._began
+        for step in range(self._start, self._stop):
+            yield step
+            now = time.monotonic()
+            if now - last >= _LINE_EVERY_S:
+                last, rate = now, self._rate(step + 1 - self._start)
+                left = (self._stop - step - 1) / rate
+                say(f"{self._label}: {step + 1}/{self._stop}  {rate:.2f}/s  {left:.0f} s left  {self._notes}")

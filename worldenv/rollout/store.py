@@ -1,0 +1,73 @@
+"""Finished rollouts on disk: an append-only log, so that a killed run keeps every rollout that had ended.
+
+A record is 8 bytes of magic, 8 of length (little endian), 32 of SHA-256, then the rollout as checkpoint bytes. A record that the end of the
+file cuts short is the one that was being written when the run was killed; it is dropped. Damage anywhere else is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from worldenv.checkpoint import CheckpointError, from_bytes, to_bytes
+from worldenv.nouns import Context, Rollout
+
+_MAGIC = b"WENVROLL"
+_HEAD = len(_MAGIC) + 8 + 32
+
+
+def _plain(rollout: Rollout) -> dict[str, Any]:
+    tree = {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout)}
+    tree["context"] = {f.name: getattr(rollout.context, f.name) for f in dataclasses.fields(rollout.context)}
+    return tree
+
+
+def _rollout(tree: dict[str, Any]) -> Rollout:
+    return Rollout(**{**tree, "context": Context(**tree["context"])})
+
+
+class RolloutStore:
+    """The rollouts of one iteration, in memory and in the log at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the log, reading what an earlier run left. Raises CheckpointError where it is damaged."""
+        self._path = path
+        self.rollouts: list[Rollout] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self._read()
+        self._file = path.open("ab")
+        self._file.truncate(whole)
+
+    def _read(self) -> int:
+        """Fill `rollouts`; return the bytes that whole records take."""
+        if not self._path.exists():
+            return 0
+        blob, at = self._path.read_bytes(), 0
+        while at + _HEAD <= len(blob):
+            if blob[at : at + 8] != _MAGIC:
+                raise CheckpointError(f"{self._path}: damaged at byte {at}; delete it, its rollouts will be made again")
+            length = int.from_bytes(blob[at + 8 : at + 16], "little")
+            body = blob[at + _HEAD : at + _HEAD + length]
+            if len(body) < length:
+                break
+            if hashlib.sha256(body).digest() != blob[at + 16 : at + _HEAD]:
+                raise CheckpointError(f"{self._path}: damaged record at byte {at}; delete it, its rollouts will be made again")
+            self.rollouts.append(_rollout(from_bytes(body, str(self._path))))
+            at += _HEAD + length
+        return at
+
+    def add(self, rollout: Rollout) -> None:
+        """Keep a finished rollout; on disk when this returns."""
+        body = to_bytes(_plain(rollout))
+        self._file.write(_MAGIC + len(body).to_bytes(8, "little") + hashlib.sha256(body).digest() + body)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rollouts.append(rollout)
+
+    def discard(self) -> None:
+        """Close and remove the log: the update that used it is on disk."""
+        self._file.close()
+        self._path.unlink()

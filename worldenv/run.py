@@ -1,0 +1,159 @@
+"""The folder of a run: its settings, and what each stage left, so that the same command goes on where it stopped.
+
+    OUT/run.json                 the settings; a folder belongs to one set of settings
+    OUT/stages/NAME/...          what a stage wrote
+    OUT/stages/NAME/stage.json   written last: fingerprint of settings and inputs, hash of every file, seconds, memory, metrics
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from worldenv import checkpoint, config, console
+from worldenv.checkpoint import CheckpointError, Savepoint
+from worldenv.config import RunConfig
+from worldenv.report import PeakMemory
+
+RECORD = "stage.json"
+_SAVEPOINT = "savepoint.safetensors"
+
+
+class RunError(ValueError):
+    """A run that cannot go on as asked. The message names the folder or stage and the cure."""
+
+
+@dataclass
+class Stage:
+    """One stage while it runs: where it writes, and what it has to say for itself."""
+
+    folder: Path
+    savepoint: Savepoint
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Results: equal for equal seeds."""
+    timings: dict[str, Any] = field(default_factory=dict)
+    """Seconds: never equal."""
+
+
+def _read_json(path: Path, cure: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); {cure}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a record; {cure}")
+    return value
+
+
+def settings_of(out: Path) -> RunConfig:
+    """The settings that the run in `out` has stored. Raises RunError where there is no run, CheckpointError where they are damaged."""
+    path = out / "run.json"
+    if not path.is_file():
+        raise RunError(f"{out}: no run there (no run.json); start one with --out {out}")
+    return config.from_dict(RunConfig, _read_json(path, "restore it, or start again in a new --out")["settings"])
+
+
+class Run:
+    """A run's folder, held by one process at a time."""
+
+    def __init__(self, out: Path, settings: RunConfig) -> None:
+        """Open or make `out`. Raises RunError where it holds another run's settings, other files, or another process is at work."""
+        self.out, self.settings = out, settings
+        known = out / "run.json"
+        if known.is_file():
+            theirs, ours = config.to_dict(settings_of(out)), config.to_dict(settings)
+            if differing := list(_differences(theirs, ours)):
+                more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+                raise RunError(
+                    f"{out} holds a run with other settings ({'; '.join(differing[:3])}{more}); choose another --out, or go on with it: --resume {out}"
+                )
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists and is no run of ours; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        if not known.is_file():
+            checkpoint.write_text(known, json.dumps({"settings": config.to_dict(settings)}, indent=1))
+        self._lock = (out / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{out}: another process is at work there; wait for it, or choose another --out") from error
+
+    def folder(self, stage: str) -> Path:
+        """Where `stage` writes."""
+        return self.out / "stages" / stage
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """What `stage` left on record. Raises RunError where it has not finished, CheckpointError where the record is damaged."""
+        path = self.folder(stage) / RECORD
+        if not path.is_file():
+            raise RunError(f"stage {stage} has no output in {self.out}; run it first (--from {stage})")
+        return _read_json(path, f"run the stage again (--from {stage})")
+
+    def fingerprint(self, stage: str, sections: list[Any], inputs: list[str]) -> str:
+        """Of a stage's own settings and of what its inputs put out. Raises RunError where an input has no output yet."""
+        return config.fingerprint(stage, *sections, *(self.record(name)["output"] for name in inputs))
+
+    def check(self, stage: str, fingerprint: str) -> bool:
+        """Whether `stage` is done with this fingerprint; every file is hashed. Raises CheckpointError for a missing or damaged file."""
+        if not (self.folder(stage) / RECORD).is_file():
+            return False
+        record = self.record(stage)
+        if record["fingerprint"] != fingerprint:
+            return False
+        for name, digest in record["files"].items():
+            path = self.folder(stage) / name
+            if not path.is_file() or checkpoint.file_hash(path) != digest:
+                what = "damaged or truncated" if path.is_file() else "missing"
+                raise CheckpointError(f"{path}: {what} since stage {stage} wrote it; make it again with --from {stage}")
+        return True
+
+    def forget(self, stage: str) -> None:
+        """Remove what `stage` left."""
+        shutil.rmtree(self.folder(stage), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def at_work(self, stage: str, fingerprint: str) -> Iterator[Stage]:
+        """Run a stage in this block; its record is written when the block ends well. Half a stage with another fingerprint is removed first."""
+        folder = self.folder(stage)
+        begun = folder / "begun"
+        if folder.exists() and (not begun.is_file() or begun.read_text() != fingerprint):
+            shutil.rmtree(folder)
+        checkpoint.write_text(begun, fingerprint)
+        current = Stage(folder, Savepoint(folder / _SAVEPOINT))
+        with PeakMemory() as memory:
+            yield current
+        current.savepoint.clear()
+        files = {str(p.relative_to(folder)): checkpoint.file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p != begun}
+        record = {
+            "stage": stage,
+            "fingerprint": fingerprint,
+            "output": config.fingerprint(files),
+            "seconds": round(current.savepoint.seconds, 2),
+            "peak_rss_mb": round(memory.peak_mb, 1),
+            "metrics": current.metrics,
+            "timings": current.timings,
+            "files": files,
+        }
+        checkpoint.write_text(folder / RECORD, json.dumps(record, indent=1))
+        begun.unlink()
+        console.say(f"{stage:>7}: {record['seconds']:8.1f} s  {record['peak_rss_mb']:7.0f} MB  {_headline(current.metrics)}")
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted(theirs.keys() | ours.keys()):
+        old, new = theirs.get(key), ours.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}: {old} there, {new} asked"
+
+
+def _headline(metrics: dict[str, Any]) -> str:
+    plain = {k: v for k, v in metrics.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items())

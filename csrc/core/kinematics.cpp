@@ -6,13 +6,15 @@
 namespace worldenv {
 namespace {
 
-// Turns q (x y z w) by the rotation vector r [rad] of the world frame: exp(r) * q. The sign stays continuous, because
-// the scalar part of exp(r), which is the cosine between old and new, is above 0 for |r| < pi.
+// Turns q (x y z w) by the rotation vector r [rad] of the world frame: exp(r) * q. The scalar part of exp(r) is the
+// cosine between old and new quaternion: kept at 0 or above, so that the sign is continuous.
 void turn(const double* r, double* q) {
   const double angle = std::sqrt(r[0] * r[0] + r[1] * r[1] + r[2] * r[2]);
   // sin(angle / 2) / angle; below 1e-8 its next term is beyond float64
-  const double factor = angle > 1e-8 ? std::sin(0.5 * angle) / angle : 0.5;
-  const double x = factor * r[0], y = factor * r[1], z = factor * r[2], w = std::cos(0.5 * angle);
+  const double sine = angle > 1e-8 ? std::sin(0.5 * angle) / angle : 0.5;
+  const double cosine = std::cos(0.5 * angle);
+  const double factor = cosine < 0.0 ? -sine : sine;
+  const double x = factor * r[0], y = factor * r[1], z = factor * r[2], w = std::abs(cosine);
   const double a = q[0], b = q[1], c = q[2], d = q[3];
   std::array<double, 4> p{w * a + x * d + y * c - z * b, w * b - x * c + y * d + z * a, w * c + x * b - y * a + z * d,
                           w * d - x * a - y * b - z * c};

@@ -93,7 +93,7 @@ def _unpack(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def _digest(skeleton: str, tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(skeleton.encode())
-    for name in sorted(tensors, key=int):
+    for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")

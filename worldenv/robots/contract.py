@@ -75,7 +75,7 @@ class Robot:
     finger_m: float
     """Distance between the fingers when open [m]."""
     arms: tuple[ArmDrawing, ...]
-    """How the arms are drawn, left before right. Our rollouts move one arm: the last."""
+    """How the arms are drawn, left before right. A robot with one arm has a left one; rollouts move the first."""
     canvas: tuple[int, int]
     """Height and width [px] of the picture at which radius and thickness hold."""
     example_pose: tuple[float, float, float, float, float, float, float]
@@ -90,8 +90,8 @@ class Robot:
             raise ValueError(f"{self.name}: gripper_step={self.gripper_step}, want a share of full travel in (0, 1]")
         if any(not 0.0 <= d < 1.0 for d in self.decay):
             raise ValueError(f"{self.name}: decay={self.decay}, want each in [0, 1): at 1 the arm never stops")
-        if not self.arms or [arm.side for arm in self.arms] not in (["left"], ["right"], ["left", "right"]):
-            raise ValueError(f"{self.name}: arms {[arm.side for arm in self.arms]}, want left, right, or left then right")
+        if [arm.side for arm in self.arms] not in (["left"], ["left", "right"]):
+            raise ValueError(f"{self.name}: arms {[arm.side for arm in self.arms]}, want left, or left then right")
         norm = float(np.linalg.norm(self.example_pose[3:]))
         if abs(norm - 1.0) > 1e-6 or not 0.0 <= self.example_gripper <= 1.0:
             raise ValueError(f"{self.name}: example quaternion of length {norm}, gripper {self.example_gripper}: want 1, and 0 .. 1")

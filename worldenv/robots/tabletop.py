@@ -6,7 +6,7 @@ Source: the shape and size of the lag are measured on LIBERO (robots/panda.py); 
 
 from __future__ import annotations
 
-from worldenv.robots.contract import RIGHT_AXES, ArmDrawing, Robot
+from worldenv.robots.contract import LEFT_AXES, ArmDrawing, Robot
 
 TABLETOP = Robot(
     name="tabletop",
@@ -19,14 +19,14 @@ TABLETOP = Robot(
     finger_m=0.08,
     arms=(
         ArmDrawing(
-            side="right",
+            side="left",
             yaw_rad=0.0,
             tool_m=0.0,
             axis_m=0.05,
             radius_px=5.0,
             thickness_px=2.0,
-            palette="Reds",
-            axis_rgb=RIGHT_AXES,
+            palette="Greens",
+            axis_rgb=LEFT_AXES,
         ),
     ),
     canvas=(64, 64),

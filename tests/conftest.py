@@ -1,0 +1,29 @@
+"""What every test needs before anything is imported: threads, Triton's interpreter, the device."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Two threads are what the smallest machine has; more make no test faster, and several test runs may share a machine.
+torch.set_num_threads(int(os.environ.get("WORLDENV_TEST_THREADS", "2")))
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before worldenv.kernels is imported
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that kernels are tested on: the GPU where there is one, else the CPU (by Triton's interpreter)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, and counted as skipped, where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -281,13 +281,26 @@ class ReflectorConfig:
     ffn: int
     """Hidden channels of its MLPs."""
     frames: int = 32
-    """Frames shown at most, spread evenly over the video so far."""
+    """Frames shown at most, the first and the current one among them."""
+    sampler: Literal["uniform", "stable_dyadic"] = "uniform"
+    """Which frames of a longer video: spread evenly (the paper), or at a stride that doubles, so that more can be kept from frame to frame."""
     head_width: int = 512
     """Hidden channels of the reward head."""
     pooling: Literal["last", "mean"] = "last"
     """Embedding of the video: the last token, or the mean of all."""
     threshold: float = 0.5
     """eta: a score above it ends the rollout."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 2:
+            raise ValueError(f"reflector.frames={self.frames}: want at least 2, the first frame and the current one")
+        if self.vision_width % self.vision_heads or self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"reflector: widths {self.vision_width}, {self.width}, heads {self.vision_heads}, {self.heads}, kv_heads {self.kv_heads}: "
+                "a width must be a multiple of its heads, heads of kv_heads, and a head of the language model have even width"
+            )
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"reflector.threshold={self.threshold}: want a probability between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -16,5 +16,9 @@ class Reflector(Protocol):
         ...
 
     def judge(self, watch: Sequence[Any], frames: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-        """Scores (B, K) float32 in [0, 1] after each of the new `frames` (B, K, H, W, 3) uint8, and new watches; nothing is changed in place."""
+        """Scores (B, K) float32 in [0, 1] after each of the new `frames` (B, K, H, W, 3) uint8, and new watches.
+
+        Nothing is changed in place: a watch can be judged again, with the same frames or others. Videos of one batch may have different
+        lengths, and a score depends on its own video alone.
+        """
         ...

@@ -1,0 +1,172 @@
+"""Where a reflector comes from and goes to: fresh weights, our one-file checkpoints, published directories, and files with the head alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+from worldenv import checkpoint, noise
+from worldenv.config import ReflectorConfig, to_dict
+from worldenv.reflector.head import RewardHead
+from worldenv.reflector.judge import LlavaReflector
+from worldenv.reflector.llava import Llava, architecture, described
+from worldenv.reflector.prompt import Prompt, word_tokenizer
+
+KIND = "llava reflector 1"
+_BACKBONE, _HEAD = 100, 101  # numbers of these networks in Stream.WEIGHTS
+
+
+class ReflectorError(checkpoint.CheckpointError):
+    """A reflector's file or directory that cannot be used. The message names it and the cure."""
+
+
+def fresh_head(config: ReflectorConfig, seed: int) -> RewardHead:
+    """A reward head with weights of its own, a function of `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _HEAD))
+        return RewardHead(config.width, config.head_width)
+
+
+def initialise(config: ReflectorConfig, instructions: Sequence[str], seed: int) -> LlavaReflector:
+    """A reflector of the given size with random weights, a function of `seed`, that knows the words of `instructions`; on the CPU."""
+    prompt = Prompt(word_tokenizer(instructions))
+    hf = architecture(config, prompt.tokenizer.get_vocab_size(), prompt.image, prompt.video)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _BACKBONE))
+        model = LlavaOnevisionForConditionalGeneration(hf)
+    return LlavaReflector(config, Llava(model, prompt), fresh_head(config, seed))
+
+
+def save(path: Path, reflector: LlavaReflector) -> str:
+    """Write the whole reflector, tokenizer and config included, to one file; returns its SHA-256."""
+    return checkpoint.save(path, to_tree(reflector))
+
+
+def load(path: Path) -> LlavaReflector:
+    """The reflector in `path`, on the CPU. Raises ReflectorError or CheckpointError, which name the file and the cure."""
+    return from_tree(checkpoint.load(path), str(path))
+
+
+def to_tree(reflector: LlavaReflector) -> dict[str, Any]:
+    """The whole reflector as a tree for `checkpoint`."""
+    return {
+        "kind": KIND,
+        "config": to_dict(reflector.config),
+        "backbone": json.loads(reflector.llava.model.config.to_json_string(use_diff=False)),
+        "tokenizer": reflector.llava.prompt.tokenizer.to_str(),
+        "weights": dict(reflector.llava.model.state_dict()),
+        "head": None if reflector.head is None else dict(reflector.head.state_dict()),
+    }
+
+
+def from_tree(tree: Any, name: str) -> LlavaReflector:
+    """The inverse of `to_tree`; `name` says in errors where the tree came from."""
+    if not isinstance(tree, dict) or tree.get("kind") != KIND:
+        raise ReflectorError(f"{name}: no reflector ({KIND}); was it written by the stage reward?")
+    config = ReflectorConfig(**tree["config"])
+    dtype = tree["weights"]["model.image_newline"].dtype
+    with torch.random.fork_rng(devices=[]):
+        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(tree["backbone"])).to(dtype)
+    _fill(model, tree["weights"], f"{name}: backbone")
+    head = None
+    if tree["head"] is not None:
+        head = fresh_head(config, 0)
+        _fill(head, tree["head"], f"{name}: reward head")
+    return LlavaReflector(config, Llava(model, Prompt(Tokenizer.from_str(tree["tokenizer"]))), head)
+
+
+def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Load all of `weights` into `module`, or ReflectorError with the names that are missing, unknown or of another shape."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    other = [f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if missing or unknown or other:
+        raise ReflectorError(f"{name}: missing {missing[:3]}, unknown {unknown[:3]}, of another shape {sorted(other)[:3]}")
+    module.load_state_dict(weights)
+
+
+def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = torch.bfloat16) -> LlavaReflector:
+    """A published LLaVA-OneVision directory as it is, frozen, on the CPU and without a reward head.
+
+    Sizes come from the directory, the rest (frames, sampler, pooling, head_width, threshold) from `like`. Only safetensors are read, nothing is
+    downloaded and no code of the directory runs. Raises ReflectorError for a missing file, another kind of model, missing weights, or pixels
+    normalised otherwise than with mean = std = 0.5.
+    """
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        if not (directory / name).is_file():
+            raise ReflectorError(f"{directory}: no {name}; want a LLaVA-OneVision directory in the layout of transformers")
+    stated = json.loads((directory / "config.json").read_text())
+    if stated.get("model_type") != "llava_onevision":
+        raise ReflectorError(f"{directory}/config.json: model_type {stated.get('model_type')!r}, want 'llava_onevision'")
+    pixels = json.loads((directory / "preprocessor_config.json").read_text())
+    if any(set(pixels.get(name, [])) != {0.5} for name in ("image_mean", "image_std")):
+        raise ReflectorError(
+            f"{directory}/preprocessor_config.json: image_mean {pixels.get('image_mean')}, image_std {pixels.get('image_std')}: "
+            "the vision tower was trained with 0.5 for all; restore the published file"
+        )
+    try:
+        model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        config = described(model.config, like)
+        prompt = Prompt(Tokenizer.from_file(str(directory / "tokenizer.json")))
+    except (OSError, ValueError) as error:
+        raise ReflectorError(f"{directory}: {error}") from error
+    lost = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])
+    if lost:
+        raise ReflectorError(f"{directory}: no weights, or of another shape, for {len(lost)} tensors: {lost[:3]}; is a shard missing?")
+    return LlavaReflector(config, Llava(model, prompt), None).freeze()
+
+
+def save_directory(directory: Path, reflector: LlavaReflector) -> None:
+    """Write the backbone as a directory that `open_directory` and transformers read; the head is not part of it (`save_head`)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    reflector.llava.model.save_pretrained(directory)
+    reflector.llava.prompt.tokenizer.save(str(directory / "tokenizer.json"))
+    side = {"height": reflector.config.image, "width": reflector.config.image}
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": side, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3}
+    checkpoint.write_text(directory / "preprocessor_config.json", json.dumps(pixels, indent=2))
+
+
+def _identity(llava: Llava) -> str:
+    """SHA-256 that tells backbones apart: config, last norm, newline and the answers' rows."""
+    digest = hashlib.sha256(llava.model.config.to_json_string().encode())
+    inner = llava.model.model
+    for tensor in (inner.language_model.norm.weight, inner.image_newline, llava.model.lm_head.weight[[llava.prompt.yes, llava.prompt.no]]):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+_FITTED_FOR = ("image", "width", "frames", "sampler", "pooling", "head_width")
+
+
+def save_head(path: Path, reflector: LlavaReflector) -> str:
+    """Write the reward head alone, with what it was trained for: sampler, frames, pooling, and which backbone. Returns the SHA-256."""
+    if reflector.head is None:
+        raise ReflectorError(f"{path}: this reflector has no reward head to save; fit one first")
+    fitted = {name: getattr(reflector.config, name) for name in _FITTED_FOR}
+    return checkpoint.save(path, {"kind": f"{KIND} head", "for": fitted, "backbone": _identity(reflector.llava), "head": dict(reflector.head.state_dict())})
+
+
+def load_head(path: Path, reflector: LlavaReflector) -> LlavaReflector:
+    """`reflector` with the head in `path`. Raises ReflectorError where that was trained for another backbone, sampler, pooling or number of frames."""
+    tree = checkpoint.load(path)
+    if not isinstance(tree, dict) or tree.get("kind") != f"{KIND} head":
+        raise ReflectorError(f"{path}: no reward head ({KIND} head)")
+    config = reflector.config
+    other = [f"{name}={tree['for'][name]!r} (here {getattr(config, name)!r})" for name in _FITTED_FOR if tree["for"][name] != getattr(config, name)]
+    if other:
+        raise ReflectorError(f"{path}: the head was trained for {', '.join(other)}; set these, or train a head for this reflector")
+    if tree["backbone"] != _identity(reflector.llava):
+        raise ReflectorError(f"{path}: the head was trained on the embeddings of another backbone; train a head for this one")
+    head = fresh_head(config, 0)
+    _fill(head, tree["head"], f"{path}: reward head")
+    return LlavaReflector(replace(config), reflector.llava, head)

@@ -1,0 +1,63 @@
+"""worldenv-report: make a run's page anew, or compare two runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from worldenv import report
+from worldenv.cli.arguments import parse
+from worldenv.report import findings, tables
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Show what a run found and make its report.html anew from report.json and the stored plots and videos; or compare two runs."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """Folder of a run."""
+    compare: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="A B")] = None
+    """Two folders or report.json files: print the fields that differ, times and memory aside; exit 1 if there are any."""
+
+
+def _compare(left: Path, right: Path) -> int:
+    found = list(report.differences(report.comparable(report.read(left)), report.comparable(report.read(right))))
+    print(*found, sep="\n", end="\n" if found else "")
+    print(json.dumps({"left": str(left), "right": str(right), "differences": len(found)}))
+    return 1 if found else 0
+
+
+def _show(run: Path) -> int:
+    page = report.rebuild(run)
+    record = report.read(run)
+    print(findings.verdict(record), findings.imagined_beside_true(record), sep="\n")
+    for make in (tables.success, tables.success_by_task, tables.imagined, tables.reflector, tables.stages):
+        if (table := make(record)) is not None:
+            print("", *tables.for_terminal(table), sep="\n")
+    print()
+    print(json.dumps({"page": str(page), "seconds": record["seconds_total"], "paired": record["eval"]["paired"]}))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 where compared runs differ, 2 where the arguments or the files are no good."""
+    try:
+        args = parse("worldenv-report", ReportArgs, ReportArgs(), sys.argv[1:] if argv is None else argv)
+        if args.run is not None and args.compare is None:
+            return _show(args.run)
+        if args.compare is not None and args.run is None:
+            return _compare(*args.compare)
+        raise ValueError("give the folder of a run, or --compare A B")
+    except (ValueError, report.ReportError) as error:
+        print(f"worldenv-report: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,297 @@
+"""Plots: drawn once, written as PNG and SVG files, and as an SVG that takes the page's colours and font."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from worldenv.report.fields import POLICIES, PROTOCOLS
+from worldenv.report.tables import ENDED_BY, POLICY_NAMES, share
+
+# One meaning each, in all plots. In the page they are its variables, so that they change with light and dark.
+_INK, _RULE, _BEFORE, _AFTER, _IMAGINED, _CEILING = "#1f2430", "#d4d9e1", "#7b8698", "#1f6fd6", "#ca5b17", "#1c8a4c"
+_VARIABLES = {
+    _INK: "currentColor", _RULE: "var(--rule)", _BEFORE: "var(--before)", _AFTER: "var(--after)", _IMAGINED: "var(--imagined)",
+    _CEILING: "var(--ceiling)",
+}  # fmt: skip
+_SIZE = (4.8, 3.1)
+_BINS = 10
+_STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 8.5, "text.color": _INK, "text.parse_math": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.facecolor": "none",
+    "axes.linewidth": 0.7, "axes.grid": True, "axes.axisbelow": True, "grid.color": _RULE, "grid.linewidth": 0.6,
+    "xtick.color": _INK, "ytick.color": _INK, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
+    "legend.frameon": False, "lines.linewidth": 1.6, "figure.constrained_layout.use": True,
+    "svg.fonttype": "none", "svg.hashsalt": "worldenv",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What plots need and report.json does not hold. Either of score and success alone is refused."""
+
+    score: NDArray[np.floating] | None = None
+    """(n,) in [0, 1]: the reflector on held-out frames."""
+    success: NDArray[np.bool_] | None = None
+    """(n,): whether the predicate held at these frames."""
+    curves: Mapping[str, NDArray[np.floating]] = field(default_factory=lambda: MappingProxyType({}))
+    """Training curves by title: (m, 2) float, optimiser step and loss."""
+
+    def __post_init__(self) -> None:
+        if (self.score is None) != (self.success is None):
+            raise ValueError("Figures: score and success come together")
+        if self.score is not None and self.success is not None and (self.score.ndim != 1 or self.score.shape != self.success.shape):
+            raise ValueError(f"Figures: score {self.score.shape}, success {self.success.shape}, want (n,) both")
+        if self.score is not None and not ((self.score >= 0) & (self.score <= 1)).all():
+            raise ValueError("Figures: scores outside 0 .. 1")
+        for title, curve in self.curves.items():
+            if curve.ndim != 2 or curve.shape[1] != 2 or not len(curve):
+                raise ValueError(f"Figures: curve {title!r} {curve.shape}, want (m, 2), step and loss")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One finished plot."""
+
+    name: str
+    """Its file name, without an ending."""
+    title: str
+    caption: str
+    inline: str
+    """An <svg> element without identifiers that could clash, links or colours of its own."""
+    svg: bytes
+    """A file that stands alone."""
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores in bins of equal width: how often the frames of a bin were successes."""
+
+    score: NDArray[np.float64]
+    """(b,) mean score of each bin that holds frames."""
+    frequency: NDArray[np.float64]
+    """(b,) share of successes."""
+    count: NDArray[np.int64]
+    """(b,) frames."""
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the mean over frames of |score - frequency| (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+        return float(np.average(np.abs(self.score - self.frequency), weights=self.count))
+
+
+def calibration(score: NDArray[np.floating], success: NDArray[np.bool_], bins: int = _BINS) -> Calibration:
+    """Bin `score` (n,) in [0, 1] against `success` (n,). Raises ValueError where there is nothing to bin."""
+    if not len(score):
+        raise ValueError("calibration: no scores")
+    # Upper edges closed, as in the source: a score of exactly 0.5 lies in (0.4, 0.5].
+    which = np.clip(np.ceil(score.astype(np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    some = count > 0
+    sums = [np.bincount(which, weights=values.astype(np.float64), minlength=bins)[some] for values in (score, success)]
+    return Calibration(sums[0] / count[some], sums[1] / count[some], count[some])
+
+
+def draw(report: Mapping[str, Any], figures: Figures) -> list[Plot]:
+    """Every plot that the report has numbers for, in the page's order."""
+    with matplotlib.rc_context(_STYLE):
+        plots = [_success(report), _returns(report), _psnr(report)]
+        plots += [plot for plot in (_ratio(report), _calibration(report, figures)) if plot is not None]
+        return plots + [_curve(i, title, curve) for i, (title, curve) in enumerate(figures.curves.items())]
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A log axis with plain numbers: Matplotlib's own labels are formulas, which text in an SVG is not."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axes.get_ylim()
+    if high < 20 * low:
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _axes(rows: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=_SIZE)
+    return figure, list(np.atleast_1d(figure.subplots(rows, 1, sharex=rows > 1)))
+
+
+def _finish(name: str, title: str, caption: str, figure: Figure) -> Plot:
+    files = {}
+    for kind in ("svg", "png"):
+        memory = io.BytesIO()
+        figure.savefig(memory, format=kind, dpi=180, facecolor="white", metadata={"Date": None} if kind == "svg" else {"Software": None})
+        files[kind] = memory.getvalue()
+    return Plot(name, title, caption, _inline(files["svg"], name, title), files["svg"], files["png"])
+
+
+def _inline(svg: bytes, name: str, title: str) -> str:
+    """The SVG for a page: no namespaces, metadata, style sheet or white ground; identifiers begin with `name`; colours are the page's."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):  # a style sheet would hold for the whole page
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        plain = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        for key, value in plain.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href":
+                value = value.replace("#", f"#{name}-", 1)
+            value = value.replace("url(#", f"url(#{name}-")
+            for colour, variable in _VARIABLES.items():
+                value = value.replace(colour, variable)
+            element.set(key, value)
+    for ground in root.iter("g"):
+        if ground.get("id") == f"{name}-patch_1":  # the first patch of a figure is its white ground
+            ground.clear()
+    view = root.get("viewBox", "")
+    root.attrib.clear()
+    root.attrib.update({"viewBox": view, "role": "img", "aria-label": title, "style": "stroke-linejoin:round;stroke-linecap:butt"})
+    return re.sub(r"\s*\n\s*", "\n", ElementTree.tostring(root, encoding="unicode"))
+
+
+def _success(report: Mapping[str, Any]) -> Plot:
+    figure, (axes,) = _axes()
+    for policy, colour, shift in zip(POLICIES, (_BEFORE, _AFTER), (0.14, -0.14), strict=True):
+        tallies = [report["eval"][policy][protocol] for protocol in PROTOCOLS]
+        rate = np.array([100 * one["successes"] / one["episodes"] for one in tallies])
+        ends = 100 * np.array([one["interval"] for one in tallies]).T
+        error = np.maximum([rate - ends[0], ends[1] - rate], 0)
+        at = np.arange(len(PROTOCOLS))[::-1] + shift
+        axes.errorbar(rate, at, xerr=error, fmt="o", ms=5, color=colour, capsize=3, elinewidth=1.4, label=POLICY_NAMES[policy])
+    axes.set_yticks(np.arange(len(PROTOCOLS))[::-1], [ENDED_BY[protocol] for protocol in PROTOCOLS])
+    axes.set_ylim(-0.5, len(PROTOCOLS) - 0.5)
+    axes.grid(False, axis="y")
+    axes.set_xlim(max(0, axes.get_xlim()[0]), min(100, axes.get_xlim()[1]))
+    axes.set_xlabel("episodes that succeed [%]")
+    axes.set_ylabel("episode ended by")
+    figure.legend(loc="outside upper center", ncols=2)
+    caption = "Success in the true environment, test states, with 95 % Wilson intervals."
+    return _finish("success", "Success before and after", caption, figure)
+
+
+def _returns(report: Mapping[str, Any]) -> Plot:
+    figure, (axes,) = _axes()
+    returns = report["loop"]["returns"]
+    iteration = np.arange(1, len(returns) + 1)
+    axes.plot(iteration, returns, color=_IMAGINED, marker="o", ms=3 if len(returns) < 40 else 0, label="imagined return, unverified")
+    for policy, at, colour in zip(POLICIES, (0, len(returns) + 1), (_BEFORE, _AFTER), strict=True):
+        one = report["eval"][policy]["oracle"]
+        rate = one["successes"] / one["episodes"]
+        ends = np.maximum([[rate - one["interval"][0]], [one["interval"][1] - rate]], 0)
+        label = f"true success: {POLICY_NAMES[policy]}"
+        axes.errorbar([at], [rate], yerr=ends, fmt="s", ms=4.5, color=colour, capsize=3, elinewidth=1.4, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("mean return; success")
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7, columnspacing=1, handletextpad=0.5)
+    caption = (
+        "Line: mean return of each iteration's sampled rollouts in the imagined world, from training contexts, by the reflector's own "
+        "judgement. Squares: greedy success in the true environment on test states. Only the squares say whether the policy got better."
+    )
+    return _finish("returns", "Return by iteration", caption, figure)
+
+
+def _psnr(report: Mapping[str, Any]) -> Plot:
+    figure, (axes,) = _axes()
+    world = report["world"]
+    lines = (
+        ("psnr_ceiling_by_chunk", "autoencoder alone (ceiling)", _CEILING, "--"),
+        ("psnr_by_chunk", "imagined", _IMAGINED, "-"),
+        ("psnr_copy_first_by_chunk", "first frame, copied", _BEFORE, "--"),
+    )
+    for key, label, colour, dash in lines:
+        axes.plot(np.arange(1, len(world[key]) + 1), world[key], dash, color=colour, marker="o", ms=3.5, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("chunk")
+    axes.set_ylabel("PSNR [dB]")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7.5)
+    caption = (
+        "Held-out episodes, imagined from their first frame with their own actions, against the true frames. A world model that is of use "
+        "lies above the copied first frame; it cannot lie above what its autoencoder keeps."
+    )
+    return _finish("psnr", "Picture quality by chunk", caption, figure)
+
+
+def _ratio(report: Mapping[str, Any]) -> Plot | None:
+    """Clip fraction, and whatever the loop says about the probability ratio."""
+    metrics = report["loop"]["metrics"]
+
+    def line(key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        known = [(i, one[key]) for i, one in enumerate(metrics, 1) if one.get(key) is not None]
+        return np.array([i for i, _ in known], np.int64), np.array([value for _, value in known], np.float64)
+
+    ratios = sorted({key for one in metrics for key in one if key.startswith("ratio")})
+    if not len(line("clip_fraction")[0]):
+        return None
+    figure, (upper, *lower) = _axes(2 if ratios else 1)
+    upper.plot(*line("clip_fraction"), color=_AFTER, marker="o", ms=3 if len(metrics) < 40 else 0)
+    upper.set_ylabel("clip fraction")
+    upper.set_ylim(bottom=0)
+    for axes in lower:
+        for key, colour in zip(ratios, (_AFTER, _IMAGINED, _CEILING, _BEFORE), strict=False):
+            axes.plot(*line(key), color=colour, marker="o", ms=3 if len(metrics) < 40 else 0, label=key.replace("_", " "))
+        axes.axhline(1, color=_INK, lw=0.8, ls=":", zorder=1)
+        axes.set_ylabel("ratio")
+        figure.legend(loc="outside upper center", ncols=4, fontsize=7.5)
+    last = (lower or [upper])[-1]
+    last.set_xlabel("iteration")
+    last.xaxis.set_major_locator(MaxNLocator(integer=True))
+    caption = (
+        "Share of executed steps that the clip keeps from the gradient, and the probability ratio: 1 means that the policy has not moved."
+    )
+    return _finish("ratio", "Size of the policy's steps", caption, figure)
+
+
+def _calibration(report: Mapping[str, Any], figures: Figures) -> Plot | None:
+    if figures.score is None or figures.success is None or not len(figures.score):
+        return None
+    bins = calibration(figures.score, figures.success)
+    figure = Figure(figsize=_SIZE)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], "--", color=_BEFORE, lw=1, label="calibrated")
+    upper.plot(bins.score, bins.frequency, color=_AFTER, marker="o", ms=4, label="reflector")
+    upper.set_ylabel("share of successes")
+    upper.set_ylim(-0.03, 1.03)
+    lower.bar(bins.score, bins.count, width=0.05, color=_AFTER)
+    lower.set_ylim(0.7, 1.5 * bins.count.max())
+    _logarithmic(lower)
+    lower.set_ylabel("frames")
+    lower.set_xlabel("score")
+    lower.set_xlim(-0.03, 1.03)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=7.5)
+    caption = (
+        f"Held-out frames of the true environment in {_BINS} bins of the score, and how many lie in each. Expected calibration error "
+        f"{share(report['reward']['ece'])}, AUC {share(report['reward']['auc'])}. Above the dashed line the reflector is too shy, "
+        "below it too bold."
+    )
+    return _finish("calibration", "Calibration of the reflector", caption, figure)
+
+
+def _curve(number: int, title: str, curve: NDArray[np.floating]) -> Plot:
+    figure, (axes,) = _axes()
+    axes.plot(curve[:, 0], curve[:, 1], color=_AFTER, lw=1.2)
+    if (curve[:, 1] > 0).all() and curve[:, 1].max() > 20 * curve[:, 1].min():
+        _logarithmic(axes)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss")
+    slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return _finish(f"curve-{number:02d}-{slug}"[:60], title, "", figure)

@@ -1,0 +1,187 @@
+"""A report's numbers as tables, once, for the page and for the terminal; and how each kind of number is written."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from worldenv.report.fields import POLICIES, PROTOCOLS
+
+POLICY_NAMES = {"sft": "fine-tuned", "loop": "post-trained"}
+ENDED_BY = {"oracle": "the success predicate", "limit": "the step limit", "reflector": "the reflector"}
+_SUCCEEDED_IF = {
+    "oracle": "the predicate held at any step",
+    "limit": "the predicate held at the last step",
+    "reflector": "the predicate held where the reflector stopped, or at the last step",
+}
+STAGE_NAMES = {
+    "demos": "scripted demonstrations",
+    "sft": "fine-tuning of the policy",
+    "scale": "scale head of the policy",
+    "explore": "exploration in the true environment",
+    "world": "world model",
+    "reward": "reflector and its reward head",
+    "loop": "post-training in the imagined world",
+    "eval": "evaluation in the true environment",
+    "report": "this report",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under named columns. What stands after a line break in a cell explains what stands before it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: tuple[int, ...] = (0,)
+    """Columns that hold words; the others hold numbers and are set flush right."""
+    note: str = ""
+    """What a reader must know to read it."""
+    total: bool = False
+    """The last row sums the others."""
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"{self.title}: {len(self.columns)} columns, rows of {sorted({len(row) for row in self.rows})}")
+
+
+_NO_BREAK = "\u00a0"  # a number and its unit stay on one line
+
+
+def percent(part: float, whole: float) -> str:
+    """`part` of `whole` as a percentage, with a decimal where 200 or more were counted; a dash of nothing."""
+    return "–" if whole == 0 else f"{100 * part / whole:.{1 if whole >= 200 else 0}f}{_NO_BREAK}%"
+
+
+def tally(counts: Mapping[str, Any]) -> str:
+    """Successes as a percentage, its 95 % interval, and the counts."""
+    successes, episodes, (low, high) = counts["successes"], counts["episodes"], counts["interval"]
+    digits = 1 if episodes >= 200 else 0
+    return f"{percent(successes, episodes)}\n[{100 * low:.{digits}f}, {100 * high:.{digits}f}]  {successes}/{episodes}"
+
+
+def p_value(p: float) -> str:
+    """A p-value to two digits: "p = 0.032", "p < 0.0001"."""
+    return ("p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.995 else "p = 1").replace(" ", _NO_BREAK)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.42 s, 12.3 s, 3 min 12 s, 2 h 5 min."""
+    if seconds < 59.95:
+        return f"{seconds:.3g} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def memory(mb: float | None) -> str:
+    """Megabytes (1e6 bytes) as MB or GB."""
+    if mb is None:
+        return "–"
+    return f"{mb / 1000:.2f} GB" if mb >= 1000 else f"{mb:.0f} MB"
+
+
+def share(value: float | None) -> str:
+    """A figure in 0 .. 1, or a dash where it has no value."""
+    return "no value" if value is None else f"{value:.3f}"
+
+
+def success(report: Mapping[str, Any]) -> Table:
+    """Three protocols, both policies."""
+    evaluation = report["eval"]
+    rows = []
+    for protocol in PROTOCOLS:
+        before, after = (evaluation[policy][protocol] for policy in POLICIES)
+        change = 100 * (after["successes"] / after["episodes"] - before["successes"] / before["episodes"])
+        rows.append((f"{ENDED_BY[protocol]}\n{_SUCCEEDED_IF[protocol]}", tally(before), tally(after), f"{change:+.1f}"))
+    paired = evaluation["paired"]
+    note = (
+        "Greedy episodes in the true environment, on test states that no training stage saw. Brackets: 95\u00a0% Wilson interval. "
+        f"Paired over the same episodes, ended by the success predicate: {paired['wins']} only the post-trained policy solved, "
+        f"{paired['losses']} only the fine-tuned one; two-sided exact McNemar {p_value(paired['p_value'])}."
+    )
+    columns = ("episode ended by; a success if", *(POLICY_NAMES[policy] for policy in POLICIES), "points")
+    return Table("Success in the true environment", columns, tuple(rows), note=note)
+
+
+def success_by_task(report: Mapping[str, Any]) -> Table | None:
+    """The same by task, where it was counted by task."""
+    evaluation = report["eval"]
+    rows = []
+    for protocol in PROTOCOLS:
+        before, after = (evaluation[policy][protocol].get("by_task", {}) for policy in POLICIES)
+        rows += [(task, ENDED_BY[protocol], tally(before[task]), tally(after[task])) for task in before if task in after]
+    if not rows:
+        return None
+    order = {task: i for i, task in enumerate(dict.fromkeys(row[0] for row in rows))}
+    rows.sort(key=lambda row: order[row[0]])
+    columns = ("task", "episode ended by", *(POLICY_NAMES[policy] for policy in POLICIES))
+    return Table("Success by task", columns, tuple(rows), words=(0, 1))
+
+
+def imagined(report: Mapping[str, Any]) -> Table:
+    """Imagined against true outcome of the same actions."""
+    whole = report["world"]["outcome_agreement"]
+
+    def row(name: str, counts: Mapping[str, Any]) -> tuple[str, ...]:
+        n = counts["episodes"]
+        successes = (f"{counts[name]}/{n}\n{percent(counts[name], n)}" for name in ("imagined_successes", "true_successes", "agree"))
+        return (name, *successes, str(counts["false_positives"]), str(counts["false_negatives"]))
+
+    rows = [row(task, counts) for task, counts in whole["by_task"].items()]
+    note = (
+        "The same actions in the imagined world, judged by the reflector, and in the true one, judged by the predicate; "
+        "all steps, success at any of them."
+    )
+    if "reflector_false_positives" in whole:
+        note += (
+            f" On the true videos of these rollouts the reflector alone errs {whole['reflector_false_positives']} times towards success "
+            f"and {whole['reflector_false_negatives']} times towards failure; the rest is the simulator's and the kinematics' share."
+        )
+    columns = ("task", "imagined success", "true success", "agree", "false positives", "false negatives")
+    return Table("Imagined against true outcomes", columns, (*rows, row("all tasks", whole)), note=note, total=True)
+
+
+def reflector(report: Mapping[str, Any]) -> Table:
+    """The reflector on held-out episodes."""
+    reward = report["reward"]
+    rows = (
+        ("AUC", share(reward["auc"]), "1: every successful frame scores above every other; 0.5: chance"),
+        ("precision", share(reward["precision"]), "of the frames called a success, those that are"),
+        ("recall", share(reward["recall"]), "of the successful frames, those that are called so"),
+        ("false stops", share(reward["false_stop_rate"]), "episodes that it would end although the task is not done then"),
+        ("calibration error", share(reward["ece"]), "mean distance between score and frequency of success"),
+    )
+    note = "Frames of the true environment; imagined frames are harder."
+    return Table("Reflector on held-out episodes", ("figure", "value", "meaning"), rows, words=(0, 2), note=note)
+
+
+def stages(report: Mapping[str, Any]) -> Table:
+    """Seconds and memory of each stage."""
+    total = max(report["seconds_total"], 1e-9)
+    rows = []
+    for name, one in report["stages"].items():
+        part = f"{100 * one['seconds'] / total:.0f}{_NO_BREAK}%"
+        rows.append((name, STAGE_NAMES.get(name, ""), duration(one["seconds"]), part, memory(one.get("peak_rss_mb"))))
+    last = ("all", "", duration(report["seconds_total"]), "", memory(report["peak_rss_mb"]))
+    note = "Memory: largest sum of the resident memory (RSS) of all processes of the run; pages that they share count in each."
+    columns = ("stage", "what it does", "time", "share", "peak memory")
+    return Table("Time and memory", columns, (*rows, last), words=(0, 1), note=note, total=True)
+
+
+def for_terminal(table: Table, width: int = 160) -> Iterator[str]:
+    """The table as lines of plain text; its note is wrapped at `width` columns."""
+    rows = [tuple(cell.replace("\n", "  ") for cell in row) for row in table.rows]
+    widths = [max(map(len, column)) for column in zip(table.columns, *rows, strict=True)]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [cell.ljust(w) if i in table.words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        return "  " + "   ".join(cells).rstrip()
+
+    yield table.title
+    yield line(table.columns)
+    yield "  " + "-" * (sum(widths) + 3 * (len(widths) - 1))
+    yield from map(line, rows)
+    yield from textwrap.wrap(table.note, width, initial_indent="  ", subsequent_indent="  ")

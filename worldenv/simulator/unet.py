@@ -1,0 +1,438 @@
+"""EVAC's denoising network: a 2-D U-Net with temporal layers, over the latents of memory frames followed by chunk frames.
+
+Parameters carry the names of the released checkpoints ("temopral_conv" included), so a state dict loads as it is. Attention blocks
+with an even number, counted through the network, attend to action tokens, odd ones to image tokens. Only the temporal convolution is
+causal; there is no positional encoding, so frames, height and width are free.
+
+Activations are (B, T, H, W, C) in memory throughout: a convolution sees them as channels-last pictures, a normalisation over time as
+one tall picture, spatial and temporal attention as tokens, and none of these views moves a byte.
+Sources: EnerVerse-AC (arXiv:2505.09723); DynamiCrafter (arXiv:2310.12190), whose 512 model is its initialisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from worldenv.config import UNetConfig
+from worldenv.simulator.layers import ClipNorm, FrameConv, FrameNorm, channels_last, upsample, zero
+
+_GROUPS = 32
+_MAX_PERIOD = 10_000.0
+_FF_MULT = 4
+_TAPS = 3
+"""Frames that a temporal convolution sees: its own and the two before."""
+
+
+class KeysValues(NamedTuple):
+    """One attention block's view of its context tokens, each (B, heads, L, C / heads)."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
+    """(B, dim) float32 sinusoids of `timesteps` (B,): cosines, then sines, periods 2 pi .. 2 pi 10^4."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(_MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
+    angles = timesteps[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class CausalConv(nn.Conv3d):
+    """Kernel (3, 1, 1) over (B, T, H, W, C): frame t sees t - 2, t - 1 and t; before the first frame, the first frame again."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, (_TAPS, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Like `x`."""
+        batch, frames, height, width, channels = x.shape
+        before = x[:, :1].expand(-1, _TAPS - 1, -1, -1, -1)
+        padded = torch.cat([before, x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
+        weight = self.weight.squeeze(-1)  # one picture of frames by pixels, one tall kernel
+        y = F.conv2d(padded.permute(0, 3, 1, 2), weight, self.bias)
+        return y.permute(0, 2, 3, 1).reshape(batch, frames, height, width, channels)
+
+
+class TemporalConvBlock(nn.Module):
+    """Four causal convolutions with a residual path; the last begins at zero."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+
+        def layer(dropped: bool) -> nn.Sequential:
+            drop = [nn.Dropout(dropout)] if dropped else []
+            return nn.Sequential(ClipNorm(_GROUPS, channels, 1e-5), nn.SiLU(), *drop, CausalConv(channels))
+
+        self.conv1, self.conv2, self.conv3, self.conv4 = layer(False), layer(True), layer(True), layer(True)
+        zero(self.conv4[-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, W, C), like `x`."""
+        y: torch.Tensor = self.conv4(self.conv3(self.conv2(self.conv1(x))))
+        return x + y
+
+
+class ResBlock(nn.Module):
+    """Two convolutions per frame with the time embedding between them, then the temporal block."""
+
+    def __init__(self, channels_in: int, channels: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(FrameNorm(_GROUPS, channels_in, 1e-5), nn.SiLU(), FrameConv(channels_in, channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, channels))
+        self.out_layers = nn.Sequential(
+            FrameNorm(_GROUPS, channels, 1e-5), nn.SiLU(), nn.Dropout(dropout), zero(FrameConv(channels, channels, 3, padding=1))
+        )
+        self.skip_connection = nn.Identity() if channels_in == channels else FrameConv(channels_in, channels, 1)
+        self.temopral_conv = TemporalConvBlock(channels, dropout)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, W, C) of `x` (B, T, H, W, C_in) and `embedding` (B, T, C), the output of `emb_layers`."""
+        y = self.in_layers(x) + embedding[:, :, None, None, :]
+        y = self.skip_connection(x) + self.out_layers(y)
+        out: torch.Tensor = self.temopral_conv(y)
+        return out
+
+
+def _attend(query: torch.Tensor, pair: KeysValues, heads: int) -> torch.Tensor:
+    """(B, N, C) of `query` (B, N, C) attending to keys and values (B, heads, L, C / heads)."""
+    q = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, pair.key, pair.value).transpose(1, 2).flatten(2)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention of the tokens (N, L, C) of each frame."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Like `x`."""
+        key, value = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_k, self.to_v))
+        out: torch.Tensor = self.to_out(_attend(self.to_q(x), KeysValues(key, value), self.heads))
+        return out
+
+
+class TemporalAttention(SpatialAttention):
+    """Self-attention over the frames of each pixel of (B, T, L, C): no mask, no position."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Like `x`."""
+        batch, frames, pixels, channels = x.shape
+        # Pixels and heads lie side by side in memory, so together they are one axis of heads, and nothing is transposed.
+        q, k, v = (to(x).view(batch, frames, pixels * self.heads, -1).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, frames, pixels, channels)
+        out: torch.Tensor = self.to_out(y)
+        return out
+
+
+class ContextAttention(nn.Module):
+    """Attention of all frames to the same context tokens: action tokens in even blocks, image tokens in odd ones."""
+
+    def __init__(self, channels: int, heads: int, context: int, even: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        kind = "tp" if even else "ip"
+        self._names = (f"to_k_{kind}", f"to_v_{kind}")
+        for name in self._names:
+            self.add_module(name, nn.Linear(context, channels, bias=False))
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def keys_values(self, tokens: torch.Tensor) -> KeysValues:
+        """Of context `tokens` (B, L, context): constant over denoising steps and frames."""
+        key, value = (self.get_submodule(name)(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in self._names)
+        return KeysValues(key, value)
+
+    def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
+        """(B, N, C) like `x`: the N tokens of all frames."""
+        out: torch.Tensor = self.to_out(_attend(self.to_q(x), pair, self.heads))
+        return out
+
+
+class _Gated(nn.Module):
+    """Linear to twice the width; one half gates the other through the exact GELU."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Two products, not one that is cut in two: halves of a row are slow to walk, twice as slow in all on a CPU.
+        value, gate = (F.linear(x, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True))
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU, four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = _FF_MULT * channels
+        self.net = nn.Sequential(_Gated(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) like `x`."""
+        out: torch.Tensor = self.net(x)
+        return out
+
+
+class SpatialBlock(nn.Module):
+    """Pre-norm: self-attention within each frame, attention to context tokens, GEGLU."""
+
+    def __init__(self, channels: int, heads: int, context: int, even: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn1 = SpatialAttention(channels, heads)
+        self.attn2 = ContextAttention(channels, heads, context, even)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
+        """(B, T, L, C) like `x`."""
+        x = x + self.attn1(self.norm1(x).flatten(0, 1)).view(x.shape)
+        x = x + self.attn2(self.norm2(x).flatten(1, 2), pair).view(x.shape)
+        y: torch.Tensor = self.ff(self.norm3(x))
+        return x + y
+
+
+class TemporalBlock(nn.Module):
+    """Pre-norm: self-attention over frames, twice, then GEGLU."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn1, self.attn2 = TemporalAttention(channels, heads), TemporalAttention(channels, heads)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, L, C) like `x`."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x))
+        y: torch.Tensor = self.ff(self.norm3(x))
+        return x + y
+
+
+class SpatialTransformer(nn.Module):
+    """Attention within each frame and to the context, with a residual path; begins as the identity."""
+
+    def __init__(self, channels: int, heads: int, context: int, number: int) -> None:
+        super().__init__()
+        self.number = number
+        """How many of these blocks lie before it: even ones attend to action tokens."""
+        self.norm = FrameNorm(_GROUPS, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([SpatialBlock(channels, heads, context, number % 2 == 0)])
+        self.proj_out = zero(nn.Linear(channels, channels))
+
+    def keys_values(self, image: torch.Tensor, action: torch.Tensor) -> KeysValues:
+        """Of the tokens that this block attends to."""
+        block = self.transformer_blocks[0]
+        assert isinstance(block, SpatialBlock)
+        return block.attn2.keys_values(image if self.number % 2 else action)
+
+    def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
+        """(B, T, H, W, C) like `x`."""
+        y = self.proj_in(self.norm(x).flatten(2, 3))
+        out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, pair))
+        return x + out.view(x.shape)
+
+
+class _PointwiseConv(nn.Conv1d):
+    """A Conv1d of kernel 1 as the linear layer that it is, over (..., C)."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__(channels_in, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.squeeze(-1), self.bias)
+
+
+class TemporalTransformer(nn.Module):
+    """Attention over frames at each pixel, normalised over the whole clip, with a residual path; begins as the identity."""
+
+    def __init__(self, channels: int, heads: int, inner: int, pointwise: bool = False) -> None:
+        super().__init__()
+        project = _PointwiseConv if pointwise else nn.Linear
+        self.norm = ClipNorm(_GROUPS, channels, 1e-6)
+        self.proj_in = project(channels, inner)
+        self.transformer_blocks = nn.ModuleList([TemporalBlock(inner, heads)])
+        self.proj_out = zero(project(inner, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, W, C) like `x`."""
+        y = self.proj_in(self.norm(x).flatten(2, 3))
+        out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y))
+        return x + out.view(x.shape)
+
+
+class Downsample(nn.Module):
+    """Half the height and width, by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = FrameConv(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H / 2, W / 2, C)."""
+        out: torch.Tensor = self.op(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Twice the height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, 2 H, 2 W, C)."""
+        out: torch.Tensor = self.conv(upsample(x))
+        return out
+
+
+def _head(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(FrameNorm(_GROUPS, channels, 1e-5), nn.SiLU(), zero(FrameConv(channels, out, 3, padding=1)))
+
+
+class UNet(nn.Module):
+    """Predicts v of T = memory + chunk latent frames of `latent` channels, from 3 * latent + 7 input channels.
+
+    Input channels: noisy or memory latent, condition latent, mask (1), action-map latent, ray direction (3), ray origin (3).
+    """
+
+    def __init__(self, config: UNetConfig, latent: int) -> None:
+        super().__init__()
+        self.config, self.latent = config, latent
+        width, embedding, heads_of = config.model_channels, 4 * config.model_channels, config.num_head_channels
+        for mult in config.channel_mult:
+            if (width * mult) % heads_of or (width * mult) % _GROUPS:
+                raise ValueError(f"UNet: {width * mult} channels, want a multiple of num_head_channels={heads_of} and of {_GROUPS}")
+
+        def embed() -> nn.Sequential:
+            return nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+
+        self.time_embed, self.fps_embedding = embed(), embed()
+        self.domain_embedding = nn.Embedding(config.domains, embedding)
+        self._blocks = 0
+
+        def residual(channels_in: int, channels: int) -> ResBlock:
+            return ResBlock(channels_in, channels, embedding, config.dropout)
+
+        def attention(channels: int) -> list[nn.Module]:
+            heads = channels // heads_of
+            spatial = SpatialTransformer(channels, heads, config.context_dim, self._blocks)
+            self._blocks += 1
+            return [spatial, TemporalTransformer(channels, heads, channels)]
+
+        inner = config.init_heads * heads_of
+        self.input_blocks = nn.ModuleList([nn.ModuleList([FrameConv(3 * latent + 7, width, 3, padding=1)])])
+        self.init_attn = nn.ModuleList([TemporalTransformer(width, config.init_heads, inner, pointwise=True)])
+        skips, channels, rate = [width], width, 1
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [residual(channels, mult * width)]
+                channels = mult * width
+                layers += attention(channels) if rate in config.attention_resolutions else []
+                self.input_blocks.append(nn.ModuleList(layers))
+                skips.append(channels)
+            if level + 1 < len(config.channel_mult):
+                self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
+                skips.append(channels)
+                rate *= 2
+        self.middle_block = nn.ModuleList([residual(channels, channels), *attention(channels), residual(channels, channels)])
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.num_res_blocks + 1):
+                layers = [residual(channels + skips.pop(), mult * width)]
+                channels = mult * width
+                layers += attention(channels) if rate in config.attention_resolutions else []
+                if level and i == config.num_res_blocks:
+                    layers.append(Upsample(channels))
+                    rate //= 2
+                self.output_blocks.append(nn.ModuleList(layers))
+        self.out = _head(channels, latent)
+        channels_last(self)
+
+    def _residuals(self) -> list[ResBlock]:
+        return [module for module in self.modules() if isinstance(module, ResBlock)]
+
+    def _attentions(self) -> list[SpatialTransformer]:
+        return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+
+    def time_rows(self, timesteps: torch.Tensor, fps: torch.Tensor, domain: torch.Tensor) -> list[torch.Tensor]:
+        """What each residual block adds at `timesteps` (N,): its (N, C), in the order of the blocks; `fps`, `domain` (N,) int64.
+
+        Constant over frames and pixels, so a sampler computes it once for its levels and for level 0, that of memory frames.
+        """
+        weight = self.domain_embedding.weight
+
+        def sinusoids(values: torch.Tensor) -> torch.Tensor:
+            return timestep_embedding(values, self.config.model_channels).to(weight.dtype)
+
+        embedding = self.time_embed(sinusoids(timesteps)) + self.fps_embedding(sinusoids(fps)) + self.domain_embedding(domain)
+        return [block.emb_layers(embedding) for block in self._residuals()]
+
+    def keys_values(self, image: torch.Tensor, action: torch.Tensor) -> list[KeysValues]:
+        """Keys and values of every attention block, of `image` (B, L, context) and `action` (B, M, context) tokens.
+
+        Constant over denoising steps and frames.
+        """
+        return [block.keys_values(image, action) for block in self._attentions()]
+
+    def denoise(self, x: torch.Tensor, memory_rows: Sequence[torch.Tensor], chunk_rows: Sequence[torch.Tensor], pairs: Sequence[KeysValues], memory: int) -> torch.Tensor:
+        """v (B, latent, T, H, W) of `x` (B, 3 latent + 7, T, H, W), whose first `memory` frames are memory.
+
+        `memory_rows`, `chunk_rows`: for each residual block (B or 1, C), from `time_rows`; `pairs` from `keys_values`.
+        """
+        batch, _, frames, _, _ = x.shape
+        rows = iter(zip(memory_rows, chunk_rows, strict=True))
+        views = iter(pairs)
+
+        def run(layers: nn.Module, h: torch.Tensor) -> torch.Tensor:
+            assert isinstance(layers, nn.ModuleList)
+            for layer in layers:
+                if isinstance(layer, ResBlock):
+                    before, now = (row.expand(batch, -1)[:, None] for row in next(rows))
+                    h = layer(h, torch.cat([before.expand(-1, memory, -1), now.expand(-1, frames - memory, -1)], dim=1))
+                elif isinstance(layer, SpatialTransformer):
+                    h = layer(h, next(views))
+                else:
+                    h = layer(h)
+            return h
+
+        h, skips = x.permute(0, 2, 3, 4, 1).contiguous(), []
+        for number, block in enumerate(self.input_blocks):
+            h = run(block, h)
+            if number == 0:
+                h = run(self.init_attn, h)
+            skips.append(h)
+        h = run(self.middle_block, h)
+        for block in self.output_blocks:
+            h = run(block, torch.cat([h, skips.pop()], dim=-1))
+        out: torch.Tensor = self.out(h)
+        return out.permute(0, 4, 1, 2, 3)
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, image: torch.Tensor, action: torch.Tensor, fps: torch.Tensor, domain: torch.Tensor, memory: int
+    ) -> torch.Tensor:
+        """v (B, latent, T, H, W) of `x` (B, 3 latent + 7, T, H, W), everything computed anew: what training and tests call.
+
+        `timesteps` (B,) is the noise level of the chunk frames, one per sample; memory frames are at level 0. `image` (B, L, context)
+        and `action` (B, M, context) are tokens; `fps` and `domain` (B,) int64. Raises ValueError where channels or frames do not fit.
+        """
+        if x.dim() != 5 or x.shape[1] != 3 * self.latent + 7 or not 0 <= memory < x.shape[2]:
+            raise ValueError(f"UNet: x {tuple(x.shape)}, memory={memory}: want (B, {3 * self.latent + 7}, T, H, W) and memory < T")
+        at_rest = torch.zeros_like(timesteps)
+        rows = self.time_rows(torch.cat([at_rest, timesteps]), fps.repeat(2), domain.repeat(2))
+        memory_rows, chunk_rows = zip(*(row.chunk(2) for row in rows), strict=True)
+        return self.denoise(x, memory_rows, chunk_rows, self.keys_values(image, action), memory)

@@ -321,6 +321,14 @@ class SftConfig:
     """Queries per step."""
     lr: float = 1e-3
     """Peak learning rate (one cycle)."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, on matrices."""
+    shift_px: int = 2
+    """Pictures are moved by up to this, each axis [px]; actions are relative, so the target stays."""
+    colour: float = 0.15
+    """Brightness, contrast and saturation change by up to this share."""
+    proprio_noise: float = 0.1
+    """Normal noise on the normalised proprio, so that the picture counts [1 = half its range]."""
     stop_l1: float = 0.01
     """Stop when the mean L1 of the last epoch is below this [normalised action]."""
 

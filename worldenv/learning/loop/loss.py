@@ -1,0 +1,50 @@
+"""The clipped surrogate, per executed step (paper, Eq. 5; Schulman et al. 2017, arXiv:1707.06347).
+
+    L = -1/T sum min(r A, clip(r, 1 - eps, 1 + eps) A)        r = exp(log p_new - log p_old) of one executed step
+
+over the executed steps; log p is summed over the action dimensions, never over the chunk. T counts executed steps, so each step weighs the
+same and a long rollout more than a short one (RIPT-VLA weighs rollouts alike).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """The loss and what it was made of."""
+
+    loss: torch.Tensor
+    """Scalar."""
+    ratio: torch.Tensor
+    """(B, K); 0 where nothing was executed. Without gradient."""
+    clipped: torch.Tensor
+    """(B, K) bool: executed steps whose clipped branch counts, so that they give no gradient."""
+    kl: torch.Tensor
+    """(B, K): r - 1 - log r, whose mean estimates KL(old, new) [nat] without bias; 0 where nothing was executed. Without gradient."""
+
+
+def surrogate(
+    new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, live: torch.Tensor, clip: float, steps: float | None = None
+) -> Surrogate:
+    """Loss of log-densities `new` and `old` (B, K) with `advantage` (B,) over the executed steps `live` (B, K) bool.
+
+    `steps` is the divisor T; without it, the executed steps here. Values outside `live` do not matter, not even nan.
+    """
+    if not new.shape == old.shape == live.shape or advantage.shape != new.shape[:1]:
+        raise ValueError(
+            f"surrogate: new {tuple(new.shape)}, old {tuple(old.shape)}, live {tuple(live.shape)}, advantage {tuple(advantage.shape)}"
+        )
+    log_ratio = torch.where(live, new - old, 0.0)
+    ratio = log_ratio.exp()
+    gain = ratio * advantage[:, None]
+    held = ratio.clamp(1.0 - clip, 1.0 + clip) * advantage[:, None]
+    total = torch.where(live, torch.minimum(gain, held), 0.0).sum()
+    count = steps if steps is not None else float(live.sum())
+    if count <= 0:
+        raise ValueError("surrogate: no executed step")
+    plain, log_plain = ratio.detach(), log_ratio.detach()
+    return Surrogate(-total / count, plain * live, (held < gain).detach() & live, plain - 1.0 - log_plain)

@@ -1,0 +1,230 @@
+"""One LOOP update: rollouts in, new LoRA and head weights out (paper, Algorithm 1, lines 23 to 32).
+
+LoRA sits on every linear layer of the vision towers, the projector and the language model: what the paper calls the vision-language
+backbone. Not on the patch convolutions and the output layer, which the published fine-tuning adapts by an accident of names, nor on the
+proprio projector, which is no part of the backbone. Both heads are trained in full; everything else stays as it was.
+
+Eq. 5 divides by the executed steps of all rollouts. A batch of 4 rollouts is one optimiser step on an unbiased estimate of that: its sum is
+divided by 4 times the mean length over the iteration, not by its own length, so that every executed step of an iteration weighs the same.
+Where a batch is the whole iteration, that is Eq. 5 itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from worldenv import checkpoint, noise
+from worldenv.config import LoopConfig
+from worldenv.learning.loop.advantage import leave_one_out
+from worldenv.learning.loop.loss import surrogate
+from worldenv.nouns import Observation, Rollout
+from worldenv.policy import laplace
+from worldenv.policy.openvla_oft import OpenVLAOFT
+
+RATIO_TOLERANCE = 1e-3
+"""Largest |ratio - 1| before the first update of an iteration: float32 rounding between batches of different sizes stays well below."""
+BACKBONE = ("vision_backbone", "projector", "language_model")
+HEADS = ("action_head", "scale_head")
+_ADAPTER = "default"
+
+
+class RatioError(ValueError):
+    """The rollouts were not drawn by the policy that is to learn from them."""
+
+
+def lora_targets(network: nn.Module) -> list[str]:
+    """Names of the layers that get LoRA: every `nn.Linear` of the vision towers, the projector and the language model."""
+    return [name for name, module in network.named_modules() if name.startswith(BACKBONE) and isinstance(module, nn.Linear)]
+
+
+class Learner:
+    """Holds the trainable weights of a policy and improves them. `policy` acts with them at once."""
+
+    def __init__(self, policy: OpenVLAOFT, config: LoopConfig, seed: int) -> None:
+        """Put fresh LoRA into `policy`, in place, and set its scale factor; `seed` decides the LoRA's start and the order of batches."""
+        self.policy, self.config = policy, config
+        self._seed = seed
+        policy.scale_factor = config.scale_factor
+        network = policy.network
+        self.lora_config = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            init_lora_weights="gaussian",
+            target_modules=lora_targets(network),
+        )
+        with torch.random.fork_rng():  # PEFT draws from torch's global generator
+            torch.manual_seed(noise.torch_seed(seed, noise.Stream.LOOP))
+            inject_adapter_in_model(self.lora_config, network, adapter_name=_ADAPTER)
+        self._lora, self._heads = {}, {}
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(".lora_" in name or name.startswith(HEADS))
+            if ".lora_" in name:
+                self._lora[name] = parameter
+            elif name.startswith(HEADS):
+                self._heads[name] = parameter
+        groups = [{"params": list(self._lora.values()), "lr": config.lora_lr}, {"params": list(self._heads.values()), "lr": config.head_lr}]
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+
+    def update(self, rollouts: Sequence[Rollout], iteration: int) -> dict[str, float]:
+        """Learn from one iteration's rollouts, all drawn by `policy` as it is now. Returns the metrics of the update.
+
+        Raises RatioError where the rollouts are not this policy's, FloatingPointError where loss or gradient is not finite; the weights of
+        the last whole optimiser step are then still there.
+        """
+        rollouts = sorted(rollouts, key=lambda r: r.number)  # not the order in which they ended
+        value = torch.tensor([r.value for r in rollouts], dtype=torch.float64)
+        advantage = leave_one_out(value, torch.tensor([r.group for r in rollouts])).float()
+        mean_steps = sum(r.steps for r in rollouts) / len(rollouts)
+        self.check_ratio(rollouts[: self.config.batch], iteration)
+        total = _Totals()
+        for sweep in range(self.config.passes):
+            draw = noise.integers(self._seed, noise.Stream.LOOP, iteration * self.config.passes + sweep, 2**32, len(rollouts))
+            order = np.argsort(draw, kind="stable")
+            for batch, start in enumerate(range(0, len(order), self.config.batch)):
+                chosen = order[start : start + self.config.batch].tolist()
+                self._step(
+                    [rollouts[i] for i in chosen],
+                    advantage[chosen],
+                    mean_steps * len(chosen),
+                    total,
+                    f"iteration {iteration}, batch {batch}",
+                )
+        return total.metrics(len(rollouts) * mean_steps)
+
+    def _step(self, rollouts: Sequence[Rollout], advantage: torch.Tensor, steps: float, total: _Totals, where: str) -> None:
+        """One optimiser step. Its gradient does not depend on the microbatch: every part is divided by the same `steps`."""
+        self._optimizer.zero_grad(set_to_none=True)
+        repeats = torch.tensor([len(r.live) for r in rollouts])
+        rows = advantage.repeat_interleave(repeats).to(self.policy.device)
+        loss = 0.0
+        for part, observation, action, old, live in self._microbatches(rollouts):
+            new, _, log_scale = self.policy.evaluate_actions(observation, action)
+            result = surrogate(new, old, rows[part], live, self.config.clip, steps)
+            result.loss.backward()  # type: ignore[no-untyped-call]
+            loss += float(result.loss.detach())
+            total.add(result.ratio, result.clipped, result.kl, laplace.entropy(log_scale.detach()).sum(-1), live)
+        norms = [float(nn.utils.clip_grad_norm_(group.values(), self.config.grad_clip)) for group in (self._lora, self._heads)]
+        if not all(math.isfinite(x) for x in (loss, *norms)):
+            raise FloatingPointError(
+                f"loop: loss is {loss}, gradient norms are {norms} at {where}; "
+                "lower loop.lora_lr and loop.head_lr, or raise policy.scale_floor"
+            )
+        self._optimizer.step()
+        total.step(loss * steps, *norms)
+
+    def _microbatches(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[slice, Observation, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The queries of `rollouts`, `microbatch` at a time: rows, observation, action (b, K, 7), log-density and live (b, K)."""
+        device = self.policy.device
+        instruction = [r.context.instruction for r in rollouts for _ in range(len(r.live))]
+        frame, proprio, action, old, live = (
+            torch.cat([getattr(r, name) for r in rollouts]) for name in ("frame", "proprio", "action", "log_prob", "live")
+        )
+        for start in range(0, len(instruction), self.config.microbatch):
+            part = slice(start, start + self.config.microbatch)
+            observation = Observation(frame[part].to(device), proprio[part].to(device), tuple(instruction[part]))
+            yield part, observation, action[part].to(device), old[part].to(device), live[part].to(device)
+
+    @torch.no_grad()
+    def check_ratio(self, rollouts: Sequence[Rollout], iteration: int = 0) -> float:
+        """Largest |ratio - 1| over the executed steps of `rollouts` under the present weights. RatioError above 1e-3, or where it is nan."""
+        worst = 0.0
+        for _, observation, action, old, live in self._microbatches(rollouts):
+            new, _, _ = self.policy.evaluate_actions(observation, action)
+            error = float(((new - old)[live].double().exp() - 1.0).abs().max())
+            worst = error if math.isnan(error) else max(worst, error)
+            if not error <= RATIO_TOLERANCE:
+                raise RatioError(
+                    f"loop: iteration {iteration}: the ratio is off 1 by {error:.3g} before the first update (at most {RATIO_TOLERANCE:g}): "
+                    "these rollouts were drawn with other weights, scale_factor or precision; collect them again"
+                )
+        return worst
+
+    def tree(self) -> dict[str, Any]:
+        """Everything that an update changes, for `checkpoint.save`."""
+        trained = {name: parameter.detach() for name, parameter in (self._lora | self._heads).items()}
+        return {"trained": trained, "optimizer": self._optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_tree(self, tree: Mapping[str, Any]) -> None:
+        """Go on from what `tree` returned: the next update gives the same bits as if nothing had happened. ValueError for a misfit."""
+        own, stored = self._lora | self._heads, tree["trained"]
+        wrong = [
+            name
+            for name in sorted(own.keys() | stored.keys())
+            if name not in own or name not in stored or own[name].shape != stored[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"loop state does not fit this policy: {', '.join(wrong[:3])}; was lora_rank or the policy's size changed?")
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
+        self._optimizer.load_state_dict(dict(tree["optimizer"]))
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, torch.Tensor]:
+        """The network's weights under their plain names, LoRA added in: W + alpha / rank B A from the pristine W, which stays as it is."""
+        layers = {name: module for name, module in self.policy.network.named_modules() if isinstance(module, LoraLayer)}
+        state = {}
+        for name, tensor in self.policy.network.state_dict().items():
+            if ".lora_" not in name:
+                owner, _, leaf = name.rpartition(".base_layer.")
+                if owner and leaf == "weight":
+                    delta = layers[owner].get_delta_weight(_ADAPTER)
+                    tensor = (tensor.float() + delta.float()).to(tensor.dtype)
+                state[name.replace(".base_layer.", ".")] = tensor.clone()
+        return state
+
+    def export_adapter(self, directory: Path) -> None:
+        """Write LoRA in PEFT's format: `adapter_model.safetensors` and `adapter_config.json` (the heads are in the policy's own file)."""
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {
+            f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": parameter.detach().cpu().contiguous()
+            for name, parameter in self._lora.items()
+        }
+        with checkpoint.atomic(directory / "adapter_model.safetensors") as file:
+            save_file(weights, file, metadata={"format": "pt"})
+        self.lora_config.save_pretrained(str(directory))
+
+
+class _Totals:
+    """Sums over the executed steps of an update."""
+
+    def __init__(self) -> None:
+        self.executed = self.clipped = self.kl = self.entropy = self.loss = 0.0
+        self.ratio_max = 0.0
+        self.norms: list[tuple[float, float]] = []
+
+    def add(self, ratio: torch.Tensor, clipped: torch.Tensor, kl: torch.Tensor, entropy: torch.Tensor, live: torch.Tensor) -> None:
+        self.executed += float(live.sum())
+        self.clipped += float(clipped.sum())
+        self.kl += float(kl.sum())
+        self.entropy += float(entropy[live].sum())
+        self.ratio_max = max(self.ratio_max, float(ratio.max()))
+
+    def step(self, loss: float, lora: float, heads: float) -> None:
+        self.loss += loss
+        self.norms.append((lora, heads))
+
+    def metrics(self, steps: float) -> dict[str, float]:
+        lora, heads = (sum(norm) / len(self.norms) for norm in zip(*self.norms, strict=True))
+        return {
+            "loss": self.loss / self.executed,
+            "clip_fraction": self.clipped / self.executed,
+            "kl": self.kl / self.executed,
+            "ratio_max": self.ratio_max,
+            "grad_norm_lora": lora,
+            "grad_norm_heads": heads,
+            "entropy": self.entropy / self.executed,
+            "updates": len(self.norms),
+            "steps": steps,
+        }

@@ -1,0 +1,52 @@
+"""The policy's density: independent Laplace over the action dimensions (paper, section 4.3; Eq. 8).
+
+    log p(a) = -|a - mu| / b - log(2 b)        b = factor * max(exp(beta), floor)
+
+`factor` and `floor` are part of the density: what is drawn and what is scored is one and the same distribution. factor 1 and floor 0 are
+the paper. Every function works in the dtype that it is given; the policy gives float32 and draws in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def scale(beta: torch.Tensor, factor: float, floor: float) -> torch.Tensor:
+    """log b of the density, like `beta`; where the floor holds, beta gets no gradient.
+
+    ValueError unless factor > 0 and floor >= 0.
+    """
+    if not factor > 0 or not floor >= 0:
+        raise ValueError(f"Laplace scale: factor {factor}, floor {floor}: want factor > 0, floor >= 0")
+    held = beta.clamp_min(math.log(floor)) if floor else beta
+    return held + math.log(factor)
+
+
+def log_density(action: torch.Tensor, mu: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """log p of each dimension, like `action`; all three alike in shape."""
+    return -(action - mu).abs() * torch.exp(-log_scale) - log_scale - math.log(2.0)
+
+
+def log_prob(action: torch.Tensor, mu: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """log p of each step: (..., D) -> (...)."""
+    return log_density(action, mu, log_scale).sum(-1)
+
+
+def nll(action: torch.Tensor, mu: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-density over all elements (Eq. 8): a scalar."""
+    return -log_density(action, mu, log_scale).mean()
+
+
+def sample(mu: torch.Tensor, log_scale: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The draw that `uniform` in (0, 1) stands for, by the inverse CDF: mu - b sign(u - 1/2) ln(1 - 2 |u - 1/2|).
+
+    1 - 2 |u - 1/2| is written 2 min(u, 1 - u), which keeps its precision in the tails. Result in the widest dtype of the three.
+    """
+    return mu - torch.exp(log_scale) * torch.sign(uniform - 0.5) * torch.log(2.0 * torch.minimum(uniform, 1.0 - uniform))
+
+
+def entropy(log_scale: torch.Tensor) -> torch.Tensor:
+    """Differential entropy of each dimension [nat]: 1 + log(2 b)."""
+    return 1.0 + math.log(2.0) + log_scale

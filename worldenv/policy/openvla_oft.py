@@ -1,0 +1,197 @@
+"""OpenVLA-OFT: the network, and the policy that asks it.
+
+One query is one sequence. Everything sees everything, so the order in memory is free and only rotary positions tell tokens apart:
+
+    position   0     1 .. P-1 (patches)   P (proprio)   P+1 .. P+L-2      P+L-1   P+L .. P+L+55   P+L+56
+    token      <s>   view after view      one token     rest of prompt    29871   56 zero slots   </s>
+
+with P patches and proprio, L prompt tokens from <s> to 29871. The heads read the hiddens at P+L-1 .. P+L+54: they begin at the 29871 token,
+one before the slots, as the published model does; the last slot and </s> are seen but not read. Prompts of a batch may differ in length:
+padding stands in the middle, hidden, and the last 58 tokens are always 29871, slots, </s>.
+Source: Kim et al. 2025 (arXiv:2502.19645), the published code's behaviour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from worldenv.config import PolicyConfig
+from worldenv.nouns import ACTION_DIM, ActionChunk, Observation
+from worldenv.policy import laplace
+from worldenv.policy.heads import LOG_SCALE_START, L1Head, ProprioProjector, ScaleHead
+from worldenv.policy.llama import LanguageModel
+from worldenv.policy.processing import STOP, PromptTokenizer, Statistics, normalise_pixels, picture
+from worldenv.policy.vision import VisionBackbone
+
+
+@dataclass(frozen=True)
+class Query:
+    """What the network takes: B queries, processed."""
+
+    pixels: torch.Tensor
+    """(B, 6 V, S, S), normalised."""
+    ids: torch.Tensor
+    """(B, L) int64: <s> .. 29871, padded on the right."""
+    lengths: torch.Tensor | None
+    """(B,) int64 prompt lengths; None where all are L."""
+    proprio: torch.Tensor | None
+    """(B, P) float32, normalised; None for a model without."""
+
+
+class _Projector(nn.Module):
+    def __init__(self, vision: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision, 4 * vision)
+        self.fc2 = nn.Linear(4 * vision, width)
+        self.fc3 = nn.Linear(width, width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features))))))
+
+
+class Network(nn.Module):
+    """Queries to the hiddens of the action slots, and those to mu and beta. Parameter names are the published ones."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.llama.width
+        self.vision_backbone = VisionBackbone(config.dino, config.siglip, config.image)
+        self.projector = _Projector(config.dino.width + config.siglip.width, width)
+        self.language_model = LanguageModel(config.llama)
+        self.proprio_projector = ProprioProjector(config.proprio, width)
+        self.action_head = L1Head(width, config.head_width, config.head_blocks)
+        self.scale_head = ScaleHead(width, config.head_width, config.head_blocks, config.scale_form)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Random weights, all from `generator`: for training from scratch and for benchmarks.
+
+        Matrices and tokens truncated normal (0.02 where tokens or positions, else by fan-in), norms 1, biases 0; the scale head at
+        b = exp(-3) with a small last layer.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                token = name.endswith(("pos_embed", "cls_token", "reg_token", "embed_tokens.weight"))
+                std = 0.02 if token else parameter[0].numel() ** -0.5
+                parameter.copy_(nn.init.trunc_normal_(torch.empty(parameter.shape), std=std, a=-2 * std, b=2 * std, generator=generator))
+        self.scale_head.last.weight.mul_(0.01)
+        self.scale_head.last.bias.fill_(LOG_SCALE_START)
+
+    def image_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 6 V, S, S) to projected patch tokens (B, V N, width)."""
+        return cast(torch.Tensor, self.projector(self.vision_backbone(pixels)))
+
+    def forward(
+        self, pixels: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor | None = None, proprio: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hiddens (B, 7 K, width) that the heads read; arguments as in `Query`."""
+        llama, slots = self.language_model.model, ACTION_DIM * self.config.chunk
+        batch, prompt = ids.shape
+        text = llama.embed_tokens(ids)
+        first = [text[:, :1], self.image_tokens(pixels.to(text.dtype))]
+        if proprio is not None:
+            first.append(self.proprio_projector(proprio.to(text.dtype))[:, None])
+        seen = sum(part.shape[1] for part in first) - 1
+        last = text[:, -1:] if lengths is None else text[torch.arange(batch, device=ids.device), lengths - 1][:, None]
+        stop = llama.embed_tokens(ids.new_full((batch, 1), STOP))
+        x = torch.cat([*first, text[:, 1:-1], last, text.new_zeros(batch, slots, text.shape[2]), stop], dim=1)
+
+        tail = torch.arange(slots + 2, device=ids.device)
+        body = torch.arange(seen + prompt - 1, device=ids.device)
+        visible = None
+        if lengths is None:
+            positions = torch.cat([body, seen + prompt - 1 + tail])[None]
+        else:
+            positions = torch.cat([body.expand(batch, -1), (seen + lengths - 1)[:, None] + tail], dim=1)
+            visible = torch.cat([body < (seen + lengths - 1)[:, None], torch.ones_like(tail, dtype=torch.bool).expand(batch, -1)], dim=1)
+        attend = llama if self.config.attention == "full" else llama.prefix_lm
+        return cast(torch.Tensor, attend(x, positions, visible, slots + 2)[:, :slots])
+
+
+class OpenVLAOFT:
+    """A policy (`policy.contract.Policy`): the network with its words, its statistics and its density."""
+
+    def __init__(self, config: PolicyConfig, network: Network, tokenizer: PromptTokenizer, statistics: Statistics) -> None:
+        """ValueError where tokenizer or statistics do not fit the network."""
+        if tokenizer.vocab > config.llama.vocab:
+            raise ValueError(f"llama.vocab={config.llama.vocab} rows, the tokenizer has {tokenizer.vocab} tokens: raise policy.llama.vocab")
+        if len(statistics.proprio.q01) != config.proprio or len(statistics.action.q01) != ACTION_DIM:
+            raise ValueError(
+                f"statistics of {statistics.source}: proprio {len(statistics.proprio.q01)}, action {len(statistics.action.q01)}; "
+                f"want {config.proprio}, {ACTION_DIM}: they belong to another robot"
+            )
+        if config.images != 1:
+            raise ValueError(f"policy.images={config.images}: an Observation carries one view; the network alone takes more")
+        self.config, self.network, self.tokenizer, self.statistics = config, network, tokenizer, statistics
+        self.scale_factor = config.scale_factor
+        """Factor on the Laplace scale, inside the density: of what is drawn and of what is scored."""
+
+    @classmethod
+    def create(
+        cls, config: PolicyConfig, tokenizer: PromptTokenizer, statistics: Statistics, torch_seed: int, device: torch.device
+    ) -> OpenVLAOFT:
+        """A policy with random weights; `torch_seed` from `noise.torch_seed`."""
+        network = Network(config)
+        network.initialize(torch.Generator().manual_seed(torch_seed))
+        return cls(config, network.to(device), tokenizer, statistics)
+
+    @property
+    def chunk(self) -> int:
+        """Actions per query (K)."""
+        return self.config.chunk
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.language_model.model.embed_tokens.weight.device
+
+    def query(self, observation: Observation) -> Query:
+        """Observations as the network takes them. ValueError for words or values that it was not built for."""
+        ids, lengths = self.tokenizer.batch(observation.instruction)
+        pictures = picture(observation.frame.to(self.device), self.config.image, self.config.jpeg, self.config.crop_area)
+        return Query(
+            normalise_pixels(pictures),
+            ids.to(self.device),
+            None if lengths is None else lengths.to(self.device),
+            self.statistics.proprio.normalise(observation.proprio.to(self.device)).float(),
+        )
+
+    def hidden(self, query: Query) -> torch.Tensor:
+        """Hiddens (B, 7 K, width) float32 that the heads read, with gradients where they are on."""
+        hidden: torch.Tensor = self.network(query.pixels, query.ids, query.lengths, query.proprio)
+        return hidden.float()
+
+    def density(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """mu and log-scale (B, K, 7) float32 of the Laplace density, factor and floor included."""
+        beta = self.network.scale_head(hidden)
+        return self.network.action_head(hidden), laplace.scale(beta, self.scale_factor, self.config.scale_floor)
+
+    @torch.no_grad()
+    def act(self, observation: Observation, uniform: torch.Tensor | None = None) -> ActionChunk:
+        """See `policy.contract.Policy`."""
+        mu, log_scale = self.density(self.hidden(self.query(observation)))
+        if uniform is None:
+            action = mu
+        else:
+            if uniform.shape != mu.shape or uniform.dtype != torch.float64:
+                raise ValueError(f"act: uniform {tuple(uniform.shape)} {uniform.dtype}, want {tuple(mu.shape)} float64")
+            action = laplace.sample(mu.double(), log_scale.double(), uniform.to(mu.device)).float()
+        return ActionChunk(mu, log_scale, action, laplace.log_prob(action, mu, log_scale), self.statistics.to_command(action))
+
+    def evaluate_actions(self, observation: Observation, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Score normalised actions (B, K, 7) under the current weights, with gradients.
+
+        Returns log-density (B, K) summed over the 7 dimensions, mu and log-scale (B, K, 7), float32: the same path as `act`.
+        """
+        mu, log_scale = self.density(self.hidden(self.query(observation)))
+        return laplace.log_prob(action.to(mu.device), mu, log_scale), mu, log_scale

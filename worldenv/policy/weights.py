@@ -1,0 +1,89 @@
+"""A policy on disk: ours whole in one file, and the published checkpoints' names turned to ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from worldenv import checkpoint, config
+from worldenv.config import PolicyConfig
+from worldenv.policy.openvla_oft import Network, OpenVLAOFT
+from worldenv.policy.processing import PromptTokenizer, Statistics
+
+_KIND = "worldenv policy"
+_WRAPPERS = re.compile(r"^(module\.)+")
+
+
+def never_read(name: str, config: PolicyConfig) -> bool:
+    """Whether a published tensor has no influence on actions: last vision blocks, final vision norms, SigLIP's pooling, output layer."""
+    dead = [r"language_model\.lm_head\.", r"vision_backbone\.(fused_)?featurizer\.(norm|attn_pool)\."]
+    for tower, vision in (("featurizer", config.dino), ("fused_featurizer", config.siglip)):
+        dead.append(rf"vision_backbone\.{tower}\.blocks\.{vision.depth - 1}\.")
+    return re.match("|".join(dead), name) is not None
+
+
+def from_published(
+    vla: Mapping[str, torch.Tensor],
+    action_head: Mapping[str, torch.Tensor],
+    proprio_projector: Mapping[str, torch.Tensor],
+    scale_head: Mapping[str, torch.Tensor],
+    config: PolicyConfig,
+) -> dict[str, torch.Tensor]:
+    """Published state dicts as one of `Network`: prefixes put on, wrappers and what is never read taken off; LayerScale's gamma renamed."""
+    parts = {"": vla, "action_head.": action_head, "proprio_projector.": proprio_projector, "scale_head.": scale_head}
+    named = {prefix + _WRAPPERS.sub("", name): tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    renamed = {re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name): tensor for name, tensor in named.items()}
+    return {name: tensor for name, tensor in renamed.items() if not never_read(name, config)}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def fill(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy `state` into `network`, keeping its dtypes. ValueError that names every kind of misfit; nothing is copied then."""
+    own = network.state_dict()
+    problems = []
+    if missing := sorted(own.keys() - state.keys()):
+        problems.append(f"missing {_few(missing)}")
+    if unknown := sorted(state.keys() - own.keys()):
+        problems.append(f"unknown {_few(unknown)}")
+    if wrong := [
+        f"{n} {tuple(state[n].shape)}, want {tuple(own[n].shape)}"
+        for n in sorted(own.keys() & state.keys())
+        if state[n].shape != own[n].shape
+    ]:
+        problems.append(f"wrong shape {_few(wrong)}")
+    if problems:
+        raise ValueError(f"{source}: these weights are not of this network: {'; '.join(problems)}")
+    network.load_state_dict(dict(state))
+
+
+def save(path: Path, policy: OpenVLAOFT, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write the whole policy: weights, configuration, statistics and tokenizer, atomically.
+
+    `weights` (the network's names) stand in for the network's own: merged LoRA, say.
+    """
+    tree = {
+        "kind": _KIND,
+        "config": config.to_dict(policy.config),
+        "weights": dict(policy.network.state_dict() if weights is None else weights),
+        "statistics": policy.statistics.tree(),
+        "tokenizer": policy.tokenizer.tree(),
+    }
+    checkpoint.save(path, tree)
+
+
+def load(path: Path, device: torch.device) -> OpenVLAOFT:
+    """Read what `save` wrote. CheckpointError where the file is missing, damaged or no policy; ValueError naming weights that misfit."""
+    tree = checkpoint.load(path)
+    if not isinstance(tree, dict) or tree.get("kind") != _KIND:
+        raise checkpoint.CheckpointError(f"{path}: not a policy; give the file that stage sft, scale or loop wrote")
+    settings = config.from_dict(PolicyConfig, tree["config"])
+    network = Network(settings)
+    fill(network, tree["weights"], str(path))
+    return OpenVLAOFT(settings, network.to(device), PromptTokenizer.from_tree(tree["tokenizer"]), Statistics.from_tree(tree["statistics"]))

@@ -1,0 +1,54 @@
+# Each target does all its set-up; nothing but make is asked of the machine beforehand.
+#   make env    .venv with everything pinned, and the C++ extension
+#   make demo   post-train a policy inside a learned world, and say where the report is
+#   make test   lint, types, C++ tests, Python tests: at most 20 minutes on two cores
+#   make check  what takes longer: sanitizers, slow tests
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: env demo test check lint test-cpp test-python
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP := $(shell find csrc -name '*.hpp' -o -name '*.cpp')
+RUN := runs/tiny
+
+env: $(VENV)/extension.stamp
+
+$(VENV)/packages.stamp: constraints.txt pyproject.toml .ci/system-packages
+	python=$$(.ci/system-packages); [ -x $(BIN)/pip ] || "$$python" -m venv --clear $(VENV)
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("pip", *p["build-system"]["requires"], *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(PIP) install -q -c constraints.txt pip
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/extension.stamp: $(VENV)/packages.stamp CMakeLists.txt $(filter-out csrc/tests/%,$(CPP))
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: env
+	$(BIN)/worldenv-train --preset tiny --out $(RUN)
+	@echo "report: $(CURDIR)/$(RUN)/report.html"
+
+test: lint test-cpp test-python
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+test-cpp: env
+	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DWORLDENV_EXTENSION=OFF -DWORLDENV_TESTS=ON > /dev/null
+	$(BIN)/cmake --build build/tests
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
+
+test-python: env
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+check: env
+	.ci/sanitize address
+	.ci/sanitize thread
+	.ci/sanitize undefined
+	$(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -1,0 +1,177 @@
+"""Episodes of the true environment: an expert's demonstrations, and the policy's own exploration past success.
+
+Both are restartable: an episode that is on disk is not made again, and every random number is a function of the episode's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worldenv import console, noise
+from worldenv.config import DemosConfig, ExploreConfig
+from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.envs.contract import Snapshot, Split, TrueEnvironment
+from worldenv.nouns import ActionChunk, Observation
+from worldenv.policy.contract import Policy
+
+
+class NoisyPolicy(Policy, Protocol):
+    """A policy whose density has a factor on its scale."""
+
+    scale_factor: float
+
+
+class Expert(Protocol):
+    """Commands from privileged poses."""
+
+    def command(self, env: Any, variation: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The next command (7,); `variation` (VARIATION,) in (0, 1) is one demonstration's manner."""
+        ...
+
+
+@dataclass
+class Recorder:
+    """Gathers one episode, moment by moment."""
+
+    task: int
+    split: Split
+    index: int
+    moments: list[Snapshot] = field(default_factory=list)
+    commands: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def episode(self, env: TrueEnvironment, source: str) -> Episode:
+        """What was gathered."""
+        return Episode(
+            instruction=env.tasks[self.task], task=self.task, split=self.split, state_index=self.index, source=source,
+            frame=np.stack([m.frame for m in self.moments]), pose=np.stack([m.pose for m in self.moments]),
+            gripper=np.array([m.gripper for m in self.moments], np.float64), command=np.stack(self.commands).astype(np.float32),
+            success=np.array([m.success for m in self.moments]), camera=env.camera, versions=env.versions(),
+        )  # fmt: skip
+
+
+def demonstrate(env: TrueEnvironment, expert: Expert, variation: int, steps: int, config: DemosConfig, seed: int, out: Path) -> dict[str, Any]:
+    """Record `config.per_task` successful demonstrations of every task, `steps` commands each, from its training states in order.
+
+    A state at which the expert fails is passed over and counted. Returns metrics; the episodes lie in `out`. ValueError where a task has too
+    few states at which the expert succeeds.
+    """
+    episodes, failures = EpisodeSet(out), 0
+    for task, instruction in enumerate(env.tasks):
+        shown = 0
+        for index in range(env.states("train")):
+            if shown == config.per_task:
+                break
+            manner = noise.uniform(seed, task * env.states("train") + index, 0, 0, noise.Stream.DEMOS, (variation,))
+            recorder = Recorder(task, "train", index, [env.begin(task, "train", index)])
+            for _ in range(steps):
+                recorder.commands.append(expert.command(env, manner))
+                recorder.moments.append(env.advance(recorder.commands[-1]))
+            if recorder.moments[-1].success:
+                number = task * config.per_task + shown
+                if number not in episodes:
+                    episodes.add(number, recorder.episode(env, "expert"))
+                shown += 1
+            else:
+                failures += 1
+        if shown < config.per_task:
+            raise ValueError(f"demos: the expert shows {instruction!r} {shown} times, {config.per_task} asked; raise env.train_states")
+    episodes.seal()
+    first = [entry.first_success for entry in episodes.entries if entry.first_success is not None]
+    return {"episodes": len(episodes), "expert_failures": failures, "mean_first_success": float(np.mean(first)), "fingerprint": episodes.fingerprint}
+
+
+@dataclass(frozen=True)
+class Start:
+    """An episode that is to be made."""
+
+    number: int
+    task: int
+    split: Split
+    index: int
+
+
+def act_out(env: TrueEnvironment, policy: Policy, starts: Sequence[Start], steps: int, seed: int | None, render: bool, device: torch.device) -> list[Recorder]:
+    """Episodes of `policy` from `starts`, side by side in one scene: queries are batched, the K commands of each are executed open loop.
+
+    With `seed`, actions are drawn by the uniforms of (seed, number, chunk); without, they are greedy. Without `render`, only the frames that the
+    policy sees are drawn, and the others repeat the last.
+    """
+    recorders = [Recorder(s.task, s.split, s.index) for s in starts]
+    captured = []
+    for recorder in recorders:
+        recorder.moments.append(env.begin(recorder.task, recorder.split, recorder.index))
+        captured.append(env.capture())
+    for chunk in range(steps // policy.chunk):
+        answer = _ask(env, policy, recorders, [s.number for s in starts], chunk, seed, device)
+        command = answer.command.cpu().numpy()
+        for i, recorder in enumerate(recorders):
+            env.restore(captured[i])
+            for k in range(policy.chunk):
+                recorder.commands.append(command[i, k])
+                recorder.moments.append(env.advance(command[i, k], render=render or k == policy.chunk - 1))
+            captured[i] = env.capture()
+    return recorders
+
+
+def _ask(
+    env: TrueEnvironment, policy: Policy, recorders: Sequence[Recorder], numbers: Sequence[int], chunk: int, seed: int | None, device: torch.device
+) -> ActionChunk:
+    last = [recorder.moments[-1] for recorder in recorders]
+    proprio = env.robot.proprio(np.stack([m.pose for m in last]), np.array([m.gripper for m in last]))
+    observation = Observation(
+        torch.from_numpy(np.stack([m.frame for m in last])).to(device), torch.from_numpy(proprio).to(device), tuple(env.tasks[r.task] for r in recorders)
+    )
+    if seed is None:
+        return policy.act(observation)
+    drawn = noise.uniform(seed, np.array(numbers), chunk, 0, noise.Stream.POLICY, (policy.chunk, 7))
+    return policy.act(observation, torch.from_numpy(drawn))
+
+
+def _batches(starts: Sequence[Start], size: int) -> Iterator[Sequence[Start]]:
+    return (starts[i : i + size] for i in range(0, len(starts), size))
+
+
+def explore(
+    env: TrueEnvironment, policy: NoisyPolicy, steps: int, config: ExploreConfig, seed: int, out: Path, device: torch.device, batch: int = 32
+) -> dict[str, Any]:
+    """Record `config.episodes` episodes of `policy` with its noise, `steps` commands each, past success, from training states in turn.
+
+    Episode n has task n modulo the tasks and the n-th factor of `config.factors` in turn on the scale; `policy.scale_factor` is given back as it
+    was. Returns metrics; the episodes lie in `out`.
+    """
+    episodes, tasks = EpisodeSet(out), len(env.tasks)
+    before = policy.scale_factor
+    factor = [config.factors[n // tasks % len(config.factors)] for n in range(config.episodes)]
+    successes = dict.fromkeys(config.factors, 0)
+    try:
+        for now in config.factors:
+            policy.scale_factor = now
+            starts = [Start(n, n % tasks, "train", n // tasks % env.states("train")) for n in range(config.episodes) if factor[n] == now]
+            some = list(_batches(starts, batch))
+            for i in console.track(0, len(some), f"explore x{now:g}"):
+                missing = {start.number for start in some[i] if start.number not in episodes}
+                if not missing:
+                    continue
+                # a batch that was cut short is made again whole: rounding depends on the batch
+                recorders = act_out(env, policy, some[i], steps, seed, render=True, device=device)
+                for start, recorder in zip(some[i], recorders, strict=True):
+                    if start.number in missing:
+                        episodes.add(start.number, recorder.episode(env, f"policy, scale x{now:g}"))
+    finally:
+        policy.scale_factor = before
+    episodes.seal()
+    for entry in episodes.entries:
+        successes[factor[entry.number]] += entry.first_success is not None
+    return {
+        "episodes": len(episodes),
+        "success": sum(successes.values()) / len(episodes),
+        "success_by_factor": {f"{f:g}": count / max(1, factor.count(f)) for f, count in successes.items()},
+        "fingerprint": episodes.fingerprint,
+    }

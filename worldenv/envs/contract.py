@@ -8,7 +8,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from worldenv.kinematics import ControllerModel
 from worldenv.nouns import Camera
+from worldenv.robots.contract import Robot
 
 Split = Literal["train", "test"]
 
@@ -36,8 +38,22 @@ class TrueEnvironment(Protocol):
         ...
 
     @property
+    def robot(self) -> Robot:
+        """Whose gripper it is: conventions of proprioception and commands."""
+        ...
+
+    @property
+    def controller(self) -> ControllerModel:
+        """How commands become motion here: exact for the embedded environment, nominal elsewhere."""
+        ...
+
+    @property
     def camera(self) -> Camera:
         """agentview."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """What decides the pixels: packages and the OpenGL renderer."""
         ...
 
     def states(self, split: Split) -> int:
@@ -49,5 +65,16 @@ class TrueEnvironment(Protocol):
         ...
 
     def advance(self, command: NDArray[np.floating[Any]], render: bool = True) -> Snapshot:
-        """One control step (50 ms) of a command (7,), clipped to [-1, 1]; `render=False` repeats the last frame and saves its time."""
+        """One control step (50 ms) of a command (7,), clipped to [-1, 1]; `render=False` repeats the last frame and saves its time.
+
+        Goes on past success and past the step limit. ValueError for a command of another shape or one that is not finite.
+        """
+        ...
+
+    def capture(self) -> Any:
+        """Everything that the future depends on; never changed by what comes after."""
+        ...
+
+    def restore(self, moment: Any) -> None:
+        """Go back to a captured moment: the same commands then give the same snapshots, bit for bit. So one scene serves many episodes."""
         ...

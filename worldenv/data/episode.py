@@ -1,0 +1,275 @@
+"""Episodes on disk: the one format, for demonstrations, exploration and what is read from elsewhere. Described in docs/episode-format.md.
+
+An episode is one zip file: five arrays in NPY format and `episode.json`. Every member has its CRC-32 (zip) and all of them together a
+SHA-256 (in the JSON), so a damaged file is noticed; equal episodes give equal bytes. Nothing is pickled, nothing pickled is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worldenv.checkpoint import CheckpointError, atomic, write_text
+from worldenv.nouns import ACTION_DIM, Camera
+
+FORMAT = "worldenv-episode-1"
+SET_FORMAT = "worldenv-episodes-1"
+INDEX = "index.json"
+
+_DTYPES = {"frame": "|u1", "pose": "<f8", "gripper": "<f8", "command": "<f4", "success": "|b1"}
+_JSON = "episode.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first moment: a file's bytes must not depend on when it was written
+_DEFLATE_LEVEL = 6
+_CURE = "delete it and run the stage that wrote it again"
+# What zipfile, zlib, numpy's NPY reader and json raise for bytes that were changed.
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError, OSError, NotImplementedError, RuntimeError, MemoryError,
+    OverflowError, SyntaxError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """T commands and the T + 1 observations around them: observation t is what was true *before* command t.
+
+    Raises ValueError where shapes, dtypes or ranges are not as said here.
+    """
+
+    instruction: str
+    """What the robot was told."""
+    task: int
+    """Index of the task in its environment."""
+    split: str
+    """Which fixed initial states `state_index` counts: train or test."""
+    state_index: int
+    """Index of the initial state in its split."""
+    source: str
+    """Who acted: "expert", or "policy" and how, e.g. "policy, scale factor 3"."""
+    frame: NDArray[np.uint8]
+    """(T + 1, H, W, 3)."""
+    pose: NDArray[np.float64]
+    """(T + 1, 7) of the gripper [m, unit quaternion xyzw whose sign is continuous]."""
+    gripper: NDArray[np.float64]
+    """(T + 1,) 0 shut .. 1 open."""
+    command: NDArray[np.float32]
+    """(T, 7) in [-1, 1]: dx dy dz, rotation vector, gripper (-1 open, +1 close)."""
+    success: NDArray[np.bool_]
+    """(T + 1,) the task's predicate at each observation."""
+    camera: Camera | None = None
+    """Where the frames were taken from, where that is known."""
+    versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What made the pixels: packages and renderer."""
+
+    def __post_init__(self) -> None:
+        steps = self.command.shape[0] if self.command.ndim else 0
+        if steps < 1:
+            raise ValueError(f"command: {self.command.shape}, want (T, {ACTION_DIM}) of at least one step")
+        shapes = {"pose": (steps + 1, 7), "gripper": (steps + 1,), "command": (steps, ACTION_DIM), "success": (steps + 1,)}
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            fits = array.shape == shapes[name] if name in shapes else array.ndim == 4 and array.shape[0] == steps + 1 and array.shape[3] == 3
+            if not fits or array.dtype != np.dtype(dtype):
+                wanted = shapes.get(name, f"({steps + 1}, H, W, 3)")
+                raise ValueError(f"{name}: {array.shape} {array.dtype}, want {wanted} {np.dtype(dtype)}")
+        for name in ("pose", "gripper", "command"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name}: a value is not finite")
+        turn = self.pose[:, 3:]
+        if np.abs(np.linalg.norm(turn, axis=1) - 1).max() > 1e-6 or (np.sum(turn[1:] * turn[:-1], axis=1) < 0).any():
+            raise ValueError("pose: want unit quaternions whose sign is continuous")
+        if self.gripper.min() < 0 or self.gripper.max() > 1 or np.abs(self.command).max() > 1:
+            raise ValueError("gripper or command: out of range, want 0 .. 1 and -1 .. 1")
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return int(self.command.shape[0])
+
+    @property
+    def first_success(self) -> int | None:
+        """The first observation at which the predicate holds, or None."""
+        return int(self.success.argmax()) if self.success.any() else None
+
+    @functools.cached_property
+    def content(self) -> str:
+        """SHA-256 (64 hex digits) of everything that the episode holds."""
+        digest = hashlib.sha256(json.dumps(_words(self), sort_keys=True).encode())
+        for name in _DTYPES:
+            array = np.ascontiguousarray(getattr(self, name))
+            digest.update(f"{name} {array.shape}".encode())
+            digest.update(array.data)
+        return digest.hexdigest()
+
+
+def _words(episode: Episode) -> dict[str, Any]:
+    """What is no array, as JSON."""
+    camera = episode.camera
+    return {
+        "format": FORMAT,
+        **{name: getattr(episode, name) for name in ("instruction", "task", "split", "state_index", "source")},
+        "camera": camera and {**asdict(camera), "intrinsics": camera.intrinsics.tolist(), "camera_to_world": camera.camera_to_world.tolist()},
+        "versions": dict(episode.versions),
+    }
+
+
+def save(path: Path, episode: Episode) -> None:
+    """Write `episode` to `path`, whole or not at all. Raises OSError as the disk does."""
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        words = json.dumps({**_words(episode), "content": episode.content}, indent=1).encode()
+        members = {_JSON: words, **{f"{name}.npy": _npy(getattr(episode, name)) for name in _DTYPES}}
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(entry, data, compresslevel=_DEFLATE_LEVEL)
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def load(path: Path) -> Episode:
+    """The episode in `path`. Raises CheckpointError (a ValueError) where the file is missing, truncated, damaged, mis-shaped or foreign."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such episode; run the stage that writes it")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            words = json.loads(archive.read(_JSON))
+            if words.pop("format") != FORMAT:
+                raise ValueError(f"not in format {FORMAT}")
+            arrays = {name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False) for name in _DTYPES}
+        content, camera = words.pop("content"), words.pop("camera")
+        if camera is not None:
+            matrices = {name: np.array(camera.pop(name), np.float64) for name in ("intrinsics", "camera_to_world")}
+            camera = Camera(**matrices, **camera)
+        episode = Episode(**words, **arrays, camera=camera)
+        if episode.content != content:
+            raise ValueError("its content does not match its checksum")
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path}: not an episode, truncated or damaged ({type(error).__name__}: {error}); {_CURE}") from error
+    return episode
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a set's index."""
+
+    number: int
+    """The episode's number in its set, and the name of its file."""
+    content: str
+    """`Episode.content`."""
+    instruction: str
+    task: int
+    split: str
+    state_index: int
+    source: str
+    steps: int
+    """T."""
+    first_success: int | None
+    """The first observation at which the predicate holds."""
+
+
+def _entry(number: int, episode: Episode) -> Entry:
+    names = ("content", "instruction", "task", "split", "state_index", "source", "steps", "first_success")
+    return Entry(number, **{name: getattr(episode, name) for name in names})
+
+
+class EpisodeSet:
+    """A folder of episodes, each in its own file NNNNNN.npz, with an index of counts and content hashes.
+
+    Safe against interruption: an episode is there, whole, or not there; files that a killed collection left are indexed when the set is
+    opened again. `seal` writes the index; whoever collects calls it at the end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`, which may be empty or not be there yet.
+
+        Raises CheckpointError where the index is damaged, where an episode that it lists is gone, and for a .npz file that is no episode.
+        """
+        self.folder = folder
+        self._entries: dict[int, Entry] = {}
+        listed = {entry.number: entry for entry in self._read_index()}
+        found = {}
+        for path in sorted(folder.glob("*.npz")):
+            if not re.fullmatch(r"\d{6}\.npz", path.name):
+                raise CheckpointError(f"{path}: not an episode of this set, whose files are named 000000.npz and so on; move it elsewhere")
+            found[int(path.stem)] = path
+        if gone := sorted(listed.keys() - found.keys()):
+            raise CheckpointError(f"{self._path(gone[0])}: missing, though {INDEX} lists it; restore it, or delete {INDEX} to do without it")
+        for number, path in found.items():
+            self._entries[number] = listed.get(number) or _entry(number, load(path))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.npz"
+
+    def _read_index(self) -> list[Entry]:
+        path = self.folder / INDEX
+        if not path.exists():
+            return []
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            if index["format"] != SET_FORMAT:
+                raise ValueError(f"not in format {SET_FORMAT}")
+            return [Entry(**row) for row in index["episodes"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: truncated or damaged ({error}); delete it, and it is made again from the episodes") from error
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The index, by number."""
+        return tuple(self._entries[number] for number in sorted(self._entries))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (64 hex digits) of all numbers and contents: two sets hold the same where theirs is."""
+        return hashlib.sha256("".join(f"{entry.number} {entry.content}\n" for entry in self.entries).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._entries
+
+    def __iter__(self) -> Iterator[Episode]:
+        """The episodes, by number, loaded one at a time."""
+        return (self.load(number) for number in sorted(self._entries))
+
+    def load(self, number: int) -> Episode:
+        """Episode `number`. Raises CheckpointError where it is missing or damaged, or is not the one that was indexed."""
+        episode = load(self._path(number))
+        if number not in self._entries or episode.content != self._entries[number].content:
+            raise CheckpointError(f"{self._path(number)}: not the episode that {INDEX} lists; {_CURE}")
+        return episode
+
+    def add(self, number: int, episode: Episode) -> None:
+        """Write `episode` as `number`. Raises ValueError where there is one already."""
+        if number in self._entries or not 0 <= number < 1_000_000:
+            raise ValueError(f"{self._path(number)}: there already, or not in 0 .. 999999; an episode is never written twice")
+        save(self._path(number), episode)
+        self._entries[number] = _entry(number, episode)
+
+    def seal(self) -> None:
+        """Write the index."""
+        entries = self.entries
+        counts = {
+            "episodes": len(entries),
+            "steps": sum(entry.steps for entry in entries),
+            "successes": sum(entry.first_success is not None for entry in entries),
+            "by_task": {text: sum(entry.instruction == text for entry in entries) for text in sorted({entry.instruction for entry in entries})},
+        }
+        index = {"format": SET_FORMAT, "fingerprint": self.fingerprint, "counts": counts, "episodes": [asdict(entry) for entry in entries]}
+        write_text(self.folder / INDEX, json.dumps(index, indent=1))

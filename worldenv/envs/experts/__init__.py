@@ -1,0 +1,1 @@
+"""Scripted experts: they see where everything is, and know one way to do each task."""

@@ -1,0 +1,134 @@
+"""Pictures of a MuJoCo scene without a display: EGL or OSMesa, whichever this machine has.
+
+The library is chosen when the first picture is taken, not at import, so physics alone needs none. The context is opened directly
+(`mujoco.egl`, `mujoco.osmesa`), so it does not matter whether mujoco was imported before the choice.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import ctypes.util
+import importlib
+import os
+import sys
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+_EGL_PLATFORM_DEVICE = 0x313F
+_MAX_DEVICES = 16
+
+
+class NoOpenGL(RuntimeError):
+    """No picture can be drawn on this machine. The message says what to install."""
+
+
+def _egl_works() -> bool:
+    """Whether libEGL is there and one of its devices starts, as mujoco.egl will ask it to.
+
+    Asked through ctypes: PyOpenGL settles on one platform for the process when it is imported, so it cannot be used for trying.
+    """
+    try:
+        egl = ctypes.CDLL(ctypes.util.find_library("EGL") or "libEGL.so.1")
+        address = egl.eglGetProcAddress
+    except (OSError, AttributeError):
+        return False
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    query, display_of = address(b"eglQueryDevicesEXT"), address(b"eglGetPlatformDisplayEXT")
+    if not query or not display_of:
+        return False
+    devices, count = (ctypes.c_void_p * _MAX_DEVICES)(), ctypes.c_int(0)
+    query_devices = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(query)
+    if not query_devices(_MAX_DEVICES, devices, ctypes.byref(count)):
+        return False
+    platform_display = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)(display_of)
+    egl.eglInitialize.argtypes = [ctypes.c_void_p] * 3
+    displays = (platform_display(_EGL_PLATFORM_DEVICE, device, None) for device in devices[: count.value])
+    return any(display and egl.eglInitialize(display, None, None) for display in displays)
+
+
+def _osmesa_works() -> bool:
+    """Whether libOSMesa is there, where PyOpenGL will look for it."""
+    return ctypes.util.find_library("OSMesa") is not None
+
+
+def backend() -> str:
+    """The OpenGL backend of this process: MUJOCO_GL where it is set; else egl or osmesa (the system's own outside Linux), which is then set.
+
+    Raises NoOpenGL where there is none.
+    """
+    # Mesa's software renderer brings its LLVM into the process for all to see. Triton has its own, and crashes when it is loaded later
+    # (by kernels, or by a torch optimizer) and finds Mesa's; loaded before, it keeps its own.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
+    chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if not chosen and sys.platform.startswith("linux"):
+        chosen = "egl" if _egl_works() else "osmesa" if _osmesa_works() else ""
+        if not chosen:
+            raise NoOpenGL("no OpenGL library works here: install libegl1 libgl1-mesa-dri or libosmesa6 (apt-get install ...)")
+        os.environ["MUJOCO_GL"] = chosen
+    return chosen or "native"
+
+
+def _open_context(height: int, width: int) -> Any:
+    name = backend()
+    try:
+        module = importlib.import_module(f"mujoco.{name}" if name in ("egl", "osmesa") else "mujoco.gl_context")
+        context = module.GLContext(width, height)
+        context.make_current()
+    except Exception as error:  # PyOpenGL raises ImportError, AttributeError, its own and others for one cause: a library that is not there
+        raise NoOpenGL(
+            f"no OpenGL library works here with MUJOCO_GL={name} ({type(error).__name__}: {error}): "
+            "install libegl1 libgl1-mesa-dri or libosmesa6, or unset MUJOCO_GL"
+        ) from error
+    return context
+
+
+class Offscreen:
+    """Draws one model into pictures of one size. Not for use by two threads at once."""
+
+    def __init__(self, model: Any, height: int, width: int) -> None:
+        """Open a context for `model` (mujoco.MjModel); its offscreen buffer must be at least (height, width). Raises NoOpenGL."""
+        self._model = model
+        self._shape = (height, width, 3)
+        self._gl = _open_context(height, width)
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
+        self._view = mujoco.MjrRect(0, 0, width, height)
+        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 16)
+        self._options = mujoco.MjvOption()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED.value
+        atexit.register(self.close)  # before EGL's own farewell, which was registered earlier: a context outliving its display prints an error
+
+    def renderer(self) -> str:
+        """Who draws, e.g. "llvmpipe (LLVM 15.0.6, 256 bits)"."""
+        from OpenGL import GL  # after the context chose the platform
+
+        self._gl.make_current()
+        name = GL.glGetString(GL.GL_RENDERER)
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def picture(self, data: Any, camera: int) -> NDArray[np.uint8]:
+        """What camera number `camera` sees of `data` (mujoco.MjData, positions computed): a new (H, W, 3) uint8, top row first."""
+        self._gl.make_current()
+        self._camera.fixedcamid = camera
+        everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self._model, data, self._options, None, self._camera, everything, self._scene)
+        mujoco.mjr_render(self._view, self._scene, self._context)
+        picture = np.empty(self._shape, np.uint8)
+        mujoco.mjr_readPixels(picture, None, self._view, self._context)
+        return picture[::-1].copy()  # OpenGL's first row is the lowest
+
+    def close(self) -> None:
+        """Free the context; no picture after that."""
+        if self._gl is not None:
+            atexit.unregister(self.close)
+            self._gl.make_current()
+            self._context.free()
+            self._gl.free()
+            self._gl = None

@@ -1,0 +1,404 @@
+"""The embedded environment: three blocks on a table, and a gripper that is to push one of them onto the green strip. MuJoCo, primitives only.
+
+World frame [m]: the table top is z = 0; +x leads from the robot to the strip and on to the camera, which looks back; +y is the picture's
+right. A push toward the camera keeps block and strip in view: the gripper is never in front of what it moves, and success stays visible.
+
+The palm goes exactly where kinematics leads it; contact never deflects it. It is a heavy free body whose velocity is prescribed for each
+control step, so contacts see how fast it moves: a pushed block neither lags behind through penetration nor is held in place by a finger that
+slides along it, as with bodies that are only repositioned. Nothing is crushed by it: the fingers close with a limited force, and stop at
+a block between them (the opening that is reported is then the true one); and they give way upward, on springs, when they come down on one.
+
+A block off the middle of the fingers turns and slips aside; blocks pushed into each other move each other. Shadows and multisampling are off:
+they cost twenty times the picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from worldenv import kinematics, noise
+from worldenv.config import EnvConfig
+from worldenv.envs.contract import Snapshot, Split
+from worldenv.envs.offscreen import Offscreen
+from worldenv.kinematics import ControllerModel, KinematicState
+from worldenv.nouns import ACTION_DIM, Camera
+from worldenv.robots.contract import Robot
+from worldenv.robots.tabletop import TABLETOP
+
+ID = "worldenv/Tabletop-v0"
+
+COLOURS = ("red", "blue", "yellow")
+"""Left to right in the picture; task t is about block t."""
+BLOCK_HALF = np.array([0.03, 0.03, 0.025])
+"""Half sides of a block [m]."""
+LINE = 0.055
+"""Where the strip begins (x) [m]: a block whose centre is past it is on the strip."""
+STRIP_END = 0.17
+"""Where the strip ends (x) [m]."""
+FINGER_HALF = np.array([0.01, 0.008, 0.03])
+"""Half sides of a finger, in the gripper's frame [m]."""
+DOWN = np.array([1.0, 0.0, 0.0, 0.0])
+"""Quaternion xyzw of a gripper that points at the table: its z is world -z, its y world -y."""
+
+_RGBA = {"red": "0.85 0.12 0.10 1", "blue": "0.12 0.25 0.85 1", "yellow": "0.95 0.80 0.10 1"}
+_NOMINAL = np.array([[-0.02, -0.10], [-0.02, 0.0], [-0.02, 0.10]])
+_LEAST_GAP = 0.012  # between neighbours [m]
+_YAW = 0.15  # blocks lie turned by up to this [rad]
+_REST = np.array([-0.118, 0.0, 0.08])
+_REST_JITTER = np.array([0.01, 0.01, 0.01])
+_REST_TURN = 0.05  # about each axis [rad]
+_REST_OPENING = (0.6, 0.9)
+
+_LOW = (-0.16, -0.17, 0.02)
+_HIGH = (0.095, 0.17, 0.18)
+
+_FINGER_Z = -0.022  # centre of a finger in the gripper's frame, whose z points out of it [m]
+_PALM_HALF = np.array([0.016, 0.046, 0.014])
+_PALM_Z = -0.068
+_YIELD_M = 0.042  # how far a finger gives way upward
+_FINGERS = ("left", "right")
+_CLOSING_N = 10.0  # largest force of a finger
+_SERVO = (1000.0, 20.0)  # its stiffness [N/m] and damping [N s/m]: settled within one control step
+_BLOCKED_M = 0.003  # a finger this far from where it should be is held by something
+
+_FOVY = 33.0
+_PITCH = np.deg2rad(55.0)
+_TARGET = np.array([-0.005, 0.0, 0.01])
+_VIEW_WIDTH = 0.395  # at the target [m]
+
+_CONTROL_S = 0.05
+_SUBSTEPS = 10
+_SETTLE_SUBSTEPS = 40  # in which blocks come to rest on the table
+_STANDS_M = 0.012  # a block stands while its centre is this near its height on the table
+_TRAVEL_M = TABLETOP.finger_m / 2  # of one finger
+_BLOCKS, _PALM, _OPENING = slice(0, 21), slice(21, 28), slice(28, 32, 2)  # in qpos
+_PALM_QVEL = slice(18, 24)
+_PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION.value
+
+_STATES_SEED = 20250928  # of the fixed initial states: the same in every run, whatever its seed
+_TEST_BASE = 1 << 16  # test state i is state number 2^16 + i, train state i is number i: no number is both
+_ATTEMPTS = 1000
+
+
+def _scene(image: int) -> str:
+    """The scene in MuJoCo's XML, for pictures of `image` x `image` px."""
+    distance = _VIEW_WIDTH / 2 / np.tan(np.deg2rad(_FOVY) / 2)
+    eye = _TARGET + distance * np.array([np.cos(_PITCH), 0.0, np.sin(_PITCH)])
+
+    def numbers(values: Any) -> str:
+        return " ".join(repr(float(v)) for v in values)
+
+    blocks = "".join(
+        f'<body name="{c}"><freejoint/><geom name="{c}" type="cylinder" size="0.03 0.025" rgba="{_RGBA[c]}" mass="0.15" conaffinity="3"/></body>'
+        for c in COLOURS
+    )
+    fingers = "".join(
+        f'<body name="{name}" pos="0 0 {_FINGER_Z}"><inertial pos="0 0 0" mass="0.05" diaginertia="1e-4 1e-4 1e-4"/>'
+        f'<joint name="{name}" type="slide" axis="0 {side} 0" armature="0.1"/>'
+        f'<joint name="{name}_spring" type="slide" axis="0 0 -1" range="0 {_YIELD_M}" limited="true" stiffness="20" springref="-0.1" damping="4" armature="0.05"/>'
+        f'<geom name="{name}" type="box" pos="0 {side * FINGER_HALF[1]} 0" size="{numbers(FINGER_HALF)}" rgba="0.10 0.10 0.12 1" contype="2" conaffinity="0"/></body>'
+        for name, side in zip(_FINGERS, (-1, 1), strict=True)
+    )
+    servos = "".join(
+        f'<position joint="{name}" kp="{_SERVO[0]}" kv="{_SERVO[1]}" forcerange="{-_CLOSING_N} {_CLOSING_N}"/>' for name in _FINGERS
+    )
+    strip_middle, strip_half = (LINE + STRIP_END) / 2, (STRIP_END - LINE) / 2
+    return f"""
+<mujoco>
+  <option timestep="{_CONTROL_S / _SUBSTEPS}" integrator="implicitfast"/>
+  <default><geom friction="0.4 0.005 0.0001" solref="0.01 1"/></default>
+  <visual>
+    <global offwidth="{image}" offheight="{image}"/>
+    <quality shadowsize="0" offsamples="0"/>
+    <headlight ambient="0.35 0.35 0.35" diffuse="0.2 0.2 0.2" specular="0 0 0"/>
+    <map znear="0.05" zfar="20"/>
+  </visual>
+  <worldbody>
+    <light pos="0.3 -0.4 1.5" dir="-0.2 0.3 -1" diffuse="0.6 0.6 0.6" specular="0 0 0" castshadow="false"/>
+    <camera name="agentview" pos="{numbers(eye)}" xyaxes="0 1 0 {-np.sin(_PITCH)} 0 {np.cos(_PITCH)}" fovy="{_FOVY}"/>
+    <geom name="table" type="plane" size="0.6 0.6 0.1" rgba="0.80 0.76 0.70 1"/>
+    <geom name="strip" type="box" pos="{strip_middle} 0 0.0005" size="{strip_half} 0.6 0.0005" rgba="0.20 0.65 0.30 1" contype="0" conaffinity="0"/>
+    {blocks}
+    <body name="palm" gravcomp="1"><freejoint/><inertial pos="0 0 0" mass="1000" diaginertia="10 10 10"/>
+      <geom name="palm" type="box" pos="0 0 {_PALM_Z}" size="{numbers(_PALM_HALF)}" rgba="0.36 0.36 0.40 1" contype="2" conaffinity="0"/>
+      {fingers}
+    </body>
+  </worldbody>
+  <actuator>{servos}</actuator>
+</mujoco>"""
+
+
+@dataclass(frozen=True)
+class InitialState:
+    """One fixed initial state."""
+
+    blocks: NDArray[np.float64]
+    """(3, 3): x, y [m] and yaw [rad] of each block, in the order of `COLOURS`."""
+    pose: NDArray[np.float64]
+    """(7,) of the gripper, which is at rest [m, unit quaternion xyzw]."""
+    gripper: float
+    """0 shut .. 1 open."""
+
+    def name(self) -> str:
+        """SHA-256 (64 hex digits) of its numbers: two states are the same where theirs is."""
+        numbers = np.concatenate([self.blocks.ravel(), self.pose, [self.gripper]])
+        return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
+
+
+def initial_state(config: EnvConfig, task: int, split: Split, index: int) -> InitialState:
+    """State `index` of `split` for `task`: a function of these and of `config.jitter_m` alone.
+
+    Under one key (task), the counter is (number of the state, attempt): Philox maps different counters to different blocks, so no two
+    states of a task begin with the same numbers, train or test. Draws in which neighbours stand too close are drawn again.
+    Raises ValueError where there is no such state, and where the jitter leaves no room.
+    """
+    if not 0 <= task < len(COLOURS):
+        raise ValueError(f"task={task}: there are {len(COLOURS)} tasks, 0 .. {len(COLOURS) - 1}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}: want 'train' or 'test'")
+    count = config.train_states if split == "train" else config.test_states
+    if not 0 <= index < count:
+        raise ValueError(f"{split} state {index} of task {task}: there are {count}, 0 .. {count - 1}; raise env.{split}_states for more")
+    number = index + (_TEST_BASE if split == "test" else 0)
+    reach = 2 * BLOCK_HALF[0] * (np.cos(_YAW) + np.sin(_YAW)) + _LEAST_GAP
+    for attempt in range(_ATTEMPTS):
+        u = 2.0 * noise.uniform(_STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (16,)) - 1.0
+        centres = _NOMINAL + config.jitter_m * u[:6].reshape(3, 2)
+        if np.all(np.diff(centres[:, 1]) >= reach):
+            break
+    else:
+        raise ValueError(f"env.jitter_m={config.jitter_m}: three blocks do not fit side by side; use 0.05 or less")
+    blocks = np.column_stack([centres, _YAW * u[6:9]])
+    turned = kinematics.multiply(kinematics.exp(_REST_TURN * u[12:15]), DOWN)
+    low, high = _REST_OPENING
+    return InitialState(blocks, np.concatenate([_REST + _REST_JITTER * u[9:12], turned]), float(low + (high - low) * (u[15] + 1) / 2))
+
+
+def _in_mujoco(pose: NDArray[np.float64]) -> NDArray[np.float64]:
+    """MuJoCo's order of a pose (7,) x y z, quaternion x y z w: the quaternion's w first."""
+    return pose[[0, 1, 2, 6, 3, 4, 5]]
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A captured moment."""
+
+    task: int
+    steps: int
+    physics: NDArray[np.float64]
+    arm: KinematicState
+    frame: NDArray[np.uint8]
+
+
+class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
+    """`TrueEnvironment`, and a Gymnasium environment: reset(options={"task", "split", "index"}), reward 1 while the predicate holds.
+
+    Episodes never terminate (they go on past success); they are truncated at the step limit. One scene and one OpenGL context per
+    instance: many episodes at once share an instance through `capture` and `restore`.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 -- Gymnasium's own declaration
+
+    def __init__(self, config: EnvConfig | None = None, render_mode: str | None = "rgb_array") -> None:
+        """`config.image` is the side of the picture [px]. Raises ValueError for an unknown render mode."""
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode={render_mode!r}: want 'rgb_array' or None")
+        self.render_mode = render_mode
+        self._config = config or EnvConfig()
+        self.model = mujoco.MjModel.from_xml_string(_scene(self._config.image))
+        """MuJoCo's model, to look at: whoever writes into it breaks the promise of determinism."""
+        self.data = mujoco.MjData(self.model)
+        """MuJoCo's data, to look at."""
+        self._offscreen: Offscreen | None = None
+        self._eye = int(self.model.camera("agentview").id)
+        self._controller = replace(ControllerModel.of(TABLETOP), low=_LOW, high=_HIGH)
+        self._qpos, self._qvel = self.data.qpos, self.data.qvel  # views
+        joints = [int(self.model.body(name).jntadr[0]) for name in (*COLOURS, "palm", *_FINGERS)]
+        if [int(self.model.jnt_qposadr[j]) for j in joints] != [0, 7, 14, 21, 28, 30]:
+            raise AssertionError("qpos is no longer blocks, palm, then opening and spring of each finger")
+        self._task: int | None = None
+        self._steps = 0
+        self._arm: KinematicState
+        self._frame: NDArray[np.uint8]
+        side, finger = self._config.image, TABLETOP.finger_m / 2
+        turn = [2 * np.pi] * 3
+        low, high = np.array([*_LOW, *(-t for t in turn), 0, -finger]), np.array([*_HIGH, *turn, finger, 0])
+        proprio = spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        self.observation_space = spaces.Dict({"frame": spaces.Box(0, 255, (side, side, 3), np.uint8), "proprio": proprio})
+        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """See `TrueEnvironment`."""
+        return tuple(f"push the {colour} block onto the green strip" for colour in COLOURS)
+
+    @property
+    def robot(self) -> Robot:
+        """See `TrueEnvironment`."""
+        return TABLETOP
+
+    @property
+    def controller(self) -> ControllerModel:
+        """See `TrueEnvironment`: exact, workspace included."""
+        return self._controller
+
+    @functools.cached_property
+    def camera(self) -> Camera:
+        """See `TrueEnvironment`. Pixel coordinates are those of pixel centres (OpenCV): the picture's middle is (W - 1) / 2."""
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+        side = self._config.image
+        focal = side / 2 / np.tan(np.deg2rad(float(self.model.cam_fovy[self._eye])) / 2)
+        middle = (side - 1) / 2
+        to_world = np.eye(4)
+        to_world[:3, :3] = self.data.cam_xmat[self._eye].reshape(3, 3) @ np.diag([1.0, -1.0, -1.0])  # OpenGL looks along -z, y up
+        to_world[:3, 3] = self.data.cam_xpos[self._eye]
+        return Camera(np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]]), to_world, side, side)
+
+    def versions(self) -> dict[str, str]:
+        """See `TrueEnvironment`."""
+        return {**{package: metadata.version(package) for package in ("mujoco", "numpy")}, "renderer": self._eyes().renderer()}
+
+    def states(self, split: Split) -> int:
+        """See `TrueEnvironment`."""
+        return self._config.train_states if split == "train" else self._config.test_states
+
+    def state_hash(self, task: int, split: Split, index: int) -> str:
+        """The name of a fixed initial state: `InitialState.name`."""
+        return initial_state(self._config, task, split, index).name()
+
+    @property
+    def blocks(self) -> NDArray[np.float64]:
+        """(3, 7): poses of the blocks, in the order of `COLOURS` [m, unit quaternion xyzw]. Privileged: for experts and tests."""
+        return self._qpos[_BLOCKS].reshape(-1, 7)[:, [0, 1, 2, 4, 5, 6, 3]]
+
+    @property
+    def arm(self) -> KinematicState:
+        """The gripper and how it moves (B = 1)."""
+        return self._arm
+
+    @property
+    def task(self) -> int:
+        """The task of the current episode. RuntimeError before the first."""
+        if self._task is None:
+            raise RuntimeError("Tabletop: no episode yet; call begin (or reset) first")
+        return self._task
+
+    def begin(self, task: int, split: Split, index: int) -> Snapshot:
+        """See `TrueEnvironment`. Always draws the frame."""
+        start = initial_state(self._config, task, split, index)
+        self._task, self._steps = task, 0
+        self._arm = kinematics.rest(torch.from_numpy(start.pose)[None], torch.tensor([start.gripper], dtype=torch.float64))
+        mujoco.mj_resetData(self.model, self.data)
+        half = 0.5 * start.blocks[:, 2]
+        zero = np.zeros_like(half)
+        blocks = np.column_stack([start.blocks[:, :2], zero + BLOCK_HALF[2], np.cos(half), zero, zero, np.sin(half)])
+        self._qpos[_BLOCKS], self._qpos[_PALM] = blocks.ravel(), _in_mujoco(start.pose)
+        self._qpos[_OPENING] = self.data.ctrl[:] = start.gripper * _TRAVEL_M
+        mujoco.mj_step(self.model, self.data, _SETTLE_SUBSTEPS)
+        self._qpos[_PALM], self._qpos[_OPENING] = _in_mujoco(start.pose), start.gripper * _TRAVEL_M
+        self._qvel[:] = 0.0
+        return self._snapshot(render=True)
+
+    def advance(self, command: NDArray[np.floating[Any]], render: bool = True) -> Snapshot:
+        """See `TrueEnvironment`."""
+        self.task  # noqa: B018 -- raises before the first episode
+        if np.shape(command) != (ACTION_DIM,):
+            raise ValueError(f"Tabletop.advance: command {np.shape(command)}, want ({ACTION_DIM},)")
+        asked = torch.from_numpy(np.asarray(command, np.float64))[None, None]
+        _, self._arm = kinematics.follow(self._arm, asked, self._controller)
+        self._steps += 1
+        target, opening = _in_mujoco(self._arm.pose[0].numpy()), float(self._arm.gripper[0])
+        here, turn = self._qpos[_PALM], np.empty(3)
+        mujoco.mju_subQuat(turn, target[3:], here[3:])  # in the body's own axes, as a free joint's velocity is
+        self._qvel[_PALM_QVEL] = np.concatenate([target[:3] - here[:3], turn]) / _CONTROL_S
+        self.data.ctrl[:] = opening * _TRAVEL_M
+        mujoco.mj_step(self.model, self.data, _SUBSTEPS)
+        self._qpos[_PALM] = target  # takes back what contact deflected it: micrometres
+        if np.abs(self._qpos[_OPENING] - opening * _TRAVEL_M).max() < _BLOCKED_M:
+            self._qpos[_OPENING] = opening * _TRAVEL_M
+        else:
+            held = min(max(float(self._qpos[_OPENING].mean()) / _TRAVEL_M, 0.0), 1.0)
+            self._arm = replace(self._arm, gripper=torch.tensor([held], dtype=torch.float64))
+        return self._snapshot(render)
+
+    def _eyes(self) -> Offscreen:
+        if self._offscreen is None:
+            self._offscreen = Offscreen(self.model, self._config.image, self._config.image)
+        return self._offscreen
+
+    def _snapshot(self, render: bool) -> Snapshot:
+        if render:
+            mujoco.mj_kinematics(self.model, self.data)  # a step ends with positions of its start
+            mujoco.mj_camlight(self.model, self.data)
+            self._frame = self._eyes().picture(self.data, self._eye)
+        return Snapshot(self._frame, self._arm.pose[0].numpy().copy(), float(self._arm.gripper[0]), self._success())
+
+    def _success(self) -> bool:
+        """The task's block stands on the table with its centre on the strip. Wherever that holds, block and strip are in the picture."""
+        x, _, z = self._qpos[7 * self.task :][:3]
+        return bool(LINE < x < STRIP_END and abs(z - BLOCK_HALF[2]) < _STANDS_M)
+
+    def capture(self) -> _Moment:
+        """See `TrueEnvironment`."""
+        physics = np.empty(mujoco.mj_stateSize(self.model, _PHYSICS))
+        mujoco.mj_getState(self.model, self.data, physics, _PHYSICS)
+        return _Moment(self.task, self._steps, physics, self._arm, self._frame)
+
+    def restore(self, moment: _Moment) -> None:
+        """See `TrueEnvironment`."""
+        mujoco.mj_setState(self.model, self.data, moment.physics, _PHYSICS)
+        self._task, self._steps, self._arm, self._frame = moment.task, moment.steps, moment.arm, moment.frame
+
+    # Gymnasium
+
+    def _observation(self, now: Snapshot) -> dict[str, NDArray[Any]]:
+        return {"frame": now.frame, "proprio": TABLETOP.proprio(now.pose, now.gripper)}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Begin the episode that `options` names: "task", "split" (train where left out), "index"; what else is left out is drawn by `seed`.
+
+        Raises ValueError for an unknown option and for a state that is not there.
+        """
+        super().reset(seed=seed)
+        chosen = dict(options or {})
+        split = chosen.pop("split", "train")
+        task = int(chosen.pop("task", self.np_random.integers(len(COLOURS))))
+        index = int(chosen.pop("index", self.np_random.integers(self.states(split))))
+        if chosen:
+            raise ValueError(f"reset: unknown options {sorted(chosen)}; there are task, split, index")
+        now = self.begin(task, split, index)
+        return self._observation(now), {"success": now.success, "instruction": self.tasks[task], "task": task, "split": split, "index": index}
+
+    def step(self, action: NDArray[np.floating[Any]]) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+        """One control step: observation, 1.0 while the predicate holds, never terminated, truncated at the step limit."""
+        now = self.advance(action)
+        return self._observation(now), float(now.success), False, self._steps >= self._config.steps, {"success": now.success}
+
+    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+        """The last frame (H, W, 3), or None where no render mode was asked for."""
+        self.task  # noqa: B018 -- raises before the first episode
+        return self._frame.copy() if self.render_mode else None
+
+    def close(self) -> None:
+        """Free the OpenGL context."""
+        if self._offscreen is not None:
+            self._offscreen.close()
+            self._offscreen = None
+
+
+def register() -> None:
+    """Make `gymnasium.make(ID)` known. Nothing is registered by import."""
+    if ID not in gymnasium.registry:
+        gymnasium.register(id=ID, entry_point=f"{__name__}:{Tabletop.__name__}")

@@ -34,13 +34,15 @@ class Brush:
     """RGB of the x, y and z axis."""
 
 
-def paint_ref(pixels: NDArray[np.int64], colours: NDArray[np.uint8], brushes: Sequence[Brush], size: tuple[int, int], background: int) -> torch.Tensor:
+def paint_ref(
+    pixels: NDArray[np.int64], colours: NDArray[np.uint8], brushes: Sequence[Brush], size: tuple[int, int], background: int
+) -> torch.Tensor:
     """The definition, pixel by pixel, in float64; arguments and result as those of `paint`."""
     height, width = size
     y, x = torch.meshgrid(torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij")
 
     def disc(u: float, v: float, radius: float) -> torch.Tensor:
-        return (x - u) ** 2 + (y - v) ** 2 <= radius**2
+        return torch.le((x - u) ** 2 + (y - v) ** 2, radius**2)
 
     def line(start: NDArray[np.int64], end: NDArray[np.int64], thickness: float) -> torch.Tensor:
         (u, v), (du, dv) = (float(n) for n in start), (float(n) for n in end - start)
@@ -56,14 +58,16 @@ def paint_ref(pixels: NDArray[np.int64], colours: NDArray[np.uint8], brushes: Se
     for picture, points, fills in zip(out, pixels, colours, strict=True):
         shown = [i for i, ((u, v), *_) in enumerate(points) if 0 <= u < width and 0 <= v < height]
         for i in shown:
-            picture[disc(*(float(n) for n in points[i, 0]), brushes[i].radius)] = torch.from_numpy(fills[i])
+            picture[disc(float(points[i, 0, 0]), float(points[i, 0, 1]), brushes[i].radius)] = torch.from_numpy(fills[i])
         for i in shown:
             for tip, colour in zip(points[i, 1:], brushes[i].axes, strict=True):
                 picture[line(points[i, 0], tip, brushes[i].thickness)] = torch.tensor(colour, dtype=torch.uint8)
     return out
 
 
-def paint(pixels: NDArray[np.int64], colours: NDArray[np.uint8], brushes: Sequence[Brush], size: tuple[int, int], background: int) -> torch.Tensor:
+def paint(
+    pixels: NDArray[np.int64], colours: NDArray[np.uint8], brushes: Sequence[Brush], size: tuple[int, int], background: int
+) -> torch.Tensor:
     """N action maps (N, H, W, 3) uint8 of A arms.
 
     `pixels` (N, A, 4, 2): x, y [px] of each arm's origin and of its axes' tips; `colours` (N, A, 3): of its disc; `brushes`: A of them;

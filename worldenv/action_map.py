@@ -9,6 +9,7 @@ Source: EnerVerse-AC (arXiv:2505.09723) sec. 3 and its public code; ray maps: Pl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,8 +26,13 @@ _SIDES = ("left", "right")
 _SHADES = 256
 _THIRTEEN = 12.999999999999998  # matplotlib holds 13 / 255 to 16 digits, which is below it, and it shows once cut off
 _BREWER: dict[str, list[tuple[float, float, float]]] = {
-    "Greens": [(247, 252, 245), (229, 245, 224), (199, 233, 192), (161, 217, 155), (116, 196, 118), (65, 171, 93), (35, 139, 69), (0, 109, 44), (0, 68, 27)],
-    "Reds": [(255, 245, 240), (254, 224, 210), (252, 187, 161), (252, 146, 114), (251, 106, 74), (239, 59, 44), (203, 24, 29), (165, 15, 21), (103, 0, _THIRTEEN)],
+    "Greens": [
+        (247, 252, 245), (229, 245, 224), (199, 233, 192), (161, 217, 155), (116, 196, 118), (65, 171, 93), (35, 139, 69), (0, 109, 44), (0, 68, 27),
+    ],
+    "Reds": [
+        (255, 245, 240), (254, 224, 210), (252, 187, 161), (252, 146, 114), (251, 106, 74), (239, 59, 44), (203, 24, 29), (165, 15, 21),
+        (103, 0, _THIRTEEN),
+    ],
 }  # fmt: skip
 """ColorBrewer's sequential palettes of nine colours (Brewer et al. 2003), as matplotlib interpolates them."""
 
@@ -118,17 +124,23 @@ def pictures(pose: Doubles, gripper: Doubles, camera: Camera, robot: Robot, arms
     return paint(pixels, colours, brushes, (camera.height, camera.width), robot.background)
 
 
+def resized(camera: Camera, height: int, width: int) -> Camera:
+    """The same camera with its picture stretched to `height` x `width` [px], each axis by its own factor."""
+    stretch = np.array([[width / camera.width], [height / camera.height], [1.0]])
+    return replace(camera, intrinsics=camera.intrinsics * stretch, height=height, width=width)
+
+
 def rays(camera: Camera, latent: tuple[int, int]) -> torch.Tensor:
     """(6, h, w) float32: the unit direction in the world of the ray through each latent pixel's centre, then the camera's place [m].
 
     Intrinsics are scaled from the picture to `latent` (h, w).
     """
     height, width = latent
-    fx, fy, cx, cy = (camera.intrinsics[i] for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    across, down = width / camera.width, height / camera.height
+    intrinsics = resized(camera, height, width).intrinsics
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    x = (u - cx * across) / (fx * across)
-    local = np.stack([-x if camera.mirrored else x, (v - cy * down) / (fy * down), np.ones_like(u)], axis=-1)
+    # In the picture u' = W - 1 - u of pixel indices is W - u of pixel centres, which count from the edge; so at latent size.
+    u = width - u if camera.mirrored else u
+    local = np.stack([(u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1], np.ones_like(u)], axis=-1)
     world = local @ camera.camera_to_world[:3, :3].T
     world /= np.linalg.norm(world, axis=-1, keepdims=True)
     origin = np.broadcast_to(camera.camera_to_world[:3, 3], world.shape)
@@ -136,7 +148,12 @@ def rays(camera: Camera, latent: tuple[int, int]) -> torch.Tensor:
 
 
 def draw(
-    path: StatePath, before: tuple[torch.Tensor, torch.Tensor], camera: Camera, robot: Robot, latent: tuple[int, int], device: torch.device | None = None
+    path: StatePath,
+    before: tuple[torch.Tensor, torch.Tensor],
+    camera: Camera,
+    robot: Robot,
+    latent: tuple[int, int],
+    device: torch.device | None = None,
 ) -> ActionMap:
     """The action map of one arm's `path` (B rollouts, K steps), on `device` (default: the path's).
 

@@ -43,7 +43,8 @@ def clip_picture(pictures: torch.Tensor, side: int) -> torch.Tensor:
     if pictures.shape[-2:] != (side, side):
         pictures = F.interpolate(pictures, (side, side), mode="bicubic", align_corners=True)
     mean, std = (torch.tensor(value, device=pictures.device, dtype=pictures.dtype).view(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
-    return ((pictures + 1.0) / 2.0 - mean) / std
+    seen: torch.Tensor = ((pictures + 1.0) / 2.0 - mean) / std
+    return seen
 
 
 class _ClipBlock(nn.Module):
@@ -78,15 +79,16 @@ class ClipTower(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, config.width))
         self.ln_pre = nn.LayerNorm(config.width)
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList([_ClipBlock(config.width, config.heads) for _ in range(config.layers)])
+        self.transformer = nn.ModuleDict(
+            {"resblocks": nn.ModuleList([_ClipBlock(config.width, config.heads) for _ in range(config.layers)])}
+        )
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Tokens (B, patches + 1, width), the class token first, of `pictures` (B, 3, H, W) in [-1, 1]."""
         x = self.conv1(clip_picture(pictures, self.config.image)).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
         x = self.ln_pre(x)
-        for block in self.transformer.resblocks:  # type: ignore[union-attr]
+        for block in self.transformer["resblocks"].children():
             x = block(x)
         return x
 
@@ -122,7 +124,10 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(config.depth):
             feed_forward = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, _MLP_MULT * width, bias=False), nn.GELU(), nn.Linear(_MLP_MULT * width, width, bias=False)
+                nn.LayerNorm(width),
+                nn.Linear(width, _MLP_MULT * width, bias=False),
+                nn.GELU(),
+                nn.Linear(_MLP_MULT * width, width, bias=False),
             )
             self.layers.append(nn.ModuleList([_PerceiverAttention(width, config.heads, config.head_channels), feed_forward]))
         self.proj_out = nn.Linear(width, channels)
@@ -131,7 +136,8 @@ class Resampler(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, queries, channels) of `tokens` (B, N, channels_in)."""
         queries, tokens = self.latents.expand(len(tokens), -1, -1), self.proj_in(tokens)
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            attention, feed_forward = layer.children()
             queries = queries + attention(tokens, queries)
             queries = queries + feed_forward(queries)
         out: torch.Tensor = self.norm_out(self.proj_out(queries))

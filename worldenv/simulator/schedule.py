@@ -30,12 +30,13 @@ def betas() -> Table:
     signal = np.sqrt(np.cumprod(1.0 - given))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     squared = signal**2
-    return 1.0 - squared / np.concatenate([[1.0], squared[:-1]])
+    added: Table = 1.0 - squared / np.concatenate([[1.0], squared[:-1]])
+    return added
 
 
 def alphas_cumprod() -> Table:
     """(1000,) a_t, from 0.99915 down to exactly 0."""
-    return np.cumprod(1.0 - betas())
+    return np.asarray(np.cumprod(1.0 - betas()), dtype=np.float64)
 
 
 def latent_scales(dynamic: bool = True) -> Table:
@@ -104,9 +105,7 @@ class Sampler:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def step(
-        self, x: torch.Tensor, v: torch.Tensor, index: torch.Tensor, noise: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, x: torch.Tensor, v: torch.Tensor, index: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_prev, x_0) of latents `x` and predictions `v` (B, ...), each sample at its own `index` (B,) of the tables.
 
         `noise` is standard normal, like x; None where every sigma is 0. Arithmetic in float32.

@@ -102,7 +102,7 @@ class ResBlock(nn.Module):
 
 def _attend(query: torch.Tensor, pair: KeysValues, heads: int) -> torch.Tensor:
     """(B, N, C) of `query` (B, N, C) attending to keys and values (B, heads, L, C / heads)."""
-    q = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+    q = query.view(*query.shape[:2], heads, -1).transpose(1, 2)
     return F.scaled_dot_product_attention(q, pair.key, pair.value).transpose(1, 2).flatten(2)
 
 
@@ -389,7 +389,14 @@ class UNet(nn.Module):
         """
         return [block.keys_values(image, action) for block in self._attentions()]
 
-    def denoise(self, x: torch.Tensor, memory_rows: Sequence[torch.Tensor], chunk_rows: Sequence[torch.Tensor], pairs: Sequence[KeysValues], memory: int) -> torch.Tensor:
+    def denoise(
+        self,
+        x: torch.Tensor,
+        memory_rows: Sequence[torch.Tensor],
+        chunk_rows: Sequence[torch.Tensor],
+        pairs: Sequence[KeysValues],
+        memory: int,
+    ) -> torch.Tensor:
         """v (B, latent, T, H, W) of `x` (B, 3 latent + 7, T, H, W), whose first `memory` frames are memory.
 
         `memory_rows`, `chunk_rows`: for each residual block (B or 1, C), from `time_rows`; `pairs` from `keys_values`.
@@ -423,7 +430,14 @@ class UNet(nn.Module):
         return out.permute(0, 4, 1, 2, 3)
 
     def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, image: torch.Tensor, action: torch.Tensor, fps: torch.Tensor, domain: torch.Tensor, memory: int
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        image: torch.Tensor,
+        action: torch.Tensor,
+        fps: torch.Tensor,
+        domain: torch.Tensor,
+        memory: int,
     ) -> torch.Tensor:
         """v (B, latent, T, H, W) of `x` (B, 3 latent + 7, T, H, W), everything computed anew: what training and tests call.
 

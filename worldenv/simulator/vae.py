@@ -51,7 +51,7 @@ class _Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return torch.add(y, self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class _Attention(nn.Module):

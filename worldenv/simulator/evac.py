@@ -1,0 +1,295 @@
+"""EVAC, the world simulator: the order in which its networks are called, and what it remembers of a rollout.
+
+One chunk:  memory latents (first, n/3, 2n/3, last of all n so far)  +  action-map latents, rays, image tokens, action tokens
+            -> DDIM over K new latents -> decode K frames.
+What is constant is computed once: image tokens per rollout, keys and values of all cross-attention per chunk (not per step and frame),
+time embeddings per chunk for all steps, sampler tables per simulator. Memory stays in latent space: only new maps are encoded, only
+new frames are decoded; the maps of memory frames are multiplied by zero in this model, so they are not made at all.
+Source: EnerVerse-AC (arXiv:2505.09723) and its public code's order of work; every deviation from it is a switch in SimulatorConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from worldenv import noise as counter_noise
+from worldenv.config import SimulatorConfig
+from worldenv.nouns import ActionMap
+from worldenv.simulator.conditioning import ClipTower, Resampler
+from worldenv.simulator.schedule import Sampler, latent_scales, rescale_guidance
+from worldenv.simulator.unet import KeysValues, UNet
+from worldenv.simulator.vae import VAE
+
+DELTA_DIM = 14
+_GRIPPERS = (6, 13)
+_NETWORK = 30
+"""Number of this network under `Stream.WEIGHTS`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is remembered of one rollout between two chunks."""
+
+    history: torch.Tensor
+    """(n, z, h, w) scaled latents: the first frame as often as there are memory frames, then every imagined frame."""
+    tokens: torch.Tensor | None
+    """(queries, context) image tokens of the first frame; None where they are to be made anew from its decoded latent."""
+    deviation: torch.Tensor | None = None
+    """(z, h, w) scaled deviation of the first frame's posterior while no sample of it has been drawn; `history` then holds its mean."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one chunk is denoised under; constant over the steps. T = memory + chunk frames."""
+
+    memory: torch.Tensor
+    """(B, z, M, h, w) scaled latents of the memory frames."""
+    fixed: torch.Tensor
+    """(B, 2 z + 7, T, h, w): condition latent, mask, map latent, ray direction, ray origin."""
+    image: torch.Tensor
+    """(B, L, context) image tokens."""
+    action: torch.Tensor
+    """(B, A, context) action tokens."""
+    pairs: tuple[KeysValues, ...]
+    """Keys and values of `image` and `action` in each attention block."""
+
+
+def memory_indices(frames: int, memory: int) -> list[int]:
+    """Which of `frames` frames so far are remembered: `memory` - 1 evenly spread from the first on, then the last."""
+    return [frames * k // (memory - 1) for k in range(memory - 1)] + [frames - 1]
+
+
+def chunk_deltas(deltas: torch.Tensor, number: int, config: SimulatorConfig) -> torch.Tensor:
+    """What chunk `number` is told of `deltas` (B, N, 14), one row per step of a path that is known to its end: (B, rows, 14).
+
+    "aligned": its K rows. "published": from the second chunk on, the released sampler's rows, one too many and shifted by memory - 1;
+    fewer where the path ends with the chunk. Either is filled up to K rows with zeros where the path ends inside the chunk.
+    """
+    first, chunk = number * config.chunk, config.chunk
+    shift = config.memory - 1 if config.delta_rows == "published" and number else 0
+    rows = deltas[:, first + shift : first + chunk + shift + (1 if shift else 0)]
+    if first + chunk > deltas.shape[1] and rows.shape[1] < chunk:
+        rows = F.pad(rows, (0, 0, 0, chunk - rows.shape[1]))
+    return rows
+
+
+class Evac(nn.Module):
+    """`Simulator` of the contract. All weights, and three things that are measured with them: latent scale and statistics of deltas."""
+
+    latent_scale: torch.Tensor
+    delta_mean: torch.Tensor
+    delta_std: torch.Tensor
+
+    def __init__(self, config: SimulatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        latent, context = config.vae.z_channels, config.unet.context_dim
+        self.unet = UNet(config.unet, latent)
+        self.vae = VAE(config.vae)
+        self.clip = ClipTower(config.clip)
+        self.image_resampler = Resampler(config.image_resampler, config.clip.width, context)
+        self.action_resampler = Resampler(config.action_resampler, DELTA_DIM, context)
+        self.register_buffer("latent_scale", torch.tensor(config.latent_scale))
+        self.register_buffer("delta_mean", torch.zeros(DELTA_DIM))
+        self.register_buffer("delta_std", torch.ones(DELTA_DIM))
+        self.sampler = Sampler.ddim(config.denoise_steps, config.eta, config.dynamic_rescale)
+
+    @classmethod
+    def initialised(cls, config: SimulatorConfig, seed: int) -> Self:
+        """A simulator with random weights, a function of `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(counter_noise.torch_seed(seed, counter_noise.Stream.WEIGHTS, _NETWORK))
+            return cls(config)
+
+    @property
+    def chunk(self) -> int:
+        """See `Simulator`."""
+        return self.config.chunk
+
+    def noise_shape(self) -> tuple[int, ...]:
+        """See `Simulator`: (draws, z, K, h, w).
+
+        Draws: initial; each step, where eta > 0; then the maps' posterior and the first frame's, where they are sampled.
+        """
+        draws = 1 + (self.config.denoise_steps if self.config.eta > 0 else 0) + (2 if self.config.posterior == "sample" else 0)
+        return draws, self.config.vae.z_channels, self.config.chunk, *self.config.latent
+
+    # what pictures, maps and motion are turned into
+
+    def fit(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, 3, height, width) in [-1, 1] of `pictures` (N, 3, H, W) in [0, 1], resized (bilinear, antialiased) where they are of another size."""
+        size = (self.config.height, self.config.width)
+        if pictures.shape[-2:] != size:
+            pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True)
+        return pictures * 2.0 - 1.0
+
+    def picture(self, frames: torch.Tensor) -> torch.Tensor:
+        """(N, 3, height, width) in [-1, 1] of `frames` (N, H, W, 3) uint8."""
+        return self.fit(frames.permute(0, 3, 1, 2).to(self.latent_scale.dtype) / 255.0)
+
+    def encode(self, pictures: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Scaled latents (N, z, h, w) of `pictures` (N, 3, H, W) in [-1, 1]: the posterior's mean, or its sample at `noise` like the result."""
+        posterior = self.vae.encode(pictures)
+        return (posterior.mean if noise is None else posterior.sample(noise)) * self.latent_scale
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) in about [-1, 1], not clamped, of scaled `latents` (N, z, h, w)."""
+        return self.vae.decode(latents / self.latent_scale)
+
+    def image_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(N, queries, context) of `pictures` (N, 3, H, W) in [-1, 1]."""
+        tokens: torch.Tensor = self.image_resampler(self.clip(pictures))
+        return tokens
+
+    def action_tokens(self, deltas: torch.Tensor) -> torch.Tensor:
+        """(B, queries, context) of normalised `deltas` (B, rows, 14), any number of rows."""
+        tokens: torch.Tensor = self.action_resampler(deltas)
+        return tokens
+
+    def normalise(self, deltas: torch.Tensor) -> torch.Tensor:
+        """`deltas` (..., 14) less their mean, over their deviation, both times `delta_stride`; the grippers' openings as they are."""
+        moves = torch.ones(DELTA_DIM, dtype=torch.bool, device=deltas.device)
+        moves[list(_GRIPPERS)] = False
+        stride = self.config.delta_stride
+        return torch.where(moves, (deltas - stride * self.delta_mean) / (stride * self.delta_std), deltas)
+
+    # one chunk
+
+    def condition(
+        self,
+        memory: torch.Tensor,
+        maps: torch.Tensor,
+        rays: torch.Tensor,
+        image: torch.Tensor,
+        action: torch.Tensor,
+        seen: torch.Tensor | None = None,
+    ) -> Condition:
+        """What a chunk is denoised under.
+
+        `memory` (B, z, M, h, w) and `maps` (B, z, K, h, w) scaled latents; `rays` (B, 6, h, w), or (B, 6, M + K, h, w) of a camera
+        that moves; `image`, `action` tokens. `seen` (B,) bool: where False, the chunk's frames get no condition latent and mask 0
+        (as in the unconditional branch of guidance, and in training).
+        """
+        batch, _, remembered, height, width = memory.shape
+        chunk = maps.shape[2]
+        rays = rays if rays.dim() == 5 else rays[:, :, None].expand(-1, -1, remembered + chunk, -1, -1)
+        shown = memory.new_ones(batch) if seen is None else seen.to(memory.dtype)
+        shown = shown.view(batch, 1, 1, 1, 1).expand(-1, 1, chunk, height, width)
+        latent = torch.cat([memory, memory[:, :, -1:] * shown], dim=2)
+        mask = torch.cat([memory.new_ones(batch, 1, remembered, height, width), shown], dim=2)
+        maps = torch.cat([torch.zeros_like(memory), maps], dim=2)
+        fixed = torch.cat([latent, mask, maps, rays.to(memory.dtype)], dim=1)
+        return Condition(memory, fixed, image, action, tuple(self.unet.keys_values(image, action)))
+
+    def _unconditional(self, condition: Condition) -> Condition:
+        """The other branch of guidance: tokens of a grey picture, nothing seen; action tokens, maps and rays are kept."""
+        grey = torch.zeros(1, 3, self.config.height, self.config.width, device=condition.memory.device, dtype=condition.memory.dtype)
+        image = self.image_tokens(grey).expand(len(condition.memory), -1, -1)
+        remembered, channels = condition.memory.shape[2], condition.memory.shape[1] + 1
+        fixed = condition.fixed.clone()
+        fixed[:, :channels, remembered:] = 0.0
+        return replace(condition, fixed=fixed, image=image, pairs=tuple(self.unet.keys_values(image, condition.action)))
+
+    def denoise(self, condition: Condition, noise: torch.Tensor, unconditional: Condition | None = None) -> torch.Tensor:
+        """Scaled latents (B, z, K, h, w) of the chunk.
+
+        `noise` (B, draws, z, K, h, w): initial, then one per step where eta > 0. `unconditional` is the other branch of guidance
+        (default: made from `condition` where guidance is on).
+        """
+        config, sampler, device = self.config, self.sampler, condition.memory.device
+        if config.guidance != 1.0 and unconditional is None:
+            unconditional = self._unconditional(condition)
+        batch, _, remembered = condition.memory.shape[:3]
+        levels = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(sampler.timesteps)]).to(device)
+        rows = self.unet.time_rows(levels, torch.full_like(levels, config.fps_token), torch.full_like(levels, config.domain))
+        at_rest = [row[:1] for row in rows]
+        scales = latent_scales(config.scale_memory)[sampler.timesteps]
+
+        def predict(x: torch.Tensor, index: int) -> torch.Tensor:
+            now = [row[index + 1 : index + 2] for row in rows]
+            noisy = torch.cat([condition.memory * float(scales[index]), x], dim=2)
+            v = self.unet.denoise(torch.cat([noisy, condition.fixed], dim=1), at_rest, now, condition.pairs, remembered)
+            if unconditional is not None and config.guidance != 1.0:
+                other = self.unet.denoise(torch.cat([noisy, unconditional.fixed], dim=1), at_rest, now, unconditional.pairs, remembered)
+                guided = other + config.guidance * (v - other)
+                v = rescale_guidance(guided, v, config.guidance_rescale) if config.guidance_rescale > 0 else guided
+            return v[:, :, remembered:]
+
+        x = x_0 = noise[:, 0]
+        for executed, index in enumerate(reversed(range(len(sampler)))):
+            added = noise[:, 1 + executed] if config.eta > 0 else None
+            x, x_0 = sampler.step(x, predict(x, index), torch.full((batch,), index, device=device), added)
+        return x_0 if config.final == "pred_x0" else x
+
+    # the contract
+
+    @torch.no_grad()
+    def begin(self, frame: torch.Tensor) -> list[Memory]:
+        """See `Simulator`. Frames of another size than the simulator's are resized."""
+        pictures = self.picture(frame)
+        posterior, tokens = self.vae.encode(pictures), self.image_tokens(pictures)
+        mean = posterior.mean * self.latent_scale
+        deviation = torch.exp(0.5 * posterior.logvar) * self.latent_scale
+        sampled = self.config.posterior == "sample"
+        return [
+            Memory(mean[i].expand(self.config.memory, -1, -1, -1), tokens[i], deviation[i] if sampled else None) for i in range(len(frame))
+        ]
+
+    @torch.no_grad()
+    def imagine(self, memory: Sequence[Memory], action_map: ActionMap, noise: torch.Tensor) -> tuple[torch.Tensor, list[Memory]]:
+        """See `Simulator`. Raises ValueError where the batch, the chunk or the noise do not fit."""
+        batch, chunk = action_map.picture.shape[:2]
+        if len(memory) != batch or chunk != self.chunk or tuple(noise.shape) != (batch, *self.noise_shape()):
+            raise ValueError(
+                f"imagine: {len(memory)} memories, action map {tuple(action_map.picture.shape)}, noise {tuple(noise.shape)}: "
+                f"want B, (B, {self.chunk}, H, W, 3), (B, {', '.join(map(str, self.noise_shape()))})"
+            )
+        sampled = self.config.posterior == "sample"
+        memory = [self._drawn(one, noise[i, -1]) for i, one in enumerate(memory)]
+        maps = self.encode(self.picture(action_map.picture.flatten(0, 1)), noise[:, -2].transpose(1, 2).flatten(0, 1) if sampled else None)
+        remembered = torch.stack([one.history[memory_indices(len(one.history), self.config.memory)] for one in memory])
+        condition = self.condition(
+            remembered.transpose(1, 2),
+            maps.view(batch, chunk, *maps.shape[1:]).transpose(1, 2),
+            action_map.rays,
+            self._first_tokens(memory),
+            self.action_tokens(self.normalise(action_map.delta)),
+        )
+        latents = self.denoise(condition, noise).transpose(1, 2)
+        frames = self.frames(latents.flatten(0, 1))
+        frames = frames.view(batch, chunk, *frames.shape[1:])
+        return frames, [self._grown(one, latents[i], condition.image[i]) for i, one in enumerate(memory)]
+
+    def frames(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, H, W, 3) uint8 of scaled `latents` (N, z, h, w), rounded to the nearest level."""
+        pictures = ((self.decode(latents) + 1.0) / 2.0).clamp(0.0, 1.0)
+        return (pictures * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def _drawn(self, memory: Memory, noise: torch.Tensor) -> Memory:
+        """`memory` with its first frames drawn from the posterior, each at its own `noise` (z, K, h, w), where that is still to do."""
+        if memory.deviation is None:
+            return memory
+        drawn = memory.history + memory.deviation * noise[:, : self.config.memory].transpose(0, 1)
+        return replace(memory, history=drawn, deviation=None)
+
+    def _first_tokens(self, memory: Sequence[Memory]) -> torch.Tensor:
+        """Image tokens (B, queries, context) of the rollouts, those that are wanted anew made from the decoded first latent."""
+        stale = [i for i, one in enumerate(memory) if one.tokens is None]
+        tokens = [one.tokens for one in memory]
+        if stale:
+            decoded = self.decode(torch.stack([memory[i].history[0] for i in stale])).clamp(-1.0, 1.0)
+            for i, made in zip(stale, self.image_tokens(decoded), strict=True):
+                tokens[i] = made
+        return torch.stack([one for one in tokens if one is not None])
+
+    def _grown(self, memory: Memory, latents: torch.Tensor, tokens: torch.Tensor) -> Memory:
+        """`memory` after a chunk of `latents` (K, z, h, w) that was told image `tokens`."""
+        first = len(memory.history) == self.config.memory
+        again = first and self.config.first_tokens == "decoded"
+        return Memory(torch.cat([memory.history, latents]), None if again else tokens)

@@ -98,9 +98,11 @@ class Network(nn.Module):
         llama, slots = self.language_model.model, ACTION_DIM * self.config.chunk
         batch, prompt = ids.shape
         text = llama.embed_tokens(ids)
-        first = [text[:, :1], self.image_tokens(pixels.to(text.dtype))]
-        if proprio is not None:
-            first.append(self.proprio_projector(proprio.to(text.dtype))[:, None])
+        full = self.config.attention == "full"
+        with torch.set_grad_enabled(full and torch.is_grad_enabled()):  # the prefix of prefix_lm carries no gradient
+            first = [text[:, :1], self.image_tokens(pixels.to(text.dtype))]
+            if proprio is not None:
+                first.append(self.proprio_projector(proprio.to(text.dtype))[:, None])
         seen = sum(part.shape[1] for part in first) - 1
         last = text[:, -1:] if lengths is None else text[torch.arange(batch, device=ids.device), lengths - 1][:, None]
         stop = llama.embed_tokens(ids.new_full((batch, 1), STOP))
@@ -114,7 +116,7 @@ class Network(nn.Module):
         else:
             positions = torch.cat([body.expand(batch, -1), (seen + lengths - 1)[:, None] + tail], dim=1)
             visible = torch.cat([body < (seen + lengths - 1)[:, None], torch.ones_like(tail, dtype=torch.bool).expand(batch, -1)], dim=1)
-        attend = llama if self.config.attention == "full" else llama.prefix_lm
+        attend = llama if full else llama.prefix_lm
         return cast(torch.Tensor, attend(x, positions, visible, slots + 2)[:, :slots])
 
 
@@ -141,7 +143,9 @@ class OpenVLAOFT:
         cls, config: PolicyConfig, tokenizer: PromptTokenizer, statistics: Statistics, torch_seed: int, device: torch.device
     ) -> OpenVLAOFT:
         """A policy with random weights; `torch_seed` from `noise.torch_seed`."""
-        network = Network(config)
+        with torch.device("meta"):  # torch's own start would be thrown away, and draws from the global generator
+            network = Network(config)
+        network.to_empty(device="cpu")
         network.initialize(torch.Generator().manual_seed(torch_seed))
         return cls(config, network.to(device), tokenizer, statistics)
 

@@ -120,7 +120,7 @@ class VisionBackbone(nn.Module):
         self.fused_featurizer = VisionTower(siglip, image)
         if self.featurizer.patches != self.fused_featurizer.patches:
             raise ValueError(
-                f"dino has {self.featurizer.patches} patches, siglip {self.fused_featurizer.patches}: want as many, features are joined by patch"
+                f"dino has {self.featurizer.patches} patches, siglip {self.fused_featurizer.patches}: features are joined by patch"
             )
         self.patches = self.featurizer.patches
 

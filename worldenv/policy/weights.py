@@ -44,8 +44,11 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def fill(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy `state` into `network`, keeping its dtypes. ValueError that names every kind of misfit; nothing is copied then."""
+def fill(network: nn.Module, state: Mapping[str, torch.Tensor], source: str, assign: bool = False) -> None:
+    """Copy `state` into `network`, keeping its dtypes; or `assign` the tensors themselves, as a network on the meta device needs.
+
+    ValueError that names every kind of misfit; nothing is changed then.
+    """
     own = network.state_dict()
     problems = []
     if missing := sorted(own.keys() - state.keys()):
@@ -60,7 +63,7 @@ def fill(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> 
         problems.append(f"wrong shape {_few(wrong)}")
     if problems:
         raise ValueError(f"{source}: these weights are not of this network: {'; '.join(problems)}")
-    network.load_state_dict(dict(state))
+    network.load_state_dict(dict(state), assign=assign)
 
 
 def save(path: Path, policy: OpenVLAOFT, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -84,6 +87,7 @@ def load(path: Path, device: torch.device) -> OpenVLAOFT:
     if not isinstance(tree, dict) or tree.get("kind") != _KIND:
         raise checkpoint.CheckpointError(f"{path}: not a policy; give the file that stage sft, scale or loop wrote")
     settings = config.from_dict(PolicyConfig, tree["config"])
-    network = Network(settings)
-    fill(network, tree["weights"], str(path))
+    with torch.device("meta"):
+        network = Network(settings)
+    fill(network, tree["weights"], str(path), assign=True)
     return OpenVLAOFT(settings, network.to(device), PromptTokenizer.from_tree(tree["tokenizer"]), Statistics.from_tree(tree["statistics"]))

@@ -137,15 +137,15 @@ class Learner:
 
     @torch.no_grad()
     def check_ratio(self, rollouts: Sequence[Rollout], iteration: int = 0) -> float:
-        """Largest |ratio - 1| over the executed steps of `rollouts` under the present weights. RatioError above 1e-3, or where it is nan."""
+        """Largest |ratio - 1| over the executed steps of `rollouts` under the present weights; RatioError above 1e-3 and for nan."""
         worst = 0.0
         for _, observation, action, old, live in self._microbatches(rollouts):
             new, _, _ = self.policy.evaluate_actions(observation, action)
             error = float(((new - old)[live].double().exp() - 1.0).abs().max())
-            worst = error if math.isnan(error) else max(worst, error)
+            worst = max(worst, error)
             if not error <= RATIO_TOLERANCE:
                 raise RatioError(
-                    f"loop: iteration {iteration}: the ratio is off 1 by {error:.3g} before the first update (at most {RATIO_TOLERANCE:g}): "
+                    f"loop: iteration {iteration}: the ratio is off 1 by {error:.3g} before the first update, not {RATIO_TOLERANCE:g}: "
                     "these rollouts were drawn with other weights, scale_factor or precision; collect them again"
                 )
         return worst
@@ -157,7 +157,7 @@ class Learner:
 
     @torch.no_grad()
     def load_tree(self, tree: Mapping[str, Any]) -> None:
-        """Go on from what `tree` returned: the next update gives the same bits as if nothing had happened. ValueError for a misfit."""
+        """Go on from what `tree` returned: the next update gives the same bits as if nothing had been. ValueError for a misfit."""
         own, stored = self._lora | self._heads, tree["trained"]
         wrong = [
             name

@@ -1,0 +1,320 @@
+"""LOOP: advantage, loss and update; every wrong version that was thought of fails here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from small_policy import SMALL, observation, rollouts, small_policy, uniform
+
+from worldenv import checkpoint
+from worldenv.config import LoopConfig
+from worldenv.learning.loop import update as update_module
+from worldenv.learning.loop.advantage import baseline, leave_one_out
+from worldenv.learning.loop.loss import surrogate
+from worldenv.learning.loop.update import Learner, RatioError, lora_targets
+from worldenv.nouns import Rollout
+from worldenv.policy.openvla_oft import Network, OpenVLAOFT
+from worldenv.policy.weights import fill
+
+CONFIG = LoopConfig(group=4, contexts=2, batch=4, microbatch=5, lora_rank=4, lora_alpha=2)
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# advantage
+
+
+def test_leave_one_out_by_hand() -> None:
+    """Two groups of different sizes, mixed. With itself in the baseline, the first advantage would be 0.6."""
+    value, group = double(1.0, 0.5, 0.4, 0.1, 0.0), torch.tensor([7, 3, 7, 3, 7])
+    torch.testing.assert_close(baseline(value, group), double(0.2, 0.1, 0.5, 0.5, 0.7))
+    torch.testing.assert_close(leave_one_out(value, group), double(0.8, 0.4, -0.1, -0.4, -0.7))
+
+
+def test_equal_returns_give_no_advantage() -> None:
+    assert float(leave_one_out(torch.full((8,), 0.7, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)).abs().max()) < 1e-15
+
+
+def test_alone_in_a_group_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"groups \[5\] hold one rollout"):
+        leave_one_out(double(1.0, 0.0, 0.3), torch.tensor([2, 2, 5]))
+
+
+# loss
+
+
+def test_surrogate_by_hand() -> None:
+    """eps 0.1. Ratios 1.2, 0.8, 1.05 with A = 2 and with A = -1; the last step of the second row was not executed."""
+    new = double(1.2, 0.8, 1.05, 1.2, 0.8, 1.05).log().reshape(2, 3).requires_grad_()
+    live = torch.tensor([[True, True, True], [True, True, False]])
+    result = surrogate(new, torch.zeros(2, 3, dtype=torch.float64), double(2.0, -1.0), live, 0.1)
+    gained = (2 * 1.1 + 2 * 0.8 + 2 * 1.05) + (-1.2 - 0.9)
+    assert float(result.loss.detach()) == pytest.approx(-gained / 5)
+    assert result.clipped.tolist() == [[True, False, False], [False, True, False]]
+    torch.testing.assert_close(result.ratio, double(1.2, 0.8, 1.05, 1.2, 0.8, 0.0).reshape(2, 3))
+    result.loss.backward()
+    assert new.grad is not None
+    torch.testing.assert_close(new.grad, -double(0.0, 1.6, 2.1, -1.2, 0.0, 0.0).reshape(2, 3) / 5)
+    kl = [r - 1 - math.log(r) for r in (1.2, 0.8, 1.05, 1.2, 0.8)]
+    assert float(result.kl.sum()) == pytest.approx(sum(kl))
+
+
+def test_what_was_not_executed_does_not_matter() -> None:
+    live = torch.tensor([[True, False]])
+    new = torch.tensor([[0.1, float("nan")]], requires_grad=True)
+    result = surrogate(new, torch.tensor([[0.0, 3.0]]), torch.tensor([1.0]), live, 0.5)
+    result.loss.backward()
+    assert float(result.loss.detach()) == pytest.approx(-math.exp(0.1))
+    assert new.grad is not None
+    assert float(new.grad[0, 1]) == 0.0
+    with pytest.raises(ValueError, match="no executed step"):
+        surrogate(new, new, torch.tensor([1.0]), torch.zeros(1, 2, dtype=torch.bool), 0.1)
+    with pytest.raises(ValueError, match="surrogate: new"):
+        surrogate(new, new, torch.tensor([1.0, 2.0]), live, 0.1)
+
+
+def test_gradient_is_that_of_autograd_through_the_definition() -> None:
+    draw = np.random.default_rng(3)
+    new, old = (torch.from_numpy(draw.normal(0, 0.1, (6, 8))) for _ in range(2))
+    new.requires_grad_()
+    advantage, live = torch.from_numpy(draw.normal(size=6)), torch.from_numpy(draw.uniform(size=(6, 8)) < 0.7)
+    total = torch.zeros((), dtype=torch.float64)
+    for n in range(6):
+        for t in range(8):
+            if live[n, t]:
+                r = (new[n, t] - old[n, t]).exp()
+                total = total - torch.min(r * advantage[n], r.clamp(0.9, 1.1) * advantage[n])
+    want = torch.autograd.grad(total / live.sum(), new)[0]
+    got = torch.autograd.grad(surrogate(new, old, advantage, live, 0.1).loss, new)[0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
+
+
+# update
+
+
+def learner(config: LoopConfig = CONFIG, policy: OpenVLAOFT | None = None) -> Learner:
+    made = Learner(policy or small_policy(), config, seed=5)
+    with torch.no_grad():  # as after an update: LoRA that is not nothing
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in made.policy.network.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+def gradients(made: Learner, monkeypatch: pytest.MonkeyPatch, given: list[Rollout]) -> list[dict[str, torch.Tensor]]:
+    """The gradient of every optimiser step of one update, none of which is taken."""
+    caught: list[dict[str, torch.Tensor]] = []
+
+    def catch(*_: Any, **__: Any) -> None:
+        caught.append({name: p.grad.clone() for name, p in made.policy.network.named_parameters() if p.grad is not None})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made._optimizer, "step", catch)
+        made.update(given, 0)
+    return caught
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative L2 distance: float32 gives 1e-5 and less, a batch divided by its own length 0.1 and more."""
+    return float((one - other).norm() / (other.norm() + 1e-12))
+
+
+FREE = dataclasses.replace(CONFIG, grad_clip=1e9)
+
+
+def test_microbatches_give_the_full_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = learner(dataclasses.replace(FREE, microbatch=1000))
+    given = rollouts(whole.policy)
+    for size in (1, 3):
+        parts = learner(dataclasses.replace(FREE, microbatch=size))
+        for one, other in zip(gradients(whole, monkeypatch, given), gradients(parts, monkeypatch, given), strict=True):
+            for name, gradient in one.items():
+                assert apart(other[name], gradient) < 1e-3, name
+
+
+def test_batches_add_up_to_eq_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At fixed weights, the mean gradient of an iteration's batches is that of Eq. 5 over the whole iteration, which is written out here."""
+    made = learner(FREE)
+    given = rollouts(made.policy)
+    assert len({r.steps for r in given}) > 3
+    steps = gradients(made, monkeypatch, given)
+    assert len(steps) == 2
+    value, group = double(*(r.value for r in given)), torch.tensor([r.group for r in given])
+    advantage = leave_one_out(value, group).float()
+    total, count = torch.zeros(()), 0
+    for n, rollout in enumerate(given):
+        seen = dataclasses.replace(observation(len(rollout.live)), frame=rollout.frame, proprio=rollout.proprio,
+                                   instruction=(rollout.context.instruction,) * len(rollout.live))  # fmt: skip
+        new, _, _ = made.policy.evaluate_actions(seen, rollout.action)
+        ratio = (new - rollout.log_prob).exp()
+        total = total + (torch.minimum(ratio * advantage[n], ratio.clamp(0.9, 1.1) * advantage[n]) * rollout.live).sum()
+        count += rollout.steps
+    made.policy.network.zero_grad()
+    (-total / count).backward()
+    for name, parameter in made.policy.network.named_parameters():
+        if parameter.grad is not None:
+            mean = (steps[0][name] + steps[1][name]) / 2
+            assert apart(mean, parameter.grad) < 1e-3, name
+
+
+def test_update_makes_good_actions_likelier() -> None:
+    """One group, returns 1 and 0: the better rollouts' steps become likelier than the worse ones'."""
+    made = Learner(small_policy(), dataclasses.replace(CONFIG, lora_lr=1e-3, head_lr=1e-4, clip=10.0, contexts=1), seed=0)
+    given = [dataclasses.replace(r, score=r.score * 0 + (r.number % 2) * r.live) for r in rollouts(made.policy, groups=1, group=4)]
+
+    def lead(of: list[Rollout]) -> float:
+        """How much likelier a good step is than a bad one, on average."""
+        good, bad = (torch.cat([r.log_prob[r.live] for r in of if r.number % 2 == odd]) for odd in (1, 0))
+        return float(good.mean() - bad.mean())
+
+    for iteration in range(3):
+        fresh = []
+        for r in given:
+            seen = dataclasses.replace(observation(len(r.live)), frame=r.frame, proprio=r.proprio, instruction=(r.context.instruction,) * len(r.live))
+            log_prob = made.policy.evaluate_actions(seen, r.action)[0].detach()
+            fresh.append(dataclasses.replace(r, log_prob=log_prob))
+        made.update(fresh, iteration)
+    assert lead(fresh) > lead(given) + 0.1
+
+
+def test_metrics_and_what_is_trained() -> None:
+    made = learner()
+    given = rollouts(made.policy)
+    before = {name: p.detach().clone() for name, p in made.policy.network.named_parameters()}
+    metrics = made.update(given, 0)
+    assert metrics["updates"] == 2
+    assert metrics["steps"] == sum(r.steps for r in given)
+    assert 0.0 <= metrics["clip_fraction"] < 1.0
+    assert metrics["kl"] >= 0.0
+    assert metrics["ratio_max"] >= 1.0
+    assert metrics["grad_norm_lora"] > 0.0
+    assert metrics["grad_norm_heads"] > 0.0
+    assert json.loads(json.dumps(metrics)) == metrics
+    changed = {name for name, p in made.policy.network.named_parameters() if not torch.equal(p, before[name])}
+    trained = {name for name in before if ".lora_" in name or name.startswith(("action_head", "scale_head"))}
+    assert changed <= trained
+    assert {name.split(".")[0] for name in changed} == {"vision_backbone", "projector", "language_model", "action_head", "scale_head"}
+
+
+def test_first_ratios_are_one_and_others_rollouts_are_refused() -> None:
+    made = learner()
+    given = rollouts(made.policy)
+    assert made.check_ratio(given) < 1e-4
+    made.policy.scale_factor = 2.0
+    with pytest.raises(RatioError, match=r"iteration 4: the ratio is off 1 by .*collect them again"):
+        made.update(given, 4)
+    made.policy.scale_factor = 1.0
+    spoiled = [dataclasses.replace(r, log_prob=r.log_prob * float("nan")) for r in given]
+    with pytest.raises(RatioError, match="off 1 by nan"):
+        made.check_ratio(spoiled)
+
+
+def test_nan_stops_the_update_before_it_harms() -> None:
+    made = learner()
+    given = [dataclasses.replace(r, action=r.action.clone()) for r in rollouts(made.policy)]
+    before = made.merged()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "check_ratio", lambda *_: 0.0)
+        for r in given:
+            r.action[0, 0, 0] = float("nan")
+        with pytest.raises(FloatingPointError, match=r"loop: loss is nan.*iteration 3, batch 0; lower loop.lora_lr"):
+            made.update(given, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.merged().items())
+
+
+def test_order_is_a_function_of_seed_and_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of the order in which rollouts ended."""
+    made = learner(FREE)
+    given = rollouts(made.policy)
+    one, other = gradients(made, monkeypatch, given), gradients(made, monkeypatch, given[::-1])
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(one, other, strict=True) for name in a)
+    chosen = []
+    monkeypatch.setattr(made, "_step", lambda batch, *_: chosen.append(sorted(r.number for r in batch)))
+    monkeypatch.setattr(update_module._Totals, "metrics", lambda *_: {})
+    made.update(given, 0)
+    made.update(given, 1)
+    assert sorted(chosen[0] + chosen[1]) == sorted(chosen[2] + chosen[3]) == list(range(8))
+    assert chosen[:2] != chosen[2:]
+
+
+def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    straight = learner()
+    first = rollouts(straight.policy)
+    straight.update(first, 0)
+    checkpoint.save(tmp_path / "loop.safetensors", straight.tree())
+    again = Learner(small_policy(), CONFIG, seed=99)
+    again._seed = 5
+    again.load_tree(checkpoint.load(tmp_path / "loop.safetensors"))
+    for made in (straight, again):
+        made.update(rollouts(made.policy, seed=1), 1)
+    ours, theirs = straight.merged(), again.merged()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_state_of_another_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loop state does not fit this policy: .*was lora_rank"):
+        learner(dataclasses.replace(CONFIG, lora_rank=2)).load_tree(learner().tree())
+
+
+# LoRA
+
+
+def test_lora_is_where_the_module_says() -> None:
+    targets = lora_targets(Network(SMALL))
+    assert "vision_backbone.featurizer.blocks.0.attn.qkv" in targets
+    assert "projector.fc3" in targets
+    assert "language_model.model.layers.1.mlp.down_proj" in targets
+    assert not any(name.startswith(("proprio", "action", "scale")) or "patch_embed" in name for name in targets)
+    made = learner()
+    adapted = {name.split(".lora_")[0] for name, _ in made.policy.network.named_parameters() if ".lora_" in name}
+    assert adapted == set(targets)
+
+
+def test_fresh_lora_changes_nothing() -> None:
+    plain, seen = small_policy(), observation(3)
+    want = plain.act(seen, uniform(3))
+    made = Learner(plain, CONFIG, seed=1)
+    assert torch.equal(made.policy.act(seen, uniform(3)).action, want.action)
+    state = torch.get_rng_state()
+    Learner(small_policy(), CONFIG, seed=1)  # neither a policy nor LoRA draws from torch's global generator
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_merged_weights_act_the_same_and_the_base_stays_pristine() -> None:
+    base = {name: tensor.clone() for name, tensor in small_policy().network.state_dict().items()}
+    made = learner()
+    merged = made.merged()
+    assert merged.keys() == base.keys()
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    layer = made.policy.network.get_submodule(name)
+    delta = CONFIG.lora_alpha / CONFIG.lora_rank * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+    assert float(delta.abs().max()) > 1e-3
+    torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + delta, rtol=0, atol=1e-7)
+    assert torch.equal(layer.base_layer.weight, base[f"{name}.weight"])
+    plain = small_policy()
+    fill(plain.network, merged, "merged")
+    torch.testing.assert_close(plain.act(observation(4)).mu, made.policy.act(observation(4)).mu, rtol=0, atol=1e-5)
+
+
+def test_adapter_is_pefts(tmp_path: Path) -> None:
+    made = learner()
+    made.export_adapter(tmp_path)
+    network = small_policy().network
+    for part in ("action_head", "scale_head"):
+        network.get_submodule(part).load_state_dict(made.policy.network.get_submodule(part).state_dict())
+    adapted = peft.PeftModel.from_pretrained(network, str(tmp_path))
+    query = made.policy.query(observation(2))
+    with torch.no_grad():
+        got = adapted(query.pixels, query.ids, query.lengths, query.proprio)
+    torch.testing.assert_close(got, made.policy.hidden(query).detach(), rtol=0, atol=1e-6)

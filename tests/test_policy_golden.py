@@ -1,9 +1,8 @@
-"""The published model's numbers, and that wrong versions of it do not give them."""
+"""Wrong versions of the published model do not give its numbers (test_golden.py holds that ours does), and what the cases leave open."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import io
 import json
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden.oft import KINDS, network_of
 from safetensors.torch import load_file
 
+from tests.golden.oft import KINDS, network_of
 from worldenv.policy import heads, llama, processing, vision
 from worldenv.policy.heads import by_step
 from worldenv.policy.llama import LlamaModel
@@ -30,37 +29,13 @@ def _case(name: str) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "case.json").read_text())
 
 
-def _stored(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / "images.npz").exists():
-        with np.load(folder / "images.npz", allow_pickle=False) as images:
-            return {name: torch.from_numpy(images[name]) for name in images.files}
-    return load_file(folder / "tensors.safetensors")
-
-
-@pytest.mark.parametrize("name", ["oft_head", "oft_model", "preprocess"])
-def test_case_is_met(name: str) -> None:
-    folder, case = _case(name)
-    made = KINDS[case["kind"]](folder, case)
-    judged = 0
-    for tensor, want in _stored(folder).items():
-        limit = next((limits for pattern, limits in case["limits"].items() if fnmatch.fnmatch(tensor, pattern)), None)
-        if limit is None:
-            continue
-        error = (torch.as_tensor(made[tensor]).double() - want.double()).abs()
-        assert error.shape == want.shape
-        assert float(error.max()) <= limit["max_abs"], tensor
-        assert float(error.mean()) <= limit.get("mean_abs", np.inf), tensor
-        assert float((error > 0).double().mean()) <= limit.get("max_fraction_different", 1.0), tensor
-        judged += 1
-    assert judged >= 9
-
-
 def test_jpeg_is_exact() -> None:
     """Stricter than the limit, which allows an accurate decoder: TensorFlow's own bytes."""
     folder, case = _case("preprocess")
-    made, stored = KINDS["preprocess"](folder, case), _stored(folder)
-    for i in range(3):
-        assert np.array_equal(made[f"img{i}.after_jpeg"], stored[f"img{i}.after_jpeg"].numpy())
+    made = KINDS["preprocess"](folder, case)
+    with np.load(folder / "images.npz", allow_pickle=False) as stored:
+        for i in range(3):
+            assert np.array_equal(made[f"img{i}.after_jpeg"], stored[f"img{i}.after_jpeg"])
 
 
 def _mu(network: Network, swap: bool = False) -> torch.Tensor:

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import resource
 import subprocess
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from worldenv import report as reports
 from worldenv.cli.report import main
 from worldenv.report import fields, findings, record, tables, videos
+from worldenv.report.figures import calibration
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("push the red block to the strip", "push the <b>blue</b> block & wait", "lift the second \"cube\"")  # fmt: skip
@@ -55,38 +57,47 @@ def agreement(both: int, false_positives: int, false_negatives: int) -> dict[str
     }
 
 
+def in_all(parts: list[dict[str, int]]) -> dict[str, Any]:
+    return {**{name: sum(part[name] for part in parts) for name in parts[0]}, "by_task": dict(zip(TASKS, parts, strict=True))}
+
+
 def example() -> dict[str, Any]:
-    parts = [agreement(7, 1, 0), agreement(6, 3, 1), agreement(5, 1, 2)]
     stages = {"demos": 1.4, "sft": 96.2, "world": 902.0, "loop": 1020.4}
     return {
         "preset": "tiny",
-        "fast": False,
         "seed": 7,
         "versions": {"python": "3.11.7", "torch": "2.13.0", "cpu": "a processor"},
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "seconds_total": 2033.0,
         "peak_rss_mb": 2410.5,
-        "settings": {"env": {"steps": 32}},
+        "settings": {"fast": False, "env": {"steps": 32}},
         "stages": {name: {"seconds": seconds, "peak_rss_mb": 700.0} for name, seconds in stages.items()},
         "eval": {
             "sft": {"oracle": tally([101, 96, 92], 200), "limit": tally([95, 92, 80], 200), "reflector": tally([90, 80, 77], 200)},
             "loop": {"oracle": tally([121, 104, 99], 200), "limit": tally([115, 99, 90], 200), "reflector": tally([110, 95, 88], 200)},
-            "paired": {"wins": 74, "losses": 39, "p_value": 0.00131},
+            "paired": {"wins": 74, "losses": 39, "p_value": 0.00131, "difference": 0.0583, "interval": [0.0236, 0.0921]},
         },
         "world": {
             "psnr_by_chunk": [27.0, 26.4, 25.3, 24.1],
             "psnr_copy_first_by_chunk": [25.2, 22.4, 20.2, 19.5],
             "psnr_ceiling_by_chunk": [27.3, 27.4, 27.1, 26.6],
-            "outcome_agreement": {
-                **{name: sum(part[name] for part in parts) for name in parts[0]},
-                "by_task": dict(zip(TASKS, parts, strict=True)),
-            },
+            "outcome_agreement": in_all([agreement(7, 1, 0), agreement(6, 3, 1), agreement(5, 1, 2)]),
+            "outcome_agreement_sft": in_all([agreement(6, 0, 0), agreement(6, 1, 1), agreement(4, 2, 0)]),
         },
-        "reward": {"auc": 0.9941, "false_stop_rate": 0.043, "recall": 0.752, "precision": None, "ece": 0.0123},
+        "reward": {
+            "auc": 0.9941,
+            "false_stop_rate": 0.043,
+            "recall": 0.752,
+            "precision": None,
+            "ece": 0.0123,
+            "episodes": 60,
+            "success_episodes": 31,
+            "drawn": {"auc": 0.9876, "false_stop_rate": 0.05, "recall": 0.7, "precision": 0.8, "ece": 0.02},
+        },
         "loop": {
             "returns": [0.4, 0.42, 0.47],
             "seconds_per_iteration": 34.0,
-            "metrics": [{"clip_fraction": 0.1 * i, "ratio_mean": 1.0, "ratio_max": 1.3} for i in range(3)],
+            "metrics": [{"clip_fraction": 0.1 * i, "ratio_max": 1.3, "kl": 0.01 * 9**i} for i in range(3)],
         },
         "notes": ["No pretrained backbone."],
     }
@@ -181,12 +192,16 @@ def test_missing_parent_is_named() -> None:
 
 def test_optional_fields_may_be_missing() -> None:
     lean = example()
-    del lean["settings"], lean["stages"]["sft"]["peak_rss_mb"]
+    del lean["stages"]["sft"]["peak_rss_mb"], lean["world"]["outcome_agreement_sft"], lean["eval"]["paired"]["difference"]
+    del lean["eval"]["paired"]["interval"], lean["reward"]["drawn"], lean["reward"]["episodes"], lean["reward"]["success_episodes"]
     for policy in fields.POLICIES:
         for protocol in fields.PROTOCOLS:
             del lean["eval"][policy][protocol]["by_task"]
     reports.validate(lean)
     assert tables.success_by_task(lean) is None
+    assert tables.imagined_before(lean) is None
+    assert tables.reflector(lean).columns == ("figure", "true frames")
+    assert "points" not in findings.verdict(lean)
 
 
 @pytest.mark.parametrize("field", reports.FIELDS, ids=lambda f: f.path)
@@ -208,6 +223,8 @@ def test_wrong_kind_is_named(field: fields.Field) -> None:
         (["eval", "paired", "wins"], 73, "wins - losses = 34, but successes changed by 35"),
         (["eval", "paired", "p_value"], 1.2, "want a number in 0 .. 1"),
         (["world", "psnr_by_chunk"], [27.0], "as many in each"),
+        (["world", "outcome_agreement_sft", "agree"], 43, r"outcome_agreement_sft: 43 agree and 4 do not, but there are 48"),
+        (["eval", "paired", "interval"], [0.1, -0.1], "want \\[low, high\\] with -1"),
         (["world", "outcome_agreement", "agree"], 41, "41 agree and 8 do not, but there are 48"),
         (["world", "outcome_agreement", "by_task", TASKS[1], "true_successes"], 8, "do not fit the errors"),
         (["reward", "auc"], float("nan"), r"report\.reward\.auc: nan is not finite"),
@@ -267,13 +284,13 @@ def test_differences_name_the_place() -> None:
     right["loop"]["returns"][1] = 0.43
     right["seed"] = 8
     right["extra"] = 1
-    del right["settings"]
+    del right["notes"]
     right["loop"]["metrics"] = right["loop"]["metrics"][:2]
-    right["fast"] = 0  # equal to False in Python, another thing in JSON
+    right["settings"]["fast"] = 0  # equal to False in Python, another thing in JSON
     found = list(reports.differences(left, right))
-    assert [line.split(":")[0] for line in found] == ["fast", "seed", "settings", "loop.returns[1]", "loop.metrics", "extra"]
+    assert [line.split(":")[0] for line in found] == ["seed", "settings.fast", "loop.returns[1]", "loop.metrics", "notes", "extra"]
     assert "loop.returns[1]: 0.42 | 0.43" in found
-    assert "settings: only on the left" in found
+    assert "notes: only on the left" in found
     assert not list(reports.differences(left, example()))
 
 
@@ -284,7 +301,8 @@ def test_verdict_says_what_the_test_supports() -> None:
     shown = example()
     assert findings.verdict(shown).startswith("Post-training raised success in the true environment from 48.2")
     assert all(
-        text in findings.verdict(shown) for text in ("44.2 to 52.2", "50.0 to 57.9", "600 test episodes", "74 gained, 39 lost", "0.0013")
+        text in findings.verdict(shown)
+        for text in ("44.2 to 52.2", "50.0 to 57.9", "600 test episodes", "74 gained, 39 lost", "0.0013", "+5.8 points (+2.4 to +9.2)")
     )
     shown["eval"]["paired"]["p_value"] = 0.05
     assert "did not change success in the true environment measurably" in findings.verdict(shown)
@@ -292,7 +310,7 @@ def test_verdict_says_what_the_test_supports() -> None:
     shown["eval"]["paired"]["p_value"] = 0.01
     shown["eval"]["sft"], shown["eval"]["loop"] = shown["eval"]["loop"], shown["eval"]["sft"]
     assert findings.verdict(shown).startswith("Post-training lowered")
-    shown["fast"] = True
+    shown["settings"]["fast"] = True
     assert "claims nothing about success" in findings.verdict(shown)
     assert "raised" not in findings.verdict(shown)
     assert findings.limits(shown)[0].startswith("Anything about success")
@@ -324,27 +342,19 @@ def test_terminal_table_is_aligned() -> None:
     header, rows = lines[1], lines[3:7]
     assert header.endswith("false negatives")
     assert len({len(line) for line in rows} | {len(header)}) == 1  # the last column is flush right
-    assert rows[-1].split() == ["all", "tasks", "23/48", "48", "%", "21/48", "44", "%", "40/48", "83", "%", "5", "3"]
+    assert rows[-1].split() == ["all", "tasks", "23/48", "21/48", "40/48", "5", "3"]
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=60))
 def test_calibration_is_its_definition(pairs: list[tuple[float, bool]]) -> None:
     score, success = np.array([p for p, _ in pairs]), np.array([y for _, y in pairs])
-    bins = reports.calibration(score, success)
-    error, held = 0.0, 0
+    bins = calibration(score, success)
+    want = []
     for i in range(10):
-        inside = [(p, y) for p, y in pairs if i / 10 < p <= (i + 1) / 10 or (i == 0 and p == 0)]
+        inside = [(p, y) for p, y in pairs if i <= p * 10 < i + 1 or (i == 9 and p == 1)]
         if inside:
-            error += abs(sum(p for p, _ in inside) - sum(y for _, y in inside)) / len(pairs)
-            held += 1
-    assert bins.error == pytest.approx(error, abs=1e-9)
-    assert len(bins.count) == held
-    assert bins.count.sum() == len(pairs)
-
-
-def test_calibration_needs_scores() -> None:
-    with pytest.raises(ValueError, match="no scores"):
-        reports.calibration(np.zeros(0), np.zeros(0, bool))
+            want.append((sum(p for p, _ in inside) / len(inside), sum(y for _, y in inside) / len(inside), len(inside)))
+    np.testing.assert_allclose(np.stack([bins.score, bins.frequency, bins.count], axis=1), want, atol=1e-9)
 
 
 # Page
@@ -369,9 +379,7 @@ class Reader(HTMLParser):
         for name, value in attrs:
             if name == "id":
                 self.identifiers.append(str(value))
-            if name in ("src", "href", "xlink:href", "srcset", "poster", "action", "data", "background", "clip-path") or "url(" in str(
-                value
-            ):
+            if name in ("src", "href", "xlink:href", "srcset", "poster", "action", "data", "background", "clip-path") or "url(" in str(value):
                 self.references.append((name, str(value)))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -451,7 +459,7 @@ def test_rebuilt_page_is_the_written_one(a_copy: Path) -> None:
 
 def test_figures_lie_beside_the_page(run: Path) -> None:
     names = {path.stem for path in (run / "figures").glob("*.png")}
-    assert names == {"success", "returns", "psnr", "ratio", "calibration", "curve-00-fine-tuning-l1"}
+    assert names == {"success", "returns", "psnr", "updates", "calibration", "curve-00-fine-tuning-l1"}
     for name in names:
         assert (run / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (run / f"figures/{name}.svg").read_bytes()
@@ -476,7 +484,7 @@ def test_smallest_report_has_a_page(tmp_path: Path) -> None:
         (lambda: reports.Figures(np.zeros(3), np.zeros(4, bool)), r"want \(n,\) both"),
         (lambda: reports.Figures(np.full(3, 1.5), np.zeros(3, bool)), "outside 0 .. 1"),
         (lambda: reports.Figures(curves={"loss": np.zeros((3, 3))}), "curve 'loss'"),
-        (lambda: reports.Video("v", "", np.zeros((3, 8, 8, 3))), "want \\(T, H, W, 3\\) uint8"),
+        (lambda: reports.Video("v", "", np.zeros((3, 8, 8, 3))), "want \\(T, H, W, 3\\) uint8"),  # type: ignore[arg-type]
         (lambda: reports.Video("v", "", moving_square((1, 2, 3)), moving_square((1, 2, 3), 5)), "as imagined"),
         (lambda: reports.Video("v", "", moving_square((1, 2, 3)), scores=np.zeros(5)), "scores \\(5,\\), want \\(12,\\)"),
         (lambda: reports.Video("v", "", moving_square((1, 2, 3)), scores=np.full(12, np.nan)), "outside 0 .. 1"),
@@ -519,6 +527,7 @@ def test_picture_has_imagined_left_true_right_and_scores_above() -> None:
     assert (width, height) == (2 * side + 8, side + 40)
     pictures = shown[-side:]
     np.testing.assert_array_equal(pictures[::16, :side:16], video.imagined[6])
+    assert video.true is not None
     np.testing.assert_array_equal(pictures[8::16, side + 8 :: 16], video.true[6])
     strip = shown[:36]
     column = [int((t + 0.4) * width / 12) for t in range(12)]
@@ -669,16 +678,16 @@ def commit_seen_from(tree: Path) -> str:
 def test_commit_is_that_of_the_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        return subprocess.run(
-            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        return subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
     assert commit_seen_from(tmp_path) == "unknown"  # no repository
     git("init", "-q")
-    assert commit_seen_from(tmp_path) == "unknown"  # a repository of something else
     (tmp_path / "tracked.txt").write_text("one")
-    git("add", ".")
+    git("add", "tracked.txt")
     git("commit", "-q", "-m", "first")
+    assert commit_seen_from(tmp_path) == "unknown"  # a repository of something else, in whose folder we are installed
+    git("add", ".")
+    git("commit", "-q", "-m", "second")
     head = git("rev-parse", "HEAD")
     assert len(head) == 40
     assert commit_seen_from(tmp_path) == head
@@ -728,7 +737,7 @@ def test_peak_memory_without_lists_of_children(monkeypatch: pytest.MonkeyPatch) 
         assert child.stdout is not None
         child.stdout.readline()
         fast = record.tree_rss_mb()
-        monkeypatch.setattr(record.os.path, "exists", lambda path: False)
+        monkeypatch.setattr(os.path, "exists", lambda path: False)
         slow = record.tree_rss_mb()
         child.kill()
     assert slow == pytest.approx(fast, rel=0.02)

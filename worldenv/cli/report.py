@@ -37,7 +37,7 @@ def _show(run: Path) -> int:
     page = report.rebuild(run)
     record = report.read(run)
     print(findings.verdict(record), findings.imagined_beside_true(record), sep="\n")
-    for make in (tables.success, tables.success_by_task, tables.imagined, tables.reflector, tables.stages):
+    for make in (tables.success, tables.success_by_task, tables.imagined, tables.imagined_before, tables.reflector, tables.stages):
         if (table := make(record)) is not None:
             print("", *tables.for_terminal(table), sep="\n")
     print()

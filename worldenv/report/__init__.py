@@ -2,11 +2,11 @@
 
 from worldenv.report.artefacts import ReportError, read, rebuild, write
 from worldenv.report.fields import FIELDS, comparable, differences, validate
-from worldenv.report.figures import Calibration, Figures, calibration
+from worldenv.report.figures import Figures
 from worldenv.report.record import PeakMemory, commit, versions
 from worldenv.report.videos import Video
 
 __all__ = [
-    "FIELDS", "Calibration", "Figures", "PeakMemory", "ReportError", "Video", "calibration", "commit", "comparable", "differences", "read",
+    "FIELDS", "Figures", "PeakMemory", "ReportError", "Video", "commit", "comparable", "differences", "read",
     "rebuild", "validate", "versions", "write",
 ]  # fmt: skip

@@ -47,6 +47,11 @@ _AMOUNT: tuple[_Check, str] = (lambda v: _number(v) and v >= 0, "a number, 0 or 
 _SHARE: tuple[_Check, str] = (_share, "a number in 0 .. 1")
 _SHARE_OR_NULL: tuple[_Check, str] = (lambda v: v is None or _share(v), "a number in 0 .. 1, or null where it has no value")
 _INTERVAL: tuple[_Check, str] = (_interval, "[low, high] with 0 <= low <= high <= 1")
+_DIFFERENCE: tuple[_Check, str] = (lambda v: _number(v) and -1 <= v <= 1, "a number in -1 .. 1")
+_SPAN: tuple[_Check, str] = (
+    lambda v: isinstance(v, list) and len(v) == 2 and all(map(_number, v)) and -1 <= v[0] <= v[1] <= 1,
+    "[low, high] with -1 <= low <= high <= 1",
+)
 _NUMBERS: tuple[_Check, str] = (_numbers, "a list of numbers, not empty")
 _TEXTS: tuple[_Check, str] = (lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v), "a list of texts")
 _TEXT_BY_NAME: tuple[_Check, str] = (
@@ -70,19 +75,20 @@ class Field:
 
 
 _TALLY = ("successes", _COUNT), ("episodes", _COUNT), ("interval", _INTERVAL)
+_AGREED = ("outcome_agreement", "outcome_agreement_sft?")
 _AGREEMENT = ("episodes", "agree", "imagined_successes", "true_successes", "false_positives", "false_negatives")
+_JUDGED = ("auc", "false_stop_rate", "recall", "precision", "ece")
 _EVAL = f"eval.{'|'.join(POLICIES)}.{'|'.join(PROTOCOLS)}"
 
 FIELDS: tuple[Field, ...] = (
     Field("preset", _TEXT),
-    Field("fast", (lambda v: isinstance(v, bool), "true where every stage was cut short (--fast), else false")),
     Field("seed", _COUNT),
     Field("versions", _TEXT_BY_NAME),
     Field("commit", _TEXT),
     Field("seconds_total", _AMOUNT),
     Field("peak_rss_mb", _AMOUNT),
     Field("notes", _TEXTS),
-    Field("settings?", (lambda v: isinstance(v, dict), "an object, the run's settings")),
+    Field("settings.fast", (lambda v: isinstance(v, bool), "true where every stage was cut short (--fast), else false")),
     Field("stages.*.seconds", _AMOUNT),
     Field("stages.*.peak_rss_mb?", _AMOUNT),
     *(Field(f"{_EVAL}.{name}", check) for name, check in _TALLY),
@@ -90,12 +96,17 @@ FIELDS: tuple[Field, ...] = (
     Field("eval.paired.wins", _COUNT),
     Field("eval.paired.losses", _COUNT),
     Field("eval.paired.p_value", _SHARE),
+    Field("eval.paired.difference?", _DIFFERENCE),
+    Field("eval.paired.interval?", _SPAN),
     Field("world.psnr_by_chunk", _NUMBERS),
     Field("world.psnr_copy_first_by_chunk", _NUMBERS),
     Field("world.psnr_ceiling_by_chunk", _NUMBERS),
-    *(Field(f"world.outcome_agreement.{name}", _COUNT) for name in _AGREEMENT),
-    *(Field(f"world.outcome_agreement.by_task.*.{name}", _COUNT) for name in _AGREEMENT),
-    *(Field(f"reward.{name}", _SHARE_OR_NULL) for name in ("auc", "false_stop_rate", "recall", "precision", "ece")),
+    *(Field(f"world.{whose}.{name}", _COUNT) for whose in _AGREED for name in _AGREEMENT),
+    *(Field(f"world.{whose}.by_task.*.{name}", _COUNT) for whose in _AGREED for name in _AGREEMENT),
+    *(Field(f"reward.{name}", _SHARE_OR_NULL) for name in _JUDGED),
+    *(Field(f"reward.drawn?.{name}", _SHARE_OR_NULL) for name in _JUDGED),
+    Field("reward.episodes?", _COUNT),
+    Field("reward.success_episodes?", _COUNT),
     Field("loop.returns", _NUMBERS),
     Field("loop.seconds_per_iteration", _AMOUNT),
     Field("loop.metrics", _STEPS),
@@ -189,10 +200,10 @@ def validate(report: Mapping[str, Any]) -> None:
     _need(surplus == change, f"eval.paired: wins - losses = {surplus}, but successes changed by {change}")
     lengths = {name: len(whole["world"][name]) for name in ("psnr_by_chunk", "psnr_copy_first_by_chunk", "psnr_ceiling_by_chunk")}
     _need(len(set(lengths.values())) == 1, f"world: {lengths} chunks, want as many in each")
-    agreement = whole["world"]["outcome_agreement"]
-    _check_agreement(agreement, "world.outcome_agreement")
-    for task, part in agreement["by_task"].items():
-        _check_agreement(part, f"world.outcome_agreement.by_task.{task}")
+    for name in (key for key in ("outcome_agreement", "outcome_agreement_sft") if key in whole["world"]):
+        _check_agreement(whole["world"][name], f"world.{name}")
+        for task, part in whole["world"][name]["by_task"].items():
+            _check_agreement(part, f"world.{name}.by_task.{task}")
     returns, metrics = whole["loop"]["returns"], whole["loop"]["metrics"]
     _need(len(metrics) == len(returns), f"loop.metrics has {len(metrics)} iterations, loop.returns {len(returns)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from worldenv.report.fields import POLICIES, PROTOCOLS
@@ -87,18 +88,10 @@ class Calibration:
     count: NDArray[np.int64]
     """(b,) frames."""
 
-    @property
-    def error(self) -> float:
-        """Expected calibration error: the mean over frames of |score - frequency| (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
-        return float(np.average(np.abs(self.score - self.frequency), weights=self.count))
-
 
 def calibration(score: NDArray[np.floating], success: NDArray[np.bool_], bins: int = _BINS) -> Calibration:
-    """Bin `score` (n,) in [0, 1] against `success` (n,). Raises ValueError where there is nothing to bin."""
-    if not len(score):
-        raise ValueError("calibration: no scores")
-    # Upper edges closed, as in the source: a score of exactly 0.5 lies in (0.4, 0.5].
-    which = np.clip(np.ceil(score.astype(np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    """Bin `score` (n,) in [0, 1] against `success` (n,); a bin holds its lower edge, the last one also 1."""
+    which = np.minimum((score * bins).astype(np.int64), bins - 1)
     count = np.bincount(which, minlength=bins)
     some = count > 0
     sums = [np.bincount(which, weights=values.astype(np.float64), minlength=bins)[some] for values in (score, success)]
@@ -109,19 +102,17 @@ def draw(report: Mapping[str, Any], figures: Figures) -> list[Plot]:
     """Every plot that the report has numbers for, in the page's order."""
     with matplotlib.rc_context(_STYLE):
         plots = [_success(report), _returns(report), _psnr(report)]
-        plots += [plot for plot in (_ratio(report), _calibration(report, figures)) if plot is not None]
+        plots += [plot for plot in (_updates(report), _calibration(report, figures)) if plot is not None]
         return plots + [_curve(i, title, curve) for i, (title, curve) in enumerate(figures.curves.items())]
 
 
 def _logarithmic(axes: Axes) -> None:
     """A log axis with plain numbers: Matplotlib's own labels are formulas, which text in an SVG is not."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axes.get_ylim()
-    if high < 20 * low:
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _axes(rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -231,34 +222,40 @@ def _psnr(report: Mapping[str, Any]) -> Plot:
     return _finish("psnr", "Picture quality by chunk", caption, figure)
 
 
-def _ratio(report: Mapping[str, Any]) -> Plot | None:
-    """Clip fraction, and whatever the loop says about the probability ratio."""
+def _updates(report: Mapping[str, Any]) -> Plot | None:
+    """What the loop says about its updates, a panel each."""
     metrics = report["loop"]["metrics"]
-
-    def line(key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    lines = []
+    for key, label in (
+        ("clip_fraction", "clip fraction"),
+        ("ratio_max", "largest ratio"),
+        ("kl", "KL [nat]"),
+        ("entropy", "entropy [nat]"),
+    ):
         known = [(i, one[key]) for i, one in enumerate(metrics, 1) if one.get(key) is not None]
-        return np.array([i for i, _ in known], np.int64), np.array([value for _, value in known], np.float64)
-
-    ratios = sorted({key for one in metrics for key in one if key.startswith("ratio")})
-    if not len(line("clip_fraction")[0]):
+        if known:
+            lines.append((label, np.array(known, np.float64)))
+    if not lines:
         return None
-    figure, (upper, *lower) = _axes(2 if ratios else 1)
-    upper.plot(*line("clip_fraction"), color=_AFTER, marker="o", ms=3 if len(metrics) < 40 else 0)
-    upper.set_ylabel("clip fraction")
-    upper.set_ylim(bottom=0)
-    for axes in lower:
-        for key, colour in zip(ratios, (_AFTER, _IMAGINED, _CEILING, _BEFORE), strict=False):
-            axes.plot(*line(key), color=colour, marker="o", ms=3 if len(metrics) < 40 else 0, label=key.replace("_", " "))
-        axes.axhline(1, color=_INK, lw=0.8, ls=":", zorder=1)
-        axes.set_ylabel("ratio")
-        figure.legend(loc="outside upper center", ncols=4, fontsize=7.5)
-    last = (lower or [upper])[-1]
-    last.set_xlabel("iteration")
-    last.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure = Figure(figsize=_SIZE)
+    columns = 2 if len(lines) > 2 else 1
+    panels = figure.subplots(math.ceil(len(lines) / columns), columns, squeeze=False).flat
+    for axes, (label, line) in zip(panels, lines, strict=False):
+        axes.plot(line[:, 0], line[:, 1], color=_AFTER, marker="o", ms=2.5 if len(line) < 40 else 0, lw=1.3)
+        axes.set_title(label)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if label == "clip fraction":
+            axes.set_ylim(bottom=0)
+        elif (line[:, 1] > 0).all() and line[:, 1].max() > 20 * line[:, 1].min():
+            _logarithmic(axes)
+    for axes in panels:  # what is left of an even grid
+        axes.remove()
+    figure.supxlabel("iteration", fontsize=8.5)
     caption = (
-        "Share of executed steps that the clip keeps from the gradient, and the probability ratio: 1 means that the policy has not moved."
+        "Share of executed steps that the clip keeps from the gradient; largest probability ratio (1: the policy has not moved); "
+        "divergence from the policy that drew the rollouts; entropy of its actions."
     )
-    return _finish("ratio", "Size of the policy's steps", caption, figure)
+    return _finish("updates", "Updates of the policy", caption, figure)
 
 
 def _calibration(report: Mapping[str, Any], figures: Figures) -> Plot | None:

@@ -22,11 +22,14 @@ def verdict(report: Mapping[str, Any]) -> str:
         return f"{tables.percent(counts['successes'], counts['episodes'])} (95\u00a0% interval {100 * low:.1f} to {100 * high:.1f})"
 
     numbers = f"from {rate(before)} to {rate(after)}"
+    if "difference" in paired and "interval" in paired:
+        low, high = paired["interval"]
+        numbers += f", by {100 * paired['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
     pairs = (
         f"on the same {after['episodes']} test episodes: {paired['wins']} gained, {paired['losses']} lost, "
         f"two-sided exact McNemar {tables.p_value(paired['p_value'])}"
     )
-    if report["fast"]:
+    if report["settings"]["fast"]:
         return f"This short run shows that every stage works, and claims nothing about success: true success went {numbers}, {pairs}."
     if paired["p_value"] >= SIGNIFICANT:
         return f"Post-training did not change success in the true environment measurably: it went {numbers}, {pairs}."
@@ -34,7 +37,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def imagined_beside_true(report: Mapping[str, Any]) -> str:
-    """The imagined figures, each with the true one or the word "unverified"."""
+    """The imagined figures of the post-trained policy, each with the true one or the word "unverified"."""
     counts, returns = report["world"]["outcome_agreement"], report["loop"]["returns"]
     n = counts["episodes"]
     return (
@@ -53,10 +56,11 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         "Imagined return is the reflector's judgement of imagined frames. It is no evidence of success; the true environment alone is.",
         f"Outcome agreement rests on {counts['episodes']} replayed rollouts; between two runs a difference of a few of them is chance.",
         "PSNR averages over all pixels: a block that is missed or carried along hardly moves it. Read outcome agreement first.",
-        "The reflector's figures are for true frames of held-out episodes; on imagined frames it errs more often.",
+        "The reflector's figures are for held-out episodes of the fine-tuned policy; on imagined frames, and on what the policy learns to do "
+        "to please it, it errs more often.",
         "Seconds hold for this machine and for whatever else ran on it.",
     ]
-    if report["fast"]:
+    if report["settings"]["fast"]:
         shown.insert(0, "Anything about success: every stage was cut short (--fast); the figures show that the path is whole, no more.")
     elif paired["p_value"] >= SIGNIFICANT:
         shown.insert(0, f"That post-training helps or harms: with {tables.p_value(paired['p_value'])} the difference may be chance.")

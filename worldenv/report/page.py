@@ -41,6 +41,7 @@ code { font: 13px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mon
 .verdict p:first-child { font-size: 18px; line-height: 1.45; margin-top: 0; max-width: none; }
 .verdict p:last-child { margin-bottom: 0; max-width: none; }
 .scroll { overflow-x: auto; }
+.note + .scroll { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 th, td { padding: 7px 14px; text-align: left; vertical-align: top; border-top: 1px solid var(--rule); }
@@ -52,6 +53,7 @@ tr.total > * { font-weight: 600; border-top-width: 2px; }
 .plots, .videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; padding: 14px 16px; }
 figure h3 { font-size: 14px; margin: 0 0 8px; overflow-wrap: anywhere; }
+figure h3::first-letter { text-transform: uppercase; }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
 figure svg text { font-family: inherit !important; }
 figcaption { margin-top: 8px; }
@@ -123,10 +125,10 @@ def _versions(report: Mapping[str, Any]) -> Table:
 
 def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip]) -> Iterator[str]:
     paired = report["eval"]["paired"]
-    measured = paired["p_value"] < findings.SIGNIFICANT and not report["fast"]
+    measured = paired["p_value"] < findings.SIGNIFICANT and not report["settings"]["fast"]
     tone = ("better" if paired["wins"] > paired["losses"] else "worse") if measured else ""
     length, size = tables.duration(report["seconds_total"]), tables.memory(report["peak_rss_mb"])
-    short = ", cut short (--fast)" if report["fast"] else ""
+    short = ", cut short (--fast)" if report["settings"]["fast"] else ""
     run = f"Preset {report['preset']}{short}, seed {report['seed']}, {length}, peak memory {size}"
     yield f'<header><h1>worldenv: report of a run</h1><div class="soft">{escape(run)}</div></header>'
     yield f'<section class="card verdict {tone}"><p>{escape(findings.verdict(report))}</p>'
@@ -139,6 +141,8 @@ def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip
         yield from _table(by_task)
     yield "<h2>Imagined against true</h2>"
     yield from _table(tables.imagined(report))
+    if (before := tables.imagined_before(report)) is not None:
+        yield from _table(before)
 
     yield '<h2>Plots</h2><div class="plots">'
     yield from (_plot(plot) for plot in plots if not plot.name.startswith("curve-"))
@@ -175,9 +179,8 @@ def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip
 
     yield "<h2>Versions and settings</h2>"
     yield from _table(_versions(report))
-    if "settings" in report:
-        settings = escape(json.dumps(report["settings"], indent=2, ensure_ascii=False))
-        yield f'<details><summary>All settings</summary><div class="scroll"><pre>{settings}</pre></div></details>'
+    settings = escape(json.dumps(report["settings"], indent=2, ensure_ascii=False))
+    yield f'<details><summary>All settings</summary><div class="scroll"><pre>{settings}</pre></div></details>'
 
 
 def page(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip]) -> str:

@@ -122,40 +122,56 @@ def success_by_task(report: Mapping[str, Any]) -> Table | None:
 
 
 def imagined(report: Mapping[str, Any]) -> Table:
-    """Imagined against true outcome of the same actions."""
-    whole = report["world"]["outcome_agreement"]
-
-    def row(name: str, counts: Mapping[str, Any]) -> tuple[str, ...]:
-        n = counts["episodes"]
-        successes = (f"{counts[name]}/{n}\n{percent(counts[name], n)}" for name in ("imagined_successes", "true_successes", "agree"))
-        return (name, *successes, str(counts["false_positives"]), str(counts["false_negatives"]))
-
-    rows = [row(task, counts) for task, counts in whole["by_task"].items()]
+    """Imagined against true outcome of the same actions, of the post-trained policy."""
     note = (
         "The same actions in the imagined world, judged by the reflector, and in the true one, judged by the predicate; "
         "all steps, success at any of them."
     )
+    return _outcomes("Imagined against true outcomes: post-trained policy", report["world"]["outcome_agreement"], note)
+
+
+def imagined_before(report: Mapping[str, Any]) -> Table | None:
+    """The same of the fine-tuned policy, where it was measured: errors that only the post-trained policy meets are errors that it was led to."""
+    counts = report["world"].get("outcome_agreement_sft")
+    return None if counts is None else _outcomes("Imagined against true outcomes: fine-tuned policy", counts, "")
+
+
+def _outcomes(title: str, whole: Mapping[str, Any], note: str) -> Table:
+    def row(name: str, counts: Mapping[str, Any]) -> tuple[str, ...]:
+        n = counts["episodes"]
+        parts = (f"{counts[key]}/{n}" for key in ("imagined_successes", "true_successes", "agree"))
+        return (name, *parts, str(counts["false_positives"]), str(counts["false_negatives"]))
+
+    rows = [row(task, counts) for task, counts in whole["by_task"].items()]
     if "reflector_false_positives" in whole:
         note += (
             f" On the true videos of these rollouts the reflector alone errs {whole['reflector_false_positives']} times towards success "
             f"and {whole['reflector_false_negatives']} times towards failure; the rest is the simulator's and the kinematics' share."
         )
-    columns = ("task", "imagined success", "true success", "agree", "false positives", "false negatives")
-    return Table("Imagined against true outcomes", columns, (*rows, row("all tasks", whole)), note=note, total=True)
+    first = f"{title.rpartition(': ')[2]}, task"
+    columns = (first, "imagined success", "true success", "agree", "false positives", "false negatives")
+    return Table(title, columns, (*rows, row("all tasks", whole)), note=note.strip(), total=True)
 
 
 def reflector(report: Mapping[str, Any]) -> Table:
-    """The reflector on held-out episodes."""
+    """The reflector on held-out episodes; where it was measured, also on these frames as the simulator's autoencoder draws them."""
     reward = report["reward"]
-    rows = (
-        ("AUC", share(reward["auc"]), "1: every successful frame scores above every other; 0.5: chance"),
-        ("precision", share(reward["precision"]), "of the frames called a success, those that are"),
-        ("recall", share(reward["recall"]), "of the successful frames, those that are called so"),
-        ("false stops", share(reward["false_stop_rate"]), "episodes that it would end although the task is not done then"),
-        ("calibration error", share(reward["ece"]), "mean distance between score and frequency of success"),
+    lines = (
+        ("auc", "AUC", "1: every successful frame scores above every other; 0.5: chance"),
+        ("precision", "precision", "of the frames called a success, those that are"),
+        ("recall", "recall", "of the successful frames, those that are called so"),
+        ("false_stop_rate", "false stops", "of all episodes, those that it would end while the task is not done"),
+        ("ece", "calibration error", "mean distance between score and frequency of success"),
     )
-    note = "Frames of the true environment; imagined frames are harder."
-    return Table("Reflector on held-out episodes", ("figure", "value", "meaning"), rows, words=(0, 2), note=note)
+    sources = {"true frames": reward} | ({"redrawn frames": reward["drawn"]} if "drawn" in reward else {})
+    rows = tuple((f"{name}\n{meaning}", *(share(source[key]) for source in sources.values())) for key, name, meaning in lines)
+    note = ""
+    if "episodes" in reward and "success_episodes" in reward:
+        note = f"{reward['episodes']} episodes, {reward['success_episodes']} of them with a success. "
+    if "drawn" in reward:
+        note += "Redrawn: the same frames after the simulator's autoencoder. "
+    note += "Imagined frames are harder than either." if "drawn" in reward else "Imagined frames are harder."
+    return Table("Reflector on held-out episodes", ("figure", *sources), rows, note=note)
 
 
 def stages(report: Mapping[str, Any]) -> Table:

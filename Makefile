@@ -14,17 +14,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.hpp' -o -name '*.cpp')
 RUN := runs/tiny
+# an editable install knows the packages that there were when it was made
+PACKAGES := $(wildcard worldenv/*/__init__.py worldenv/*/*/__init__.py)
 
 env: $(VENV)/extension.stamp
 
 $(VENV)/packages.stamp: constraints.txt pyproject.toml .ci/system-packages
-	python=$$(.ci/system-packages); [ -x $(BIN)/pip ] || "$$python" -m venv --clear $(VENV)
+	@python=$$(.ci/system-packages); [ -x $(BIN)/pip ] || "$$python" -m venv --clear $(VENV)
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print("pip", *p["build-system"]["requires"], *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(PIP) install -q -c constraints.txt pip
 	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
 
-$(VENV)/extension.stamp: $(VENV)/packages.stamp CMakeLists.txt $(filter-out csrc/tests/%,$(CPP))
+$(VENV)/extension.stamp: $(VENV)/packages.stamp CMakeLists.txt $(filter-out csrc/tests/%,$(CPP)) $(PACKAGES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -43,17 +44,19 @@ class Outcomes:
     def by(self, protocol: Protocol) -> NDArray[np.bool_]:
         """(n,): success by `protocol`. ValueError for the reflector's where there was none."""
         if protocol == "oracle":
-            return self.success.any(axis=1)
-        if protocol == "limit":
-            return self.success[:, -1]
-        return np.take_along_axis(self.success, self.ends()[:, None], axis=1)[:, 0]
+            hit = self.success.any(axis=1)
+        elif protocol == "limit":
+            hit = self.success[:, -1]
+        else:
+            hit = self.success[np.arange(len(self.success)), self.ends()]
+        return np.asarray(hit)
 
     def ends(self) -> NDArray[np.int64]:
         """(n,): the observation at which the reflector ends each episode; T where it does not."""
         if self.score is None:
             raise ValueError("no reflector was at this evaluation, so none ended it; evaluate with one")
         above = self.score > self.threshold
-        return np.where(above.any(axis=1), above.argmax(axis=1) + 1, self.score.shape[1])
+        return np.asarray(np.where(above.any(axis=1), above.argmax(axis=1) + 1, self.score.shape[1]))
 
     def tally(self, tasks: Sequence[str]) -> dict[str, Any]:
         """Successes, episodes and 95 % interval by protocol, and by task within it; JSON-ready."""
@@ -105,8 +108,8 @@ def evaluate(
             frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders])).to(device)
             watch = reflector.begin([env.tasks[r.task] for r in recorders], frames[:, 0])
             parts = []
-            for chunk in frames[:, 1:].split(policy.chunk, dim=1):
-                score, watch = reflector.judge(watch, chunk)
+            for first in range(1, steps + 1, policy.chunk):
+                score, watch = reflector.judge(watch, frames[:, first : first + policy.chunk])
                 parts.append(score.cpu().numpy())
             scores.append(np.concatenate(parts, axis=1))
     return Outcomes(tuple(chosen), np.array(success), np.concatenate(scores) if scores else None, threshold)
@@ -128,7 +131,7 @@ def mcnemar(wins: int, losses: int) -> float:
         raise ValueError(f"mcnemar: {wins} wins, {losses} losses")
     pairs, most = wins + losses, max(wins, losses)
     tail = sum(math.comb(pairs, k) for k in range(most, pairs + 1))
-    return min(1.0, 2 * tail / 2**pairs)
+    return min(1.0, 2 * float(Fraction(tail, 2**pairs)))
 
 
 def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> dict[str, Any]:
@@ -143,9 +146,9 @@ def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> dict[str, Any
     p, q = float(after.mean()), float(before.mean())
     (lower_p, upper_p), (lower_q, upper_q) = wilson(int(after.sum()), n), wilson(int(before.sum()), n)
     margins = (both + wins) * (losses + neither) * (both + losses) * (wins + neither)
-    cross = both * neither - wins * losses
+    cross = float(both * neither - wins * losses)
     if cross > 0:
-        cross = max(cross - n / 2, 0)  # Newcombe's correction for continuity, where pairs go together
+        cross = max(cross - n / 2, 0.0)  # Newcombe's correction for continuity, where pairs go together
     phi = cross / math.sqrt(margins) if margins else 0.0
 
     def width(a: float, b: float) -> float:

@@ -43,7 +43,7 @@ class Stream(IntEnum):
     REFLECTOR = 3
     """Whatever a reflector draws."""
     SCENE = 4
-    """Fixed initial states of an environment: rollout = number of the state."""
+    """Fixed initial states of an environment: chunk = number of the state, step = attempt."""
     DEMOS = 5
     """Scripted demonstrations: rollout = number of the demonstration."""
     EXPLORE = 6

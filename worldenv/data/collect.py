@@ -97,7 +97,9 @@ class Start:
     index: int
 
 
-def act_out(env: TrueEnvironment, policy: Policy, starts: Sequence[Start], steps: int, seed: int | None, render: bool, device: torch.device) -> list[Recorder]:
+def act_out(
+    env: TrueEnvironment, policy: Policy, starts: Sequence[Start], steps: int, seed: int | None, render: bool, device: torch.device
+) -> list[Recorder]:
     """Episodes of `policy` from `starts`, side by side in one scene: queries are batched, the K commands of each are executed open loop.
 
     With `seed`, actions are drawn by the uniforms of (seed, number, chunk); without, they are greedy. Without `render`, only the frames that the
@@ -126,7 +128,9 @@ def _ask(
     last = [recorder.moments[-1] for recorder in recorders]
     proprio = env.robot.proprio(np.stack([m.pose for m in last]), np.array([m.gripper for m in last]))
     observation = Observation(
-        torch.from_numpy(np.stack([m.frame for m in last])).to(device), torch.from_numpy(proprio).to(device), tuple(env.tasks[r.task] for r in recorders)
+        torch.from_numpy(np.stack([m.frame for m in last])).to(device),
+        torch.from_numpy(proprio).to(device),
+        tuple(env.tasks[r.task] for r in recorders),
     )
     if seed is None:
         return policy.act(observation)

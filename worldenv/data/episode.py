@@ -151,12 +151,13 @@ def load(path: Path) -> Episode:
             words = json.loads(archive.read(_JSON))
             if words.pop("format") != FORMAT:
                 raise ValueError(f"not in format {FORMAT}")
-            arrays = {name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False) for name in _DTYPES}
+            for name in _DTYPES:
+                words[name] = np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
         content, camera = words.pop("content"), words.pop("camera")
         if camera is not None:
-            matrices = {name: np.array(camera.pop(name), np.float64) for name in ("intrinsics", "camera_to_world")}
-            camera = Camera(**matrices, **camera)
-        episode = Episode(**words, **arrays, camera=camera)
+            camera |= {name: np.array(camera[name], np.float64) for name in ("intrinsics", "camera_to_world")}
+            camera = Camera(**camera)
+        episode = Episode(**words, camera=camera)
         if episode.content != content:
             raise ValueError("its content does not match its checksum")
     except _DAMAGE as error:

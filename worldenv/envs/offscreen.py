@@ -107,10 +107,9 @@ class Offscreen:
 
     def renderer(self) -> str:
         """Who draws, e.g. "llvmpipe (LLVM 15.0.6, 256 bits)"."""
-        from OpenGL import GL  # after the context chose the platform
-
+        gl = importlib.import_module("OpenGL.GL")  # after the context chose the platform
         self._gl.make_current()
-        name = GL.glGetString(GL.GL_RENDERER)
+        name = gl.glGetString(gl.GL_RENDERER)
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def picture(self, data: Any, camera: int) -> NDArray[np.uint8]:

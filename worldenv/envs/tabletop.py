@@ -1,14 +1,15 @@
-"""The embedded environment: three blocks on a table, and a gripper that is to push one of them onto the green strip. MuJoCo, primitives only.
+"""The embedded environment: three pucks on a table, and a gripper that is to push one of them onto the green strip. MuJoCo, primitives only.
 
 World frame [m]: the table top is z = 0; +x leads from the robot to the strip and on to the camera, which looks back; +y is the picture's
-right. A push toward the camera keeps block and strip in view: the gripper is never in front of what it moves, and success stays visible.
+right. A push toward the camera keeps puck and strip in view: the gripper is never in front of what it moves, and success stays visible.
 
 The palm goes exactly where kinematics leads it; contact never deflects it. It is a heavy free body whose velocity is prescribed for each
-control step, so contacts see how fast it moves: a pushed block neither lags behind through penetration nor is held in place by a finger that
+control step, so contacts see how fast it moves: a pushed puck neither lags behind through penetration nor is held in place by a finger that
 slides along it, as with bodies that are only repositioned. Nothing is crushed by it: the fingers close with a limited force, and stop at
-a block between them (the opening that is reported is then the true one); and they give way upward, on springs, when they come down on one.
+a puck between them (the opening that is reported is then the true one); and they give way upward, on springs, when they come down on one.
 
-A block off the middle of the fingers turns and slips aside; blocks pushed into each other move each other. Shadows and multisampling are off:
+A puck that the fingers' flat meets beside its middle rolls off, so a push must be aimed to within two thirds of the puck's radius; pucks pushed
+into each other move each other, and a puck looks the same whichever way it is turned. Shadows and multisampling are off:
 they cost twenty times the picture.
 """
 
@@ -18,7 +19,7 @@ import functools
 import hashlib
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import mujoco
@@ -39,13 +40,17 @@ from worldenv.robots.tabletop import TABLETOP
 ID = "worldenv/Tabletop-v0"
 
 COLOURS = ("red", "blue", "yellow")
-"""Left to right in the picture; task t is about block t."""
-BLOCK_HALF = np.array([0.03, 0.03, 0.025])
-"""Half sides of a block [m]."""
+"""Left to right in the picture; task t is about puck t."""
+PUCK_RADIUS = 0.03
+"""[m]"""
+PUCK_HALF = 0.022
+"""Half height of a puck [m]."""
 LINE = 0.055
-"""Where the strip begins (x) [m]: a block whose centre is past it is on the strip."""
+"""Where the strip begins (x) [m]: a puck whose centre is past it is on the strip."""
 STRIP_END = 0.17
 """Where the strip ends (x) [m]."""
+STRIP_SIDE = 0.15
+"""Where it ends to the sides (y, either way) [m]."""
 FINGER_HALF = np.array([0.01, 0.008, 0.03])
 """Half sides of a finger, in the gripper's frame [m]."""
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
@@ -53,8 +58,7 @@ DOWN = np.array([1.0, 0.0, 0.0, 0.0])
 
 _RGBA = {"red": "0.85 0.12 0.10 1", "blue": "0.12 0.25 0.85 1", "yellow": "0.95 0.80 0.10 1"}
 _NOMINAL = np.array([[-0.02, -0.10], [-0.02, 0.0], [-0.02, 0.10]])
-_LEAST_GAP = 0.012  # between neighbours [m]
-_YAW = 0.15  # blocks lie turned by up to this [rad]
+_LEAST_GAP = 0.012  # between neighbours, side by side (y) [m]
 _REST = np.array([-0.118, 0.0, 0.08])
 _REST_JITTER = np.array([0.01, 0.01, 0.01])
 _REST_TURN = 0.05  # about each axis [rad]
@@ -79,10 +83,10 @@ _VIEW_WIDTH = 0.395  # at the target [m]
 
 _CONTROL_S = 0.05
 _SUBSTEPS = 10
-_SETTLE_SUBSTEPS = 40  # in which blocks come to rest on the table
-_STANDS_M = 0.012  # a block stands while its centre is this near its height on the table
+_SETTLE_SUBSTEPS = 40  # in which pucks come to rest on the table
+_STANDS_M = 0.01  # a puck stands while its centre is this near its height on the table
 _TRAVEL_M = TABLETOP.finger_m / 2  # of one finger
-_BLOCKS, _PALM, _OPENING = slice(0, 21), slice(21, 28), slice(28, 32, 2)  # in qpos
+_PUCKS, _PALM, _OPENING = slice(0, 21), slice(21, 28), slice(28, 32, 2)  # in qpos
 _PALM_QVEL = slice(18, 24)
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION.value
 
@@ -96,43 +100,50 @@ def _scene(image: int) -> str:
     distance = _VIEW_WIDTH / 2 / np.tan(np.deg2rad(_FOVY) / 2)
     eye = _TARGET + distance * np.array([np.cos(_PITCH), 0.0, np.sin(_PITCH)])
 
-    def numbers(values: Any) -> str:
-        return " ".join(repr(float(v)) for v in values)
+    def numbers(*values: float) -> str:
+        return " ".join(repr(float(value)) for value in values)
 
-    blocks = "".join(
-        f'<body name="{c}"><freejoint/><geom name="{c}" type="cylinder" size="0.03 0.025" rgba="{_RGBA[c]}" mass="0.15" conaffinity="3"/></body>'
-        for c in COLOURS
-    )
+    pucks = "".join(f'<body name="{c}"><freejoint/><geom class="puck" rgba="{_RGBA[c]}"/></body>' for c in COLOURS)
     fingers = "".join(
-        f'<body name="{name}" pos="0 0 {_FINGER_Z}"><inertial pos="0 0 0" mass="0.05" diaginertia="1e-4 1e-4 1e-4"/>'
-        f'<joint name="{name}" type="slide" axis="0 {side} 0" armature="0.1"/>'
-        f'<joint name="{name}_spring" type="slide" axis="0 0 -1" range="0 {_YIELD_M}" limited="true" stiffness="20" springref="-0.1" damping="4" armature="0.05"/>'
-        f'<geom name="{name}" type="box" pos="0 {side * FINGER_HALF[1]} 0" size="{numbers(FINGER_HALF)}" rgba="0.10 0.10 0.12 1" contype="2" conaffinity="0"/></body>'
+        f"""
+      <body name="{name}" pos="0 0 {_FINGER_Z}">
+        <inertial pos="0 0 0" mass="0.05" diaginertia="1e-4 1e-4 1e-4"/>
+        <joint name="{name}" class="opening" axis="0 {side} 0"/>
+        <joint class="spring"/>
+        <geom class="gripper" pos="{numbers(0, side * FINGER_HALF[1], 0)}" size="{numbers(*FINGER_HALF)}" rgba="0.10 0.10 0.12 1"/>
+      </body>"""
         for name, side in zip(_FINGERS, (-1, 1), strict=True)
     )
-    servos = "".join(
-        f'<position joint="{name}" kp="{_SERVO[0]}" kv="{_SERVO[1]}" forcerange="{-_CLOSING_N} {_CLOSING_N}"/>' for name in _FINGERS
-    )
-    strip_middle, strip_half = (LINE + STRIP_END) / 2, (STRIP_END - LINE) / 2
+    servos = "".join(f'<position joint="{name}" kp="{_SERVO[0]}" kv="{_SERVO[1]}" forcerange="{-_CLOSING_N} {_CLOSING_N}"/>' for name in _FINGERS)
+    middle, half = (LINE + STRIP_END) / 2, (STRIP_END - LINE) / 2
     return f"""
 <mujoco>
   <option timestep="{_CONTROL_S / _SUBSTEPS}" integrator="implicitfast"/>
-  <default><geom friction="0.4 0.005 0.0001" solref="0.01 1"/></default>
   <visual>
     <global offwidth="{image}" offheight="{image}"/>
-    <quality shadowsize="0" offsamples="0"/>
+    <quality shadowsize="0" offsamples="0" numslices="16" numstacks="2"/>
     <headlight ambient="0.35 0.35 0.35" diffuse="0.2 0.2 0.2" specular="0 0 0"/>
     <map znear="0.05" zfar="20"/>
   </visual>
+  <default>
+    <geom friction="0.4 0.005 0.0001" solref="0.01 1"/>
+    <default class="puck"><geom type="cylinder" size="{PUCK_RADIUS} {PUCK_HALF}" mass="0.15" contype="1" conaffinity="3"/></default>
+    <default class="gripper"><geom type="box" contype="2" conaffinity="0"/></default>
+    <default class="opening"><joint type="slide" armature="0.1"/></default>
+    <default class="spring">
+      <joint type="slide" axis="0 0 -1" limited="true" range="0 {_YIELD_M}" stiffness="20" springref="-0.1" damping="4" armature="0.05"/>
+    </default>
+  </default>
   <worldbody>
     <light pos="0.3 -0.4 1.5" dir="-0.2 0.3 -1" diffuse="0.6 0.6 0.6" specular="0 0 0" castshadow="false"/>
-    <camera name="agentview" pos="{numbers(eye)}" xyaxes="0 1 0 {-np.sin(_PITCH)} 0 {np.cos(_PITCH)}" fovy="{_FOVY}"/>
+    <camera name="agentview" pos="{numbers(*eye)}" xyaxes="{numbers(0, 1, 0, -np.sin(_PITCH), 0, np.cos(_PITCH))}" fovy="{_FOVY}"/>
     <geom name="table" type="plane" size="0.6 0.6 0.1" rgba="0.80 0.76 0.70 1"/>
-    <geom name="strip" type="box" pos="{strip_middle} 0 0.0005" size="{strip_half} 0.6 0.0005" rgba="0.20 0.65 0.30 1" contype="0" conaffinity="0"/>
-    {blocks}
-    <body name="palm" gravcomp="1"><freejoint/><inertial pos="0 0 0" mass="1000" diaginertia="10 10 10"/>
-      <geom name="palm" type="box" pos="0 0 {_PALM_Z}" size="{numbers(_PALM_HALF)}" rgba="0.36 0.36 0.40 1" contype="2" conaffinity="0"/>
-      {fingers}
+    <geom name="strip" type="box" pos="{middle} 0 0.0005" size="{half} {STRIP_SIDE} 0.0005" rgba="0.20 0.65 0.30 1" contype="0" conaffinity="0"/>
+    {pucks}
+    <body name="palm" gravcomp="1">
+      <freejoint/>
+      <inertial pos="0 0 0" mass="1000" diaginertia="10 10 10"/>
+      <geom class="gripper" pos="0 0 {_PALM_Z}" size="{numbers(*_PALM_HALF)}" rgba="0.36 0.36 0.40 1"/>{fingers}
     </body>
   </worldbody>
   <actuator>{servos}</actuator>
@@ -143,8 +154,8 @@ def _scene(image: int) -> str:
 class InitialState:
     """One fixed initial state."""
 
-    blocks: NDArray[np.float64]
-    """(3, 3): x, y [m] and yaw [rad] of each block, in the order of `COLOURS`."""
+    pucks: NDArray[np.float64]
+    """(3, 2): x, y [m] of each puck, in the order of `COLOURS`."""
     pose: NDArray[np.float64]
     """(7,) of the gripper, which is at rest [m, unit quaternion xyzw]."""
     gripper: float
@@ -152,37 +163,34 @@ class InitialState:
 
     def name(self) -> str:
         """SHA-256 (64 hex digits) of its numbers: two states are the same where theirs is."""
-        numbers = np.concatenate([self.blocks.ravel(), self.pose, [self.gripper]])
+        numbers = np.concatenate([self.pucks.ravel(), self.pose, [self.gripper]])
         return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
 
 
-def initial_state(config: EnvConfig, task: int, split: Split, index: int) -> InitialState:
-    """State `index` of `split` for `task`: a function of these and of `config.jitter_m` alone.
+def initial_state(config: EnvConfig, split: Split, index: int) -> InitialState:
+    """State `index` of `split`, the same for every task, so that nothing but the instruction tells what to do: a function of these and of
+    `config.jitter_m` alone.
 
-    Under one key (task), the counter is (number of the state, attempt): Philox maps different counters to different blocks, so no two
-    states of a task begin with the same numbers, train or test. Draws in which neighbours stand too close are drawn again.
+    Under one key, the counter is (number of the state, attempt): Philox maps different counters to different blocks, so no two states begin
+    with the same numbers, train or test. Draws in which neighbours stand too close are drawn again.
     Raises ValueError where there is no such state, and where the jitter leaves no room.
     """
-    if not 0 <= task < len(COLOURS):
-        raise ValueError(f"task={task}: there are {len(COLOURS)} tasks, 0 .. {len(COLOURS) - 1}")
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: want 'train' or 'test'")
     count = config.train_states if split == "train" else config.test_states
     if not 0 <= index < count:
-        raise ValueError(f"{split} state {index} of task {task}: there are {count}, 0 .. {count - 1}; raise env.{split}_states for more")
+        raise ValueError(f"{split} state {index}: there are {count}, 0 .. {count - 1}; raise env.{split}_states for more")
     number = index + (_TEST_BASE if split == "test" else 0)
-    reach = 2 * BLOCK_HALF[0] * (np.cos(_YAW) + np.sin(_YAW)) + _LEAST_GAP
     for attempt in range(_ATTEMPTS):
-        u = 2.0 * noise.uniform(_STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (16,)) - 1.0
-        centres = _NOMINAL + config.jitter_m * u[:6].reshape(3, 2)
-        if np.all(np.diff(centres[:, 1]) >= reach):
+        u = 2.0 * noise.uniform(_STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (13,)) - 1.0
+        pucks = _NOMINAL + config.jitter_m * u[:6].reshape(3, 2)
+        if np.all(np.diff(pucks[:, 1]) >= 2 * PUCK_RADIUS + _LEAST_GAP):
             break
     else:
-        raise ValueError(f"env.jitter_m={config.jitter_m}: three blocks do not fit side by side; use 0.05 or less")
-    blocks = np.column_stack([centres, _YAW * u[6:9]])
-    turned = kinematics.multiply(kinematics.exp(_REST_TURN * u[12:15]), DOWN)
+        raise ValueError(f"env.jitter_m={config.jitter_m}: three pucks do not fit side by side; use 0.05 or less")
+    pose = np.concatenate([_REST + _REST_JITTER * u[6:9], kinematics.multiply(kinematics.exp(_REST_TURN * u[9:12]), DOWN)])
     low, high = _REST_OPENING
-    return InitialState(blocks, np.concatenate([_REST + _REST_JITTER * u[9:12], turned]), float(low + (high - low) * (u[15] + 1) / 2))
+    return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))
 
 
 def _in_mujoco(pose: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -226,7 +234,7 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         self._qpos, self._qvel = self.data.qpos, self.data.qvel  # views
         joints = [int(self.model.body(name).jntadr[0]) for name in (*COLOURS, "palm", *_FINGERS)]
         if [int(self.model.jnt_qposadr[j]) for j in joints] != [0, 7, 14, 21, 28, 30]:
-            raise AssertionError("qpos is no longer blocks, palm, then opening and spring of each finger")
+            raise AssertionError("qpos is no longer pucks, palm, then opening and spring of each finger")
         self._task: int | None = None
         self._steps = 0
         self._arm: KinematicState
@@ -235,13 +243,14 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         turn = [2 * np.pi] * 3
         low, high = np.array([*_LOW, *(-t for t in turn), 0, -finger]), np.array([*_HIGH, *turn, finger, 0])
         proprio = spaces.Box(low.astype(np.float32), high.astype(np.float32))
-        self.observation_space = spaces.Dict({"frame": spaces.Box(0, 255, (side, side, 3), np.uint8), "proprio": proprio})
+        seen = spaces.Dict({"frame": spaces.Box(0, 255, (side, side, 3), np.uint8), "proprio": proprio})
+        self.observation_space = cast("spaces.Space[dict[str, NDArray[Any]]]", seen)
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """See `TrueEnvironment`."""
-        return tuple(f"push the {colour} block onto the green strip" for colour in COLOURS)
+        return tuple(f"push the {colour} puck onto the green strip" for colour in COLOURS)
 
     @property
     def robot(self) -> Robot:
@@ -275,13 +284,19 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         return self._config.train_states if split == "train" else self._config.test_states
 
     def state_hash(self, task: int, split: Split, index: int) -> str:
-        """The name of a fixed initial state: `InitialState.name`."""
-        return initial_state(self._config, task, split, index).name()
+        """The name of a fixed initial state: `InitialState.name`. Tasks share their states."""
+        return self._start(task, split, index).name()
+
+    def _start(self, task: int, split: Split, index: int) -> InitialState:
+        if not 0 <= task < len(COLOURS):
+            raise ValueError(f"task={task}: there are {len(COLOURS)} tasks, 0 .. {len(COLOURS) - 1}")
+        return initial_state(self._config, split, index)
 
     @property
-    def blocks(self) -> NDArray[np.float64]:
-        """(3, 7): poses of the blocks, in the order of `COLOURS` [m, unit quaternion xyzw]. Privileged: for experts and tests."""
-        return self._qpos[_BLOCKS].reshape(-1, 7)[:, [0, 1, 2, 4, 5, 6, 3]]
+    def pucks(self) -> NDArray[np.float64]:
+        """(3, 3): centres of the pucks, in the order of `COLOURS` [m]. Privileged: for experts and tests."""
+        places: NDArray[np.float64] = self._qpos[_PUCKS].reshape(-1, 7)[:, :3].copy()
+        return places
 
     @property
     def arm(self) -> KinematicState:
@@ -297,14 +312,13 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
 
     def begin(self, task: int, split: Split, index: int) -> Snapshot:
         """See `TrueEnvironment`. Always draws the frame."""
-        start = initial_state(self._config, task, split, index)
+        start = self._start(task, split, index)
         self._task, self._steps = task, 0
         self._arm = kinematics.rest(torch.from_numpy(start.pose)[None], torch.tensor([start.gripper], dtype=torch.float64))
         mujoco.mj_resetData(self.model, self.data)
-        half = 0.5 * start.blocks[:, 2]
-        zero = np.zeros_like(half)
-        blocks = np.column_stack([start.blocks[:, :2], zero + BLOCK_HALF[2], np.cos(half), zero, zero, np.sin(half)])
-        self._qpos[_BLOCKS], self._qpos[_PALM] = blocks.ravel(), _in_mujoco(start.pose)
+        pucks = np.tile([0.0, 0.0, PUCK_HALF, 1.0, 0.0, 0.0, 0.0], (len(COLOURS), 1))
+        pucks[:, :2] = start.pucks
+        self._qpos[_PUCKS], self._qpos[_PALM] = pucks.ravel(), _in_mujoco(start.pose)
         self._qpos[_OPENING] = self.data.ctrl[:] = start.gripper * _TRAVEL_M
         mujoco.mj_step(self.model, self.data, _SETTLE_SUBSTEPS)
         self._qpos[_PALM], self._qpos[_OPENING] = _in_mujoco(start.pose), start.gripper * _TRAVEL_M
@@ -346,9 +360,9 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         return Snapshot(self._frame, self._arm.pose[0].numpy().copy(), float(self._arm.gripper[0]), self._success())
 
     def _success(self) -> bool:
-        """The task's block stands on the table with its centre on the strip. Wherever that holds, block and strip are in the picture."""
-        x, _, z = self._qpos[7 * self.task :][:3]
-        return bool(LINE < x < STRIP_END and abs(z - BLOCK_HALF[2]) < _STANDS_M)
+        """The task's puck stands on the table with its centre on the strip. Wherever that holds, puck and strip are in the picture."""
+        x, y, z = self._qpos[7 * self.task :][:3]
+        return bool(LINE < x < STRIP_END and abs(y) < STRIP_SIDE and abs(z - PUCK_HALF) < _STANDS_M)
 
     def capture(self) -> _Moment:
         """See `TrueEnvironment`."""
@@ -386,7 +400,7 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         now = self.advance(action)
         return self._observation(now), float(now.success), False, self._steps >= self._config.steps, {"success": now.success}
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8] | None:
         """The last frame (H, W, 3), or None where no render mode was asked for."""
         self.task  # noqa: B018 -- raises before the first episode
         return self._frame.copy() if self.render_mode else None

@@ -1,7 +1,7 @@
-"""A scripted expert for the tabletop: sink behind the block, line up, push it onto the strip. It sees the poses of all blocks.
+"""A scripted expert for the tabletop: sink behind the puck, line up, push it onto the strip. It sees where all pucks are.
 
 What it does is a function of the scene as it is now, without memory, so that it can be imitated from single observations; it steers by
-where things are, through the lag, and so corrects a block that turns aside.
+where things are, through the lag, and so corrects a puck that drifts aside.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldenv import kinematics
-from worldenv.envs.tabletop import BLOCK_HALF, DOWN, FINGER_HALF, LINE, Tabletop
+from worldenv.envs.tabletop import DOWN, FINGER_HALF, LINE, PUCK_RADIUS, Tabletop
 
 VARIATION = 5
 """Numbers in (0, 1) that make one demonstration differ from another."""
 
 _CLEAR_M = 0.016  # between the fingers and whatever they pass behind
-_BESIDE_M = 0.05  # nearer to its block than this (y), the gripper leaves the lane behind all blocks
-_ALIGNED_M = 0.012  # off the block's middle (y) by less than this, it pushes
+_BESIDE_M = 0.05  # nearer to its puck than this (y), the gripper leaves the lane behind all pucks
+_ALIGNED_M = 0.012  # off the puck's middle (y) by less than this, it pushes
 _LOW_M = 0.045  # and below this height
-_PAST_LINE_M = 0.065  # how far past the line a block's centre is pushed in the end
+_PAST_LINE_M = 0.065  # how far past the line a puck's centre is pushed in the end
 
 
 def command(env: Tabletop, variation: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -28,16 +28,16 @@ def command(env: Tabletop, variation: NDArray[np.float64]) -> NDArray[np.float32
     aim, height, distance = 0.008 * (variation[2] - 0.5), 0.022 + 0.010 * variation[3], _CLEAR_M + 0.014 * variation[4]
     state = env.arm
     place, turn = state.pose[0, :3].numpy(), state.pose[0, 3:].numpy()
-    blocks = env.blocks[:, :3]
-    x, y, _ = blocks[env.task]
-    reach = 1.15 * BLOCK_HALF[0] + FINGER_HALF[0]  # from a block's centre to the fingers' middle, whichever way it is turned
+    pucks = env.pucks
+    x, y, _ = pucks[env.task]
+    reach = PUCK_RADIUS + FINGER_HALF[0]  # from a puck's centre to the fingers' middle
     side = y + aim - place[1]
     if abs(side) < _ALIGNED_M and place[2] < _LOW_M:
-        forward = LINE + _PAST_LINE_M - BLOCK_HALF[0] - FINGER_HALF[0]
+        forward = LINE + _PAST_LINE_M - reach
     elif abs(side) < _BESIDE_M:
         forward = x - reach - distance
     else:
-        forward = min(blocks[:, 0].min(), x) - reach - distance
+        forward = pucks[:, 0].min() - reach - distance
     way = np.array([forward - place[0], side, height - place[2]])
     upright = np.array([-1.0, -1.0, -1.0, 1.0]) * turn
     twist = kinematics.log(kinematics.multiply(DOWN, upright))

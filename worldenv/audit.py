@@ -68,7 +68,11 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
         some = episodes[start : start + batch]
         command = torch.from_numpy(np.stack([e.command for e in some]))
         scenes = world.begin([_context(e) for e in some], range(start, start + len(some)))
-        frames, _, _ = _imagine(world, scenes, lambda now, c=command: c[:, now[0].chunk * chunk : (now[0].chunk + 1) * chunk], command.shape[1])  # type: ignore[misc]
+
+        def recorded(now: list[Scene], command: torch.Tensor = command) -> torch.Tensor:
+            return command[:, now[0].chunk * chunk : (now[0].chunk + 1) * chunk]
+
+        frames, _, _ = _imagine(world, scenes, recorded, command.shape[1])
         out += list(frames)
     return out
 

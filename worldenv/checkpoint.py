@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,25 +166,16 @@ def file_hash(path: Path) -> str:
 class Savepoint:
     """What a long stage has so far, so that a killed run goes on: one file, replaced now and then, gone when the stage is done."""
 
-    def __init__(self, path: Path, every_s: float = 30.0) -> None:
-        """Keep it at `path`, at most once in `every_s` seconds."""
+    def __init__(self, path: Path, every_s: float = 30.0, saved: Callable[[], None] | None = None) -> None:
+        """Keep it at `path`, at most once in `every_s` seconds; `saved` is called after each save."""
         self._path = path
         self._every_s = every_s
-        self._began = self._last = time.monotonic()
-        self._before_s = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of work so far, those of the killed runs up to their last save included."""
-        return self._before_s + time.monotonic() - self._began
+        self._saved = saved
+        self._last = time.monotonic()
 
     def load(self) -> Any | None:
         """The last tree that was saved, or None. Raises CheckpointError where it is damaged."""
-        if not self._path.exists():
-            return None
-        kept = load(self._path)
-        self._before_s = kept["seconds"]
-        return kept["tree"]
+        return load(self._path) if self._path.exists() else None
 
     def due(self) -> bool:
         """Whether `every_s` seconds have passed since the last save."""
@@ -192,8 +183,10 @@ class Savepoint:
 
     def save(self, tree: Any) -> None:
         """Replace what is kept by `tree`."""
-        save(self._path, {"seconds": self.seconds, "tree": tree})
+        save(self._path, tree)
         self._last = time.monotonic()
+        if self._saved is not None:
+            self._saved()
 
     def clear(self) -> None:
         """Forget it."""

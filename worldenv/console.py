@@ -18,7 +18,7 @@ def say(line: str) -> None:
     _console.print(line, markup=False)
 
 
-class track:  # noqa: N801 -- used like range()
+class track:
     """Iterate over range(start, stop) with a progress display: `for step in (bar := track(0, 1000, "sft")): bar.note(loss=...)`."""
 
     def __init__(self, start: int, stop: int, label: str) -> None:

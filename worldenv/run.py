@@ -11,8 +11,8 @@ import contextlib
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,44 @@ from worldenv.config import RunConfig
 from worldenv.report import PeakMemory
 
 RECORD = "stage.json"
-_SAVEPOINT = "savepoint.safetensors"
+BEGUN = "begun.json"
+_SAVEPOINT = ".savepoint"
 
 
 class RunError(ValueError):
     """A run that cannot go on as asked. The message names the folder or stage and the cure."""
 
 
-@dataclass
 class Stage:
     """One stage while it runs: where it writes, and what it has to say for itself."""
 
-    folder: Path
-    savepoint: Savepoint
-    metrics: dict[str, Any] = field(default_factory=dict)
-    """Results: equal for equal seeds."""
-    timings: dict[str, Any] = field(default_factory=dict)
-    """Seconds: never equal."""
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.metrics: dict[str, Any] = {}
+        """Results: equal for equal seeds."""
+        self.timings: dict[str, Any] = {}
+        """Seconds and rates: never equal."""
+        self._fingerprint, self._began, self._before_s = fingerprint, time.monotonic(), 0.0
+        if folder.exists():
+            begun = _read_json(folder / BEGUN, "delete it") if (folder / BEGUN).is_file() else {}
+            if begun.get("fingerprint") == fingerprint:
+                self._before_s = float(begun["seconds"])
+            else:
+                shutil.rmtree(folder)  # half of another stage, or output whose settings or inputs have changed
+        self.keep_time()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work, those of killed runs up to their last savepoint included."""
+        return self._before_s + time.monotonic() - self._began
+
+    def keep_time(self) -> None:
+        """Write down whose work this is and how long it took so far."""
+        checkpoint.write_text(self.folder / BEGUN, json.dumps({"fingerprint": self._fingerprint, "seconds": self.seconds}))
+
+    def savepoint(self, part: str) -> Savepoint:
+        """Where `part` of the stage keeps what it has so far."""
+        return Savepoint(self.folder / f"{part}{_SAVEPOINT}", saved=self.keep_time)
 
 
 def _read_json(path: Path, cure: str) -> dict[str, Any]:
@@ -70,9 +91,8 @@ class Run:
             theirs, ours = config.to_dict(settings_of(out)), config.to_dict(settings)
             if differing := list(_differences(theirs, ours)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-                raise RunError(
-                    f"{out} holds a run with other settings ({'; '.join(differing[:3])}{more}); choose another --out, or go on with it: --resume {out}"
-                )
+                what = f"{'; '.join(differing[:3])}{more}"
+                raise RunError(f"{out} holds a run with other settings ({what}); choose another --out, or go on with it: --resume {out}")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunError(f"{out} exists and is no run of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
@@ -121,27 +141,24 @@ class Run:
     def at_work(self, stage: str, fingerprint: str) -> Iterator[Stage]:
         """Run a stage in this block; its record is written when the block ends well. Half a stage with another fingerprint is removed first."""
         folder = self.folder(stage)
-        begun = folder / "begun"
-        if folder.exists() and (not begun.is_file() or begun.read_text() != fingerprint):
-            shutil.rmtree(folder)
-        checkpoint.write_text(begun, fingerprint)
-        current = Stage(folder, Savepoint(folder / _SAVEPOINT))
+        current = Stage(folder, fingerprint)
         with PeakMemory() as memory:
             yield current
-        current.savepoint.clear()
-        files = {str(p.relative_to(folder)): checkpoint.file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p != begun}
+        for kept in folder.glob(f"*{_SAVEPOINT}"):
+            kept.unlink()
+        files = {str(p.relative_to(folder)): checkpoint.file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != BEGUN}
         record = {
             "stage": stage,
             "fingerprint": fingerprint,
             "output": config.fingerprint(files),
-            "seconds": round(current.savepoint.seconds, 2),
+            "seconds": round(current.seconds, 2),
             "peak_rss_mb": round(memory.peak_mb, 1),
             "metrics": current.metrics,
             "timings": current.timings,
             "files": files,
         }
         checkpoint.write_text(folder / RECORD, json.dumps(record, indent=1))
-        begun.unlink()
+        (folder / BEGUN).unlink()
         console.say(f"{stage:>7}: {record['seconds']:8.1f} s  {record['peak_rss_mb']:7.0f} MB  {_headline(current.metrics)}")
 
 

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"worldenv-train: {error}", file=sys.stderr)
         return 2
     try:
-        report = train.train(args.out, settings, first=args.from_stage, only=args.only)
+        train.train(args.out, settings, first=args.from_stage, only=args.only)
     except KeyboardInterrupt:
         print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"worldenv-train: {error}", file=sys.stderr)
         return 1
-    if report is not None:
+    if args.only in (None, "report"):
         print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))
     return 0
 

@@ -1,0 +1,149 @@
+"""Whole runs, cut short: every stage for real, from nothing to the report, in processes of their own as a person starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from worldenv import report
+
+# The least that still runs every stage: what matters here is that the path is whole, resumes and repeats.
+SMALL = [
+    "--fast", "--sft.steps", "12", "--scale.steps", "20", "--explore.episodes", "12", "--world.vae-steps", "6", "--world.steps", "6",
+    "--world.check-every", "3", "--reward.backbone-steps", "6", "--reward.embeddings", "40", "--reward.head-epochs", "2",
+    "--loop.contexts", "1", "--eval.episodes", "6", "--report.replays", "3", "--report.videos", "1",
+]  # fmt: skip
+STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
+
+
+def train(*arguments, check=True):
+    command = [sys.executable, "-m", "worldenv.cli.train", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = train("--preset", "tiny", *SMALL, "--out", out)
+    return out, done
+
+
+def record(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def test_every_stage_runs_and_the_report_is_valid(whole):
+    out, done = whole
+    assert json.loads(done.stdout.splitlines()[-1])["report"] == str(out / "report.html")
+    written = record(out)
+    report.validate(written)
+    assert list(written["stages"]) == STAGES[:-1] or list(written["stages"]) == STAGES
+    assert written["eval"]["sft"]["oracle"]["episodes"] == 6
+    assert len(written["loop"]["returns"]) == 2
+    assert any("fast" in note for note in written["notes"])
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_the_same_command_again_does_nothing_again(whole):
+    out, _ = whole
+    before = {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*") if p.is_file()}
+    done = train("--preset", "tiny", *SMALL, "--out", out)
+    assert done.stderr.count("skipped") == len(STAGES)
+    assert {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*") if p.is_file()} == before
+
+
+def test_a_second_run_of_one_seed_that_is_killed_twice_gives_the_same_report(whole, tmp_path):
+    out, _ = whole
+    again = tmp_path / "again"
+    command = [sys.executable, "-m", "worldenv.cli.train", "--preset", "tiny", *SMALL, "--out", str(again)]
+    for stage in ("explore", "loop"):  # kill it while this stage is at work
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not (again / "stages" / stage / "begun.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, f"{stage} was over before it could be killed"
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    train("--resume", again)
+    assert not list(report.differences(report.comparable(record(out)), report.comparable(record(again))))
+
+
+def test_only_one_stage_again(whole):
+    out, _ = whole
+    done = train("--resume", out, "--only", "scale")
+    assert "scale:" in done.stderr
+    assert "sft:" not in done.stderr
+
+
+def test_other_settings_are_refused_and_nothing_is_touched(whole):
+    out, _ = whole
+    before = {p: p.read_bytes() for p in out.glob("*.json")}
+    done = train("--preset", "tiny", *SMALL, "--seed", "5", "--out", out, check=False)
+    assert done.returncode == 1
+    assert "seed: 0 there, 5 asked" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert {p: p.read_bytes() for p in out.glob("*.json")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "tinny"], "did you mean 'tiny'"),
+        (["--fats"], "did you mean '--fast'"),
+        (["--loop.group", "1"], "needs at least 2 rollouts"),
+        (["--from", "slt"], "slt"),
+        (["--resume", "/nowhere/at/all"], "no run there"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(arguments, says, tmp_path):
+    done = train(*arguments, "--out", tmp_path / "x", check=False) if "--resume" not in arguments else train(*arguments, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_stage_file_is_one_line_and_is_left_alone(whole):
+    out, _ = whole
+    path = out / "stages" / "world" / "simulator.safetensors"
+    good = path.read_bytes()
+    try:
+        path.write_bytes(good[:-1000])
+        done = train("--resume", out, check=False)
+        assert done.returncode == 1
+        assert "simulator.safetensors" in done.stderr.splitlines()[-1]
+        assert "--from world" in done.stderr.splitlines()[-1]
+        assert path.read_bytes() == good[:-1000]
+    finally:
+        path.write_bytes(good)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """A file size limit stands in for the disk: the kernel refuses the write, as it does on a full one."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "from worldenv.cli.train import main; raise SystemExit(main())"
+    )
+    command = [sys.executable, "-c", code, "--preset", "tiny", *SMALL, "--out", str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "x").rglob("*.part"))
+
+
+def test_no_gl_library_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "worldenv.cli.train", "--preset", "tiny", *SMALL, "--out", str(tmp_path / "x")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "MUJOCO_GL": "osmesa"},
+    )  # fmt: skip
+    if done.returncode == 0:
+        pytest.skip("OSMesa is installed: there is no missing library to name")
+    assert "libosmesa6" in done.stderr.splitlines()[-1]

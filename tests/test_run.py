@@ -1,0 +1,115 @@
+"""The folder of a run: what is skipped, what is refused, and that nothing is overwritten."""
+
+import dataclasses
+import json
+
+import pytest
+
+from worldenv import config
+from worldenv.checkpoint import CheckpointError
+from worldenv.run import RECORD, Run, RunError, settings_of
+
+
+def work(run, stage, fingerprint, text="output"):
+    with run.at_work(stage, fingerprint) as current:
+        (current.folder / "data.txt").write_text(text)
+        current.metrics["n"] = 3
+
+
+def fail(run, stage):
+    def die():
+        with run.at_work(stage, "f") as current:
+            current.savepoint("x").save({"step": 5})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        die()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "out", config.TINY)
+
+
+def test_settings_round_trip(run):
+    assert settings_of(run.out) == config.TINY
+
+
+def test_settings_of_another_version_are_named(run):
+    path = run.out / "run.json"
+    stored = json.loads(path.read_text())
+    stored["settings"]["loop"]["magic"] = 1
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"LoopConfig: .*magic"):
+        settings_of(run.out)
+
+
+def test_a_stage_is_done_when_its_record_matches(run):
+    assert not run.check("demos", "f")
+    work(run, "demos", "f")
+    assert run.check("demos", "f")
+    assert not run.check("demos", "g")
+    assert run.record("demos")["metrics"] == {"n": 3}
+
+
+def test_the_fingerprint_follows_settings_and_inputs(run):
+    work(run, "demos", "f", "one")
+    first = run.fingerprint("sft", [config.TINY.sft], ["demos"])
+    assert first == run.fingerprint("sft", [config.TINY.sft], ["demos"])
+    assert first != run.fingerprint("sft", [dataclasses.replace(config.TINY.sft, steps=1)], ["demos"])
+    work(run, "demos", "g", "two")
+    assert first != run.fingerprint("sft", [config.TINY.sft], ["demos"])
+
+
+def test_an_input_without_output_is_named(run):
+    with pytest.raises(RunError, match="stage demos has no output"):
+        run.fingerprint("sft", [], ["demos"])
+
+
+def test_a_stage_that_fails_leaves_no_record_and_goes_on_with_the_same_fingerprint(run):
+    fail(run, "demos")
+    assert not run.check("demos", "f")
+    with run.at_work("demos", "f") as current:
+        assert current.savepoint("x").load() == {"step": 5}
+    fail(run, "sft")
+    with run.at_work("sft", "another") as current:
+        assert current.savepoint("x").load() is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+def test_damaged_output_is_named_and_left_alone(run, damage):
+    work(run, "demos", "f")
+    path = run.folder("demos") / "data.txt"
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_text("outp" if damage == "truncate" else "outpux")
+    before = path.read_text() if path.exists() else None
+    with pytest.raises(CheckpointError, match=r"data\.txt: .*--from demos"):
+        run.check("demos", "f")
+    assert (path.read_text() if path.exists() else None) == before
+
+
+def test_a_damaged_record_is_named(run):
+    work(run, "demos", "f")
+    path = run.folder("demos") / RECORD
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(CheckpointError, match=r"stage\.json: truncated or damaged"):
+        run.check("demos", "f")
+
+
+def test_two_processes_do_not_share_a_folder(run):
+    with pytest.raises(RunError, match="another process"):
+        Run(run.out, config.TINY)
+
+
+def test_other_settings_and_other_folders_are_refused(tmp_path):
+    Run(tmp_path / "a", config.TINY)._lock.close()
+    other = dataclasses.replace(config.TINY, loop=dataclasses.replace(config.TINY.loop, iterations=7))
+    with pytest.raises(RunError, match=rf"loop\.iterations: {config.TINY.loop.iterations} there, 7 asked"):
+        Run(tmp_path / "a", other)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="no run of ours"):
+        Run(tmp_path / "b", config.TINY)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["thesis.tex"]

@@ -1,0 +1,394 @@
+"""The story of a run, stage by stage: demonstrations, a policy, a learned world, a judge, LOOP between them, and what came of it.
+
+    demos -> sft -> scale -> explore -> world -> reward -> loop -> eval -> report
+
+A stage reads what earlier stages wrote and writes its own folder; it is skipped when that is there and matches its inputs and settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from worldenv import audit, checkpoint, config, console, evaluation, noise, report
+from worldenv.config import RunConfig
+from worldenv.data import collect as data
+from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.envs.experts import tabletop as expert
+from worldenv.envs.tabletop import Tabletop
+from worldenv.kinematics import ControllerModel, fit
+from worldenv.learning import reward_head, scale_head, sft, world_model
+from worldenv.learning.loop.update import Learner
+from worldenv.nouns import Context
+from worldenv.policy import weights as policies
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.reflector import weights as reflectors
+from worldenv.reflector.judge import LlavaReflector
+from worldenv.rollout.collect import Assignment, collect
+from worldenv.rollout.store import RolloutStore
+from worldenv.run import Run, Stage
+from worldenv.simulator import weights as simulators
+from worldenv.simulator.evac import Evac
+from worldenv.world import ImaginedWorld
+
+LOOP_NUMBERS, REPLAY_NUMBERS = 1 << 24, 1 << 31
+"""First rollout numbers of LOOP and of the audit; exploration counts from 0. Numbers are the second half of noise keys: no two alike."""
+
+
+class Desk:
+    """What every stage can reach: settings, device, the environment, and what earlier stages left."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.settings, self.seed = run, run.settings, run.settings.seed
+        wanted = self.settings.device
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+    @functools.cached_property
+    def env(self) -> Tabletop:
+        return Tabletop(self.settings.env)
+
+    def episodes(self, stage: Literal["demos", "explore"]) -> EpisodeSet:
+        return EpisodeSet(self.run.folder(stage))
+
+    @functools.cached_property
+    def explored(self) -> tuple[list[Episode], list[Episode]]:
+        """Exploration for training, and held out."""
+        episodes = list(self.episodes("explore"))
+        held = max(1, round(self.settings.explore.held_out * len(episodes)))
+        order = np.argsort(noise.bits(self.seed, 0, 0, 0, noise.Stream.HOLD_OUT, len(episodes)), kind="stable")
+        chosen = set(order[:held].tolist())
+        return [e for i, e in enumerate(episodes) if i not in chosen], [e for i, e in enumerate(episodes) if i in chosen]
+
+    def policy(self, stage: Literal["sft", "scale", "loop"]) -> OpenVLAOFT:
+        return policies.load(self.run.folder(stage) / "policy.safetensors", self.device)
+
+    @functools.cached_property
+    def controller(self) -> ControllerModel:
+        return ControllerModel.from_dict(json.loads((self.run.folder("world") / "controller.json").read_text()))
+
+    def simulator(self) -> Evac:
+        path = self.run.folder("world") / "simulator.safetensors"
+        return simulators.from_tree(checkpoint.load(path), str(path)).to(self.device)
+
+    def reflector(self) -> LlavaReflector:
+        return reflectors.load(self.run.folder("reward") / "reflector.safetensors").to(self.device)
+
+    def world(self, reflector: LlavaReflector | None) -> ImaginedWorld:
+        simulator = self.simulator()
+        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.env.camera, simulator.config.latent, self.seed, self.device)
+
+    def context(self, task: int, index: int) -> Context:
+        """Training state `index` of `task`."""
+        now = self.env.begin(task, "train", index)
+        return Context(self.env.tasks[task], task, index, now.frame, now.pose, now.gripper)
+
+
+def demos(desk: Desk, stage: Stage) -> None:
+    """A scripted expert shows every task a few times."""
+    stage.metrics |= data.demonstrate(desk.env, expert, expert.VARIATION, desk.settings.env.steps, desk.settings.demos, desk.seed, stage.folder)
+
+
+def fine_tune(desk: Desk, stage: Stage) -> None:
+    """The policy imitates the demonstrations."""
+    episodes = list(desk.episodes("demos"))
+    policy = sft.untrained(desk.settings.policy, episodes, desk.env.tasks, desk.env.robot, desk.seed, desk.device)
+    stage.metrics |= sft.sft(policy, episodes, desk.env.robot, desk.settings.sft, desk.seed, stage.savepoint("fit"))
+    policies.save(stage.folder / "policy.safetensors", policy)
+
+
+def scale(desk: Desk, stage: Stage) -> None:
+    """The scale head learns how far off the policy is."""
+    policy, episodes = desk.policy("sft"), list(desk.episodes("demos"))
+    stage.metrics |= scale_head.fit_scale_head(policy, episodes, desk.env.robot, desk.settings.scale, desk.seed, stage.savepoint("fit"))
+    policies.save(stage.folder / "policy.safetensors", policy)
+
+
+def explore(desk: Desk, stage: Stage) -> None:
+    """The policy acts with its noise in the true environment, past success."""
+    stage.metrics |= data.explore(desk.env, desk.policy("scale"), desk.settings.env.steps, desk.settings.explore, desk.seed, stage.folder, desk.device)
+
+
+def world(desk: Desk, stage: Stage) -> None:
+    """Controller, autoencoder and simulator learn how the world moves and looks."""
+    training, held_out = list(desk.episodes("demos")), desk.explored[1]
+    if desk.settings.world.extra_data:
+        training += desk.explored[0]
+    controller = fit([e.pose for e in training], [e.command for e in training], desk.env.robot, margin_m=0.0)
+    checkpoint.write_text(stage.folder / "controller.json", json.dumps(controller.to_dict()))
+    simulator, metrics = world_model.train(
+        desk.settings.simulator, desk.settings.world, training, held_out, desk.env.camera, desk.env.robot, desk.seed, desk.device, stage.savepoint
+    )
+    stage.metrics |= metrics
+    checkpoint.save(stage.folder / "simulator.safetensors", simulators.to_tree(simulator))
+
+
+def reward(desk: Desk, stage: Stage) -> None:
+    """The reflector learns to see success, in true frames and in frames as the simulator's autoencoder draws them."""
+    settings, (training, held_out) = desk.settings, desk.explored
+    training = [*desk.episodes("demos"), *training]
+    reconstruct = desk.simulator().reconstruct
+    drawn, drawn_held_out = (
+        [reconstruct(torch.from_numpy(e.frame).to(desk.device)).cpu().numpy() for e in some] for some in (training, held_out)
+    )
+    half_done = stage.savepoint("half-done")
+    if (kept := half_done.load()) is not None:
+        reflector = reflectors.from_tree(kept["reflector"], "the half-done stage reward").to(desk.device)
+        stage.metrics["backbone"] = kept["metrics"]
+    else:
+        reflector = reflectors.initialise(settings.reflector, desk.env.tasks, desk.seed).to(desk.device)
+        stage.metrics["backbone"] = reward_head.train_backbone(reflector, training, settings.reward, desk.seed, stage.savepoint("backbone"), drawn)
+        half_done.save({"reflector": reflectors.to_tree(reflector), "metrics": stage.metrics["backbone"]})
+    if settings.reward.head:
+        stage.metrics["head"] = reward_head.fit_head(reflector, training, settings.reward, desk.seed, stage.savepoint("head"), drawn)
+    stage.metrics |= reward_head.measure(reflector, held_out)
+    stage.metrics["drawn"] = reward_head.measure(reflector, held_out, drawn_held_out)
+    scores = np.concatenate(reward_head.score(reflector, held_out))
+    success = np.concatenate([e.success[1:] for e in held_out])
+    checkpoint.save(stage.folder / "held-out.safetensors", {"score": scores, "success": success})
+    reflectors.save(stage.folder / "reflector.safetensors", reflector)
+
+
+def _contexts(desk: Desk, iteration: int) -> list[Context]:
+    """The start states of one LOOP iteration: spread over the tasks, training states only."""
+    loop, tasks = desk.settings.loop, desk.env.tasks
+    pool = [(e.task, e.state_index) for e in desk.episodes("demos").entries]
+    if loop.context_states == "train":
+        pool = [(task, index) for task in range(len(tasks)) for index in range(desk.env.states("train"))]
+    chosen = []
+    for n in range(loop.contexts):
+        mine = [state for state in pool if state[0] == (iteration * loop.contexts + n) % len(tasks)]
+        draw = noise.integers(desk.seed, noise.Stream.CONTEXT, iteration * loop.contexts + n, len(mine), 1)
+        chosen.append(desk.context(*mine[int(draw[0])]))
+    return chosen
+
+
+def loop(desk: Desk, stage: Stage) -> None:
+    """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
+    settings, env = desk.settings.loop, desk.settings.env
+    learner = Learner(desk.policy("scale"), settings, desk.seed)
+    reflector = desk.reflector()
+    imagined = desk.world(reflector)
+    savepoint = stage.savepoint("iterations")
+    history: list[dict[str, float]] = []
+    seconds: list[float] = []
+    if (kept := savepoint.load()) is not None:
+        learner.load_tree(kept["learner"])
+        history, seconds = kept["history"], kept["seconds"]
+    per = settings.contexts * settings.group
+    for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
+        began = time.monotonic()
+        store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")
+        made = {rollout.number for rollout in store.rollouts}
+        contexts = _contexts(desk, iteration)
+        jobs = [
+            Assignment(LOOP_NUMBERS + iteration * per + n, iteration * settings.contexts + n // settings.group, contexts[n // settings.group])
+            for n in range(per)
+        ]
+        jobs = [job for job in jobs if job.number not in made]
+        for rollout in collect(
+            learner.policy, imagined, jobs, seed=desk.seed, steps=env.steps, threshold=reflector.config.threshold, slots=settings.slots
+        ):
+            store.add(rollout)
+        collected = time.monotonic()
+        metrics = learner.update(store.rollouts, iteration)
+        returns = [rollout.value for rollout in sorted(store.rollouts, key=lambda r: r.number)]
+        history.append({
+            "return": float(np.mean(returns)),
+            "imagined_success": float(np.mean([r.stopped for r in store.rollouts])),
+            "spread": float(np.mean(np.std(np.array(returns).reshape(settings.contexts, settings.group), axis=1))),
+            **metrics,
+        })  # fmt: skip
+        seconds.append(time.monotonic() - began)
+        stage.timings["rollouts_per_second"] = len(jobs) / max(collected - began, 1e-9)
+        savepoint.save({"learner": learner.tree(), "history": history, "seconds": seconds})
+        store.discard()
+        bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
+    policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
+    learner.export_adapter(stage.folder / "lora_adapter")
+    stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history}
+    stage.timings["seconds_per_iteration"] = float(np.mean(seconds))
+
+
+def evaluate(desk: Desk, stage: Stage) -> None:
+    """Greedy success in the true environment before and after LOOP, on the same test states; imagined against true."""
+    settings, reflector = desk.settings, desk.reflector()
+    eta, chosen = reflector.config.threshold, evaluation.starts(desk.env, settings.eval.episodes)
+    outcomes = {
+        name: evaluation.evaluate(policy, desk.env, chosen, settings.env.steps, reflector, eta, desk.device, f"eval {name}")
+        for name, policy in (("sft", desk.policy("scale")), ("loop", desk.policy("loop")))
+    }
+    checkpoint.save(stage.folder / "outcomes.safetensors", {name: one.tree() for name, one in outcomes.items()})
+    stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
+    stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
+    imagined = desk.world(reflector)
+    held_out = desk.explored[1]
+    stage.metrics["world"] = _fidelity(desk, imagined, held_out)
+    for i, name in enumerate(("sft", "loop")):
+        pairs = _replays(desk, name, imagined, reflector, REPLAY_NUMBERS + i * settings.report.replays)
+        stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
+        checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
+
+
+def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) -> dict[str, Any]:
+    """PSNR by chunk on held-out exploration: imagined, the first frame repeated, and the autoencoder's own reconstruction as ceiling."""
+    chunk, reconstruct = desk.settings.policy.chunk, desk.simulator().reconstruct
+    ours = audit.imagine_episodes(imagined, episodes, desk.settings.loop.slots, chunk)
+    still = [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes]
+    ceiling = [reconstruct(torch.from_numpy(e.frame[1:]).to(desk.device)).cpu().numpy() for e in episodes]
+    by = {"psnr_by_chunk": ours, "psnr_copy_first_by_chunk": still, "psnr_ceiling_by_chunk": ceiling}
+    return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, episodes, chunk) for name, frames in by.items()}}
+
+
+def _replays(desk: Desk, name: str, imagined: ImaginedWorld, reflector: LlavaReflector, first: int) -> list[audit.Pair]:
+    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true."""
+    policy = desk.policy("scale" if name == "sft" else "loop")
+    policy.scale_factor = desk.settings.loop.scale_factor
+    tasks, states = len(desk.env.tasks), desk.env.states("train")
+    contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
+    return audit.replay(
+        policy, imagined, desk.env, reflector, contexts, seed=desk.seed, first_number=first,
+        steps=desk.settings.env.steps, batch=desk.settings.loop.slots, device=desk.device,
+    )  # fmt: skip
+
+
+def _plain(pair: audit.Pair) -> dict[str, Any]:
+    context = {f.name: getattr(pair.context, f.name) for f in fields(pair.context)}
+    return {**{f.name: getattr(pair, f.name) for f in fields(pair)}, "context": context}
+
+
+def _pairs(path: Path) -> list[audit.Pair]:
+    return [audit.Pair(**{**tree, "context": Context(**tree["context"])}) for tree in checkpoint.load(path)]
+
+
+def write_report(desk: Desk, stage: Stage) -> None:
+    """The record and the page, from what the stages left."""
+    records = {name: desk.run.record(name) for name in STAGES if name != "report"}
+    metrics = {name: record["metrics"] for name, record in records.items()}
+    history = metrics["loop"]["history"]
+    measured = dict(metrics["eval"]["world"])
+    settings = desk.settings
+    written = {
+        "preset": settings.preset,
+        "seed": settings.seed,
+        "fast": settings.fast,
+        "settings": config.to_dict(settings),
+        "versions": report.versions(desk.env.versions()["renderer"]),
+        "commit": report.commit(),
+        "seconds_total": sum(record["seconds"] for record in records.values()),
+        "peak_rss_mb": max(record["peak_rss_mb"] for record in records.values()),
+        "stages": {name: {"seconds": record["seconds"], "peak_rss_mb": record["peak_rss_mb"]} for name, record in records.items()},
+        "demos": metrics["demos"],
+        "sft": metrics["sft"],
+        "scale": metrics["scale"],
+        "explore": metrics["explore"],
+        "eval": {name: metrics["eval"][name] for name in ("sft", "loop", "paired")},
+        "world": {**metrics["world"], **measured, "outcome_agreement": measured["outcome_agreement_loop"]},
+        "reward": metrics["reward"],
+        "loop": {
+            "returns": [row["return"] for row in history],
+            "metrics": history,
+            "seconds_per_iteration": records["loop"]["timings"]["seconds_per_iteration"],
+            "rollouts_per_second": records["loop"]["timings"]["rollouts_per_second"],
+        },
+        "notes": _notes(desk),
+    }
+    pairs = _pairs(desk.run.folder("eval") / "replays-loop.safetensors")
+    scores = checkpoint.load(desk.run.folder("reward") / "held-out.safetensors")
+    figures = report.Figures(score=scores["score"], success=scores["success"])
+    report.write(desk.run.out, written, figures, _videos(pairs, desk.reflector().config.threshold, settings.report.videos))
+    checkpoint.write_text(stage.folder / "written", "report.json, report.html, figures, videos\n")
+
+
+def _notes(desk: Desk) -> list[str]:
+    settings = desk.settings
+    states = f"all {desk.env.states('train')} training states of each task"
+    if settings.loop.context_states == "demos":
+        states = "the initial states of the demonstrations"
+    notes = [
+        "No pretrained backbone: every network was trained from scratch in this run; the reflector's vision tower and language model on the "
+        "per-frame labels of training episodes, then frozen before the reward head was fitted.",
+        f"LOOP started from {states}, never from test states.",
+        f"Memory is the sum of resident pages over the process tree, sampled; density: scale factor {settings.loop.scale_factor:g}, "
+        f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
+    ]
+    if not settings.world.extra_data:
+        notes.append("--no-extra-data: the world model saw demonstrations alone.")
+    if not settings.reward.head:
+        notes.append('--no-reward-head: scores are the probability of "Yes".')
+    if settings.fast:
+        notes.append("--fast: every stage was cut short; nothing here says anything about success.")
+    return notes
+
+
+def _videos(pairs: Sequence[audit.Pair], eta: float, most: int) -> list[report.Video]:
+    """A success, a failure, a false stop, an imagined failure that truly succeeded; then whatever comes next."""
+
+    def kind(pair: audit.Pair) -> str:
+        imagined, true = bool((pair.imagined_score > eta).any()), bool(pair.success.any())
+        return {(1, 1): "success", (0, 0): "failure", (1, 0): "false stop", (0, 1): "missed success"}[(int(imagined), int(true))]
+
+    ordered: list[audit.Pair] = []
+    for turn in range(most):
+        for name in ("success", "false stop", "failure", "missed success"):
+            ordered += [pair for pair in pairs if kind(pair) == name][turn : turn + 1]
+    return [
+        report.Video(
+            f"{kind(pair)}: {pair.context.instruction}",
+            f"Imagined beside true, same commands, training state {pair.context.state_index}; all {len(pair.command)} steps are shown.",
+            pair.imagined, pair.true, pair.imagined_score, pair.success,
+        )
+        for pair in ordered[:most]
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage does and what decides its output."""
+
+    work: Callable[[Desk, Stage], None]
+    inputs: tuple[str, ...]
+    settings: Callable[[RunConfig], list[Any]]
+
+
+STAGES: dict[str, Plan] = {
+    "demos": Plan(demos, (), lambda c: [c.seed, c.env, c.demos]),
+    "sft": Plan(fine_tune, ("demos",), lambda c: [c.seed, c.policy, c.sft]),
+    "scale": Plan(scale, ("demos", "sft"), lambda c: [c.seed, c.scale]),
+    "explore": Plan(explore, ("scale",), lambda c: [c.seed, c.env, c.explore]),
+    "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.simulator, c.world]),
+    "reward": Plan(reward, ("demos", "explore", "world"), lambda c: [c.seed, c.reflector, c.reward]),
+    "loop": Plan(loop, ("demos", "scale", "world", "reward"), lambda c: [c.seed, c.env, c.loop]),
+    "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report]),
+    "report": Plan(write_report, ("demos", "sft", "scale", "explore", "world", "reward", "loop", "eval"), lambda c: [c]),
+}
+
+
+def train(out: Path, settings: RunConfig, first: str | None = None, only: str | None = None) -> None:
+    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone.
+
+    Raises RunError, CheckpointError, FloatingPointError or OSError with one line that names the thing and the cure.
+    """
+    run = Run(out, settings)
+    names = list(STAGES)
+    again = names[names.index(first) :] if first else [only] if only else []
+    for name in again:
+        run.forget(name)
+    desk = Desk(run)
+    for name in [only] if only else names:
+        plan = STAGES[name]
+        fingerprint = run.fingerprint(name, plan.settings(settings), list(plan.inputs))
+        if run.check(name, fingerprint):
+            console.say(f"{name:>7}: skipped, done before")
+            continue
+        with run.at_work(name, fingerprint) as stage:
+            plan.work(desk, stage)
+    if not only or only == "report":
+        console.say(f"report: {out / 'report.html'}")

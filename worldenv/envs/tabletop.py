@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, cast
@@ -92,7 +93,7 @@ _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION.value
 
 _STATES_SEED = 20250928  # of the fixed initial states: the same in every run, whatever its seed
 _TEST_BASE = 1 << 16  # test state i is state number 2^16 + i, train state i is number i: no number is both
-_ATTEMPTS = 1000
+_MOST_JITTER_M = 0.05
 
 
 def _scene(image: int) -> str:
@@ -173,21 +174,21 @@ def initial_state(config: EnvConfig, split: Split, index: int) -> InitialState:
 
     Under one key, the counter is (number of the state, attempt): Philox maps different counters to different blocks, so no two states begin
     with the same numbers, train or test. Draws in which neighbours stand too close are drawn again.
-    Raises ValueError where there is no such state, and where the jitter leaves no room.
+    Raises ValueError where there is no such state, and for too much jitter.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: want 'train' or 'test'")
     count = config.train_states if split == "train" else config.test_states
     if not 0 <= index < count:
         raise ValueError(f"{split} state {index}: there are {count}, 0 .. {count - 1}; raise env.{split}_states for more")
+    if not 0 <= config.jitter_m <= _MOST_JITTER_M:
+        raise ValueError(f"env.jitter_m={config.jitter_m}: want 0 .. {_MOST_JITTER_M} m; beyond it pucks begin out of reach or on the strip")
     number = index + (_TEST_BASE if split == "test" else 0)
-    for attempt in range(_ATTEMPTS):
+    for attempt in itertools.count():
         u = 2.0 * noise.uniform(_STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (13,)) - 1.0
         pucks = _NOMINAL + config.jitter_m * u[:6].reshape(3, 2)
-        if np.all(np.diff(pucks[:, 1]) >= 2 * PUCK_RADIUS + _LEAST_GAP):
+        if np.all(np.diff(pucks[:, 1]) >= 2 * PUCK_RADIUS + _LEAST_GAP):  # of the largest jitter, one draw in two
             break
-    else:
-        raise ValueError(f"env.jitter_m={config.jitter_m}: three pucks do not fit side by side; use 0.05 or less")
     pose = np.concatenate([_REST + _REST_JITTER * u[6:9], kinematics.multiply(kinematics.exp(_REST_TURN * u[9:12]), DOWN)])
     low, high = _REST_OPENING
     return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))

@@ -369,6 +369,10 @@ class WorldConfig:
     """Frames per step."""
     vae_lr: float = 1e-3
     """Peak learning rate."""
+    vae_kl: float = 1e-5
+    """Weight of the divergence from the standard normal, per latent value [1 / nat]."""
+    map_share: float = 0.25
+    """Share of a batch that is action maps: the autoencoder encodes them too."""
     foreground_weight: float = 7.0
     """Weight of pixels that differ from the median picture, in the autoencoder's loss."""
     steps: int = 1000
@@ -377,12 +381,24 @@ class WorldConfig:
     """Clips per step."""
     lr: float = 1e-3
     """Peak learning rate."""
+    grad_clip: float = 1.0
+    """Largest gradient norm (the released model: 0.5)."""
+    sampled_levels: float = 0.75
+    """Share of training examples whose noise level is one that the sampler visits; the others are uniform (the released model: 0)."""
+    aligned_starts: float = 0.5
+    """Share of training clips that begin where a chunk of a rollout begins; the others begin anywhere."""
+    dropout: float = 0.02
+    """Conditions are dropped with probabilities of 1 to 2 times this (the released model: 0.1; see learning/world_model.py)."""
+    memory_noise: bool = True
+    """Train with noise on the memory frames, later ones noisier."""
     ema: float = 0.99
     """Decay of the averaged weights that are kept."""
     patience: int = 4
     """Stop after this many held-out losses in a row without a better one."""
     check_every: int = 100
     """Steps between held-out losses."""
+    held_out_clips: int = 48
+    """Clips of a held-out loss."""
 
 
 @dataclass(frozen=True)

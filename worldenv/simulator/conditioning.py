@@ -59,9 +59,9 @@ class _ClipBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        out: torch.Tensor = self.mlp(self.ln_2(x))
-        return x + out
+        attended: torch.Tensor = x + self.attn(y, y, y, need_weights=False)[0]
+        out: torch.Tensor = attended + self.mlp(self.ln_2(attended))
+        return out
 
 
 class ClipTower(nn.Module):
@@ -87,10 +87,10 @@ class ClipTower(nn.Module):
         """Tokens (B, patches + 1, width), the class token first, of `pictures` (B, 3, H, W) in [-1, 1]."""
         x = self.conv1(clip_picture(pictures, self.config.image)).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
-        x = self.ln_pre(x)
+        out: torch.Tensor = self.ln_pre(x)
         for block in self.transformer["resblocks"].children():
-            x = block(x)
-        return x
+            out = block(out)
+        return out
 
 
 class _PerceiverAttention(nn.Module):

@@ -28,6 +28,7 @@ from worldenv.simulator.vae import VAE
 
 DELTA_DIM = 14
 _GRIPPERS = (6, 13)
+_CPU_PIXELS, _GPU_PIXELS = 2**17, 2**22
 _NETWORK = 30
 """Number of this network under `Stream.WEIGHTS`."""
 
@@ -135,12 +136,22 @@ class Evac(nn.Module):
 
     def encode(self, pictures: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled latents (N, z, h, w) of `pictures` (N, 3, H, W) in [-1, 1]: the posterior's mean, or its sample at `noise` like the result."""
-        posterior = self.vae.encode(pictures)
-        return (posterior.mean if noise is None else posterior.sample(noise)) * self.latent_scale
+        count = self._pictures_per_call(pictures.device)
+        posteriors = [self.vae.encode(some) for some in torch.split(pictures, count)]
+        if noise is None:
+            return torch.cat([posterior.mean for posterior in posteriors]) * self.latent_scale
+        drawn = [posterior.sample(some) for posterior, some in zip(posteriors, torch.split(noise, count), strict=True)]
+        return torch.cat(drawn) * self.latent_scale
+
+    def _pictures_per_call(self, device: torch.device) -> int:
+        """How many pictures the autoencoder takes at once: what fits a CPU's cache, or is enough to fill a GPU."""
+        pixels = _CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS
+        return max(1, pixels // (self.config.height * self.config.width))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in about [-1, 1], not clamped, of scaled `latents` (N, z, h, w)."""
-        return self.vae.decode(latents / self.latent_scale)
+        parts = torch.split(latents / self.latent_scale, self._pictures_per_call(latents.device))
+        return torch.cat([self.vae.decode(some) for some in parts])
 
     def image_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, queries, context) of `pictures` (N, 3, H, W) in [-1, 1]."""
@@ -270,6 +281,11 @@ class Evac(nn.Module):
         """(N, H, W, 3) uint8 of scaled `latents` (N, z, h, w), rounded to the nearest level."""
         pictures = ((self.decode(latents) + 1.0) / 2.0).clamp(0.0, 1.0)
         return (pictures * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    @torch.no_grad()
+    def reconstruct(self, frames: torch.Tensor) -> torch.Tensor:
+        """`frames` (N, H, W, 3) uint8 as the autoencoder draws them: the best that any imagined frame can look."""
+        return self.frames(self.encode(self.picture(frames)))
 
     def _drawn(self, memory: Memory, noise: torch.Tensor) -> Memory:
         """`memory` with its first frames drawn from the posterior, each at its own `noise` (z, K, h, w), where that is still to do."""

@@ -1,0 +1,600 @@
+"""The simulator's contract, its networks against other implementations of them, its schedule, and published files read as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from worldenv import checkpoint, noise
+from worldenv.config import EVAC, ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
+from worldenv.kernels.group_norm import group_norm, group_norm_ref
+from worldenv.nouns import ActionMap
+from worldenv.simulator import schedule, weights
+from worldenv.simulator.conditioning import ClipTower, Resampler, clip_picture
+from worldenv.simulator.contract import Simulator
+from worldenv.simulator.evac import DELTA_DIM, Evac, chunk_deltas, memory_indices
+from worldenv.simulator.layers import upsample
+from worldenv.simulator.unet import CausalConv, UNet
+from worldenv.simulator.vae import VAE
+
+SMALL = SimulatorConfig(
+    unet=UNetConfig(64, (1, 1), 1, (1,), 32, 32, init_heads=2),
+    vae=VAEConfig(8, (1, 2), 1, 4, norm_groups=4),
+    clip=ClipConfig(image=16, patch=8, width=32, layers=1, heads=2),
+    image_resampler=ResamplerConfig(32, 1, 2, 16, queries=6),
+    action_resampler=ResamplerConfig(32, 1, 2, 16, queries=5),
+    height=16,
+    width=24,
+    chunk=4,
+    denoise_steps=3,
+)
+LATENT = (4, 8, 12)
+
+
+def trained(config: SimulatorConfig = SMALL, seed: int = 0) -> Evac:
+    """A simulator none of whose layers is zero: as initialised, residual branches end in zeros and would hide mistakes."""
+    simulator = Evac.initialised(config, seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in simulator.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(0.0, 0.05, generator=generator)
+    return simulator
+
+
+def pictures(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def maps(batch: int, seed: int = 2) -> ActionMap:
+    generator = torch.Generator().manual_seed(seed)
+    rays = torch.randn(batch, 6, *LATENT[1:], generator=generator)
+    return ActionMap(pictures(batch, 4, 16, 24, seed=seed), rays, 0.1 * torch.randn(batch, 4, DELTA_DIM, generator=generator))
+
+
+def draw(simulator: Evac, numbers: Sequence[int], chunk: int) -> torch.Tensor:
+    draws, *shape = simulator.noise_shape()
+    rows = [noise.normal(0, np.array(numbers), chunk, step, noise.Stream.SIMULATOR, shape) for step in range(draws)]
+    return torch.from_numpy(np.stack(rows, axis=1))
+
+
+def part(of: ActionMap, rows: Sequence[int]) -> ActionMap:
+    return ActionMap(*(getattr(of, field.name)[list(rows)] for field in dataclasses.fields(of)))
+
+
+# The contract
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"eta": 0.0, "final": "pred_x0", "posterior": "sample", "first_tokens": "decoded", "guidance": 2.0}],
+    ids=["default", "switches"],
+)
+def test_rollouts_do_not_depend_on_their_batch(changes: dict[str, Any]) -> None:
+    simulator: Simulator = trained(dataclasses.replace(SMALL, **changes))
+    assert isinstance(simulator, Evac)
+    first, steps = pictures(3, 16, 24), [maps(3, seed=10 + c) for c in range(3)]
+    # rollouts 0, 1, 2 in one batch, where 2 joins a chunk later than the others
+    memory = simulator.begin(first)
+    frames: dict[tuple[int, int], torch.Tensor] = {}
+    for chunk in range(3):
+        rows = [0, 1] if chunk == 0 else [0, 1, 2]
+        own = [chunk, chunk, chunk - 1][: len(rows)]
+        given = torch.cat([draw(simulator, [r], c) for r, c in zip(rows, own, strict=True)])
+        mixed = ActionMap(
+            *(torch.stack([getattr(steps[c], f.name)[r] for r, c in zip(rows, own, strict=True)]) for f in dataclasses.fields(ActionMap))
+        )
+        made, now = simulator.imagine([memory[r] for r in rows], mixed, given)
+        for i, (r, c) in enumerate(zip(rows, own, strict=True)):
+            frames[r, c], memory[r] = made[i], now[i]
+    for r, count in ((0, 3), (1, 3), (2, 2)):
+        (alone,) = simulator.begin(first[r : r + 1])
+        for c in range(count):
+            made, (alone,) = simulator.imagine([alone], part(steps[c], [r]), draw(simulator, [r], c))
+            assert made.dtype == torch.uint8
+            assert made.shape == (1, 4, 16, 24, 3)
+            assert (made[0].int() - frames[r, c].int()).abs().max() <= 1, "beyond rounding to the next level"
+            assert (made[0] != frames[r, c]).float().mean() < 0.01
+        torch.testing.assert_close(alone.history, memory[r].history, rtol=1e-4, atol=1e-4)
+    assert (frames[0, 0] != frames[1, 0]).any()
+
+
+def test_nothing_is_changed_in_place() -> None:
+    simulator = trained(dataclasses.replace(SMALL, posterior="sample", guidance=2.0))
+    first, step, given = pictures(2, 16, 24), maps(2), draw(trained(dataclasses.replace(SMALL, posterior="sample")), [0, 1], 0)
+    memory = simulator.begin(first)
+    kept = [(m.history.clone(), None if m.tokens is None else m.tokens.clone()) for m in memory]
+    before = [t.clone() for t in (first, step.picture, step.rays, step.delta, given)]
+    once, after = simulator.imagine(memory, step, given)
+    again, _ = simulator.imagine(memory, step, given)
+    assert torch.equal(once, again)
+    assert all(torch.equal(a, b) for a, b in zip((first, step.picture, step.rays, step.delta, given), before, strict=True))
+    for one, (history, tokens) in zip(memory, kept, strict=True):
+        assert torch.equal(one.history, history)
+        assert one.tokens is not None
+        assert tokens is not None
+        assert torch.equal(one.tokens, tokens)
+    assert all(len(new.history) == 8 for new in after)
+
+
+def test_memory_grows_in_latent_space_and_is_what_the_sampler_gave() -> None:
+    """The frames that come out are the decoded latents that go into memory; nothing is encoded again."""
+    simulator = trained()
+    memory = simulator.begin(pictures(2, 16, 24))
+    for chunk in range(2):
+        frames, memory = simulator.imagine(memory, maps(2, seed=chunk), draw(simulator, [0, 1], chunk))
+    for i, one in enumerate(memory):
+        assert one.history.shape == (12, *LATENT)
+        assert torch.equal(one.history[0], one.history[3]), "the first frame fills the first memory"
+        assert torch.equal(simulator.frames(one.history[-4:]), frames[i])
+
+
+@pytest.mark.parametrize(
+    ("changes", "draws"), [({}, 4), ({"eta": 0.0}, 1), ({"posterior": "sample"}, 6), ({"eta": 0.0, "posterior": "sample"}, 3)]
+)
+def test_noise_shape_counts_the_draws(changes: dict[str, Any], draws: int) -> None:
+    simulator = trained(dataclasses.replace(SMALL, **changes))
+    assert simulator.noise_shape() == (draws, 4, 4, 8, 12)
+    memory, step, given = simulator.begin(pictures(1, 16, 24)), maps(1), draw(simulator, [0], 0)
+    base, _ = simulator.imagine(memory, step, given)
+    for i in range(draws):  # every draw has an effect
+        other = given.clone()
+        other[:, i] += 1.0
+        assert (simulator.imagine(memory, step, other)[0] != base).any(), i
+
+
+def test_everything_that_is_told_has_an_effect() -> None:
+    simulator = trained()
+    memory, step, given = simulator.begin(pictures(1, 16, 24)), maps(1), draw(simulator, [0], 0)
+    base, _ = simulator.imagine(memory, step, given)
+    for name in ("picture", "rays", "delta"):
+        changed = dataclasses.replace(step, **{name: getattr(maps(1, seed=77), name)})
+        assert (simulator.imagine(memory, changed, given)[0] != base).any(), name
+    other = [dataclasses.replace(memory[0], history=memory[0].history + 0.5)]
+    assert (simulator.imagine(other, step, given)[0] != base).any()
+    assert memory[0].tokens is not None
+    other = [dataclasses.replace(memory[0], tokens=memory[0].tokens.flip(0) * 2)]
+    assert (simulator.imagine(other, step, given)[0] != base).any()
+
+
+def test_wrong_shapes_are_refused() -> None:
+    simulator = trained()
+    memory, step, given = simulator.begin(pictures(2, 16, 24)), maps(2), draw(simulator, [0, 1], 0)
+    with pytest.raises(ValueError, match="imagine"):
+        simulator.imagine(memory[:1], step, given)
+    with pytest.raises(ValueError, match="imagine"):
+        simulator.imagine(memory, step, given[:, :2])
+    with pytest.raises(ValueError, match="imagine"):
+        simulator.imagine(memory, ActionMap(step.picture[:, :3], step.rays, step.delta[:, :3]), given)
+
+
+def test_frames_of_another_size_are_resized() -> None:
+    simulator = trained()
+    large = pictures(1, 4, 6).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    small = pictures(1, 4, 6).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    a, b = simulator.picture(large), simulator.picture(small)
+    assert a.shape == b.shape == (1, 3, 16, 24)
+    inner = torch.tensor([1, 2])[:, None] + 4 * torch.arange(6)  # of each block of 4 px, the ones that its neighbours do not blend into
+    rows, columns = inner[:, :4].flatten(), inner.flatten()
+    torch.testing.assert_close(a[:, :, rows][..., columns], b[:, :, rows][..., columns])
+    assert not torch.equal(a, b), "edges are blended: antialiased"
+    assert len(simulator.begin(large)) == 1
+
+
+def test_guidance_hides_the_chunk_and_the_picture_but_not_the_motion() -> None:
+    simulator = trained(dataclasses.replace(SMALL, guidance=3.0))
+    generator = torch.Generator().manual_seed(3)
+    memory, chunk = torch.randn(2, 4, 4, 8, 12, generator=generator), torch.randn(2, 4, 4, 8, 12, generator=generator)
+    image, action = torch.randn(2, 6, 32, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    told = simulator.condition(memory, chunk, torch.randn(2, 6, 8, 12, generator=generator), image, action)
+    hidden = simulator._unconditional(told)
+    latent, mask, rest = hidden.fixed.split([4, 1, 10], dim=1)
+    assert torch.equal(latent[:, :, :4], memory)
+    assert not latent[:, :, 4:].any()
+    assert mask[:, :, :4].all()
+    assert not mask[:, :, 4:].any()
+    assert torch.equal(rest, told.fixed[:, 5:])
+    assert torch.equal(hidden.action, action)
+    assert not torch.equal(hidden.image, image)
+    seen = simulator.condition(memory, chunk, told.fixed[:, 9:, 0], image, action, torch.tensor([True, False]))
+    torch.testing.assert_close(seen.fixed[1, :5], hidden.fixed[1, :5])
+    torch.testing.assert_close(seen.fixed[0, :5], told.fixed[0, :5])
+
+
+def test_memory_indices_are_first_thirds_and_last() -> None:
+    assert memory_indices(20, 4) == [0, 6, 13, 19]
+    assert memory_indices(36, 4) == [0, 12, 24, 35]
+    assert memory_indices(4, 4) == [0, 1, 2, 3]
+
+
+def test_deltas_of_a_known_path() -> None:
+    rows = torch.arange(42.0)[None, :, None].expand(-1, -1, DELTA_DIM)
+    released = dataclasses.replace(SMALL, chunk=16, memory=4, delta_rows="published")
+
+    def told(number: int, config: SimulatorConfig = released) -> list[float]:
+        return chunk_deltas(rows, number, config)[0, :, 0].tolist()
+
+    assert told(0) == list(range(16))
+    assert told(1) == list(range(19, 36)), "17 rows, shifted by three"
+    assert told(2) == [*range(35, 42), *[0.0] * 9], "filled up where the path ends inside the chunk"
+    assert told(1, dataclasses.replace(released, delta_rows="aligned")) == list(range(16, 32))
+    assert chunk_deltas(rows[:, :32], 1, released).shape == (1, 13, DELTA_DIM), "not filled up where the path ends with the chunk"
+
+
+def test_normalised_deltas_leave_the_grippers_alone() -> None:
+    simulator = trained(dataclasses.replace(SMALL, delta_stride=3.0))
+    simulator.delta_mean.fill_(0.5)
+    simulator.delta_std.fill_(2.0)
+    out = simulator.normalise(torch.full((1, 1, DELTA_DIM), 7.5))[0, 0]
+    assert out[[6, 13]].tolist() == [7.5, 7.5]
+    assert out[[0, 5, 7, 12]].tolist() == [1.0] * 4
+
+
+# Networks
+
+
+def test_vae_equals_diffusers() -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    ours = VAE(VAEConfig(32, (1, 2, 2), 2, 4)).eval()
+    theirs = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(32, 64, 64),
+        layers_per_block=2, latent_channels=4, norm_num_groups=32,
+    ).eval()  # fmt: skip
+    renamed = {}
+    for name, value in ours.state_dict().items():
+        for old, new in (
+            ("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1"), ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
+            ("mid.attn_1.q", "mid_block.attentions.0.to_q"), ("mid.attn_1.k", "mid_block.attentions.0.to_k"),
+            ("mid.attn_1.v", "mid_block.attentions.0.to_v"), ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
+            ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out"), (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
+            (".block.", ".resnets."), ("encoder.down.", "encoder.down_blocks."),
+        ):  # fmt: skip
+            name = name.replace(old, new)
+        for level in range(3):
+            name = name.replace(f"decoder.up.{level}.", f"decoder.up_blocks.{2 - level}.")
+        renamed[name] = value.flatten(1) if "attentions" in name and value.dim() == 4 else value
+    theirs.load_state_dict(renamed)
+    given = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        posterior = ours.encode(given)
+        want = theirs.encode(given).latent_dist
+        torch.testing.assert_close(posterior.mean, want.mean, rtol=0, atol=2e-5)
+        torch.testing.assert_close(posterior.logvar, want.logvar, rtol=0, atol=2e-5)
+        torch.testing.assert_close(posterior.kl(), want.kl(), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(ours.decode(want.mean), theirs.decode(want.mean).sample, rtol=0, atol=3e-5)
+
+
+def test_clip_tower_equals_transformers() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    ours = ClipTower(ClipConfig(image=16, patch=4, width=32, layers=3, heads=4)).eval()
+    theirs = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+            hidden_act="gelu",
+        )
+    ).eval()
+    state = ours.state_dict()
+    named = {
+        "embeddings.class_embedding": state["class_embedding"], "embeddings.patch_embedding.weight": state["conv1.weight"],
+        "embeddings.position_embedding.weight": state["positional_embedding"], "pre_layrnorm.weight": state["ln_pre.weight"],
+        "pre_layrnorm.bias": state["ln_pre.bias"],
+    }  # fmt: skip
+    for i in range(3):
+        own, other = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
+        for kind in ("weight", "bias"):
+            for letter, value in zip("qkv", state[f"{own}attn.in_proj_{kind}"].chunk(3), strict=True):
+                named[f"{other}self_attn.{letter}_proj.{kind}"] = value
+            for ours_name, name in (
+                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")
+            ):  # fmt: skip
+                named[f"{other}{name}.{kind}"] = state[f"{own}{ours_name}.{kind}"]
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs.state_dict()) else ""
+    missing = theirs.load_state_dict({prefix + name: value for name, value in named.items()}, strict=False)
+    assert not missing.unexpected_keys
+    assert all("post_layernorm" in name or "position_ids" in name for name in missing.missing_keys)
+    given = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        want = theirs(clip_picture(given, 16), output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(ours(given), want, rtol=0, atol=1e-5)
+
+
+def test_clip_picture_equals_kornia() -> None:
+    """kornia.geometry.resize(p, (28, 28), "bicubic", align_corners=True, antialias=True), then CLIP's mean and deviation (kornia 0.8)."""
+    y, x = torch.meshgrid(torch.arange(50.0), torch.arange(80.0), indexing="ij")
+    given = torch.stack([torch.sin(0.31 * x + 0.17 * y), torch.cos(0.05 * x * y / 10), torch.sin(0.9 * x) * torch.cos(0.7 * y)])[None]
+    want = {
+        (0, 0, 0): 0.390991, (0, 13, 5): 1.488677, (0, 27, 27): 1.799369, (1, 3, 20): 0.111666, (1, 20, 3): 0.132011, (2, 9, 9): -0.315018,
+        (2, 27, 0): -0.37136, (2, 14, 26): -0.094367,
+    }  # fmt: skip
+    made = clip_picture(given, 28)
+    assert made.shape == (1, 3, 28, 28)
+    for place, value in want.items():
+        assert abs(float(made[0][place]) - value) < 2e-5, place
+
+
+def test_published_sizes() -> None:
+    """The released checkpoint's parameter counts; 64 matrices of the U-Net that no block reads (51,118,080) are left out of ours."""
+    with torch.device("meta"):
+        latent, context = EVAC.vae.z_channels, EVAC.unet.context_dim
+        unet, vae, clip = UNet(EVAC.unet, latent), VAE(EVAC.vae), ClipTower(EVAC.clip)
+        image, action = Resampler(EVAC.image_resampler, EVAC.clip.width, context), Resampler(EVAC.action_resampler, DELTA_DIM, context)
+
+    def count(network: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    assert count(unet) == 1_464_484_100 - 51_118_080
+    assert count(vae) == 83_653_863
+    assert count(image) == 48_787_456
+    assert count(action) == 47_245_312
+    assert count(clip) == 632_076_800 - 2 * 1280 - 1280 * 1024, "open_clip's ViT-H/14 without its last norm and projection"
+    assert len(unet.state_dict()) == 1549 - 64
+
+
+def test_samples_of_a_batch_have_their_own_timestep() -> None:
+    unet = trained().unet
+    generator = torch.Generator().manual_seed(5)
+    x, image, action = (torch.randn(*shape, generator=generator) for shape in ((2, 19, 7, 8, 12), (2, 6, 32), (2, 5, 32)))
+    levels, fps, domain = torch.tensor([17, 803]), torch.tensor([2, 5]), torch.tensor([11, 3])
+    with torch.no_grad():
+        both = unet(x, levels, image, action, fps, domain, 3)
+        for i in range(2):
+            one = unet(*(t[i : i + 1] for t in (x, levels, image, action, fps, domain)), 3)
+            torch.testing.assert_close(both[i : i + 1], one, rtol=1e-4, atol=1e-5)
+        swapped = unet(x, levels.flip(0), image, action, fps, domain, 3)
+    assert (both - swapped).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="want"):
+        unet(x[:, :18], levels, image, action, fps, domain, 3)
+
+
+def test_only_the_temporal_convolution_is_causal() -> None:
+    convolution, x = CausalConv(4), torch.randn(1, 6, 2, 3, 4)
+    later = x.clone()
+    later[:, 4:] += 1.0
+    assert torch.equal(convolution(x)[:, :4], convolution(later)[:, :4])
+    plain = nn.functional.conv3d(
+        nn.functional.pad(x.permute(0, 4, 1, 2, 3), (0, 0, 0, 0, 2, 0), mode="replicate"), convolution.weight, convolution.bias
+    )
+    torch.testing.assert_close(convolution(x), plain.permute(0, 2, 3, 4, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 17, 8), (2, 64, 64)])
+def test_group_norm_matches_its_definition(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape) * 3 + 5, torch.randn(shape[-1]), torch.randn(shape[-1])
+    torch.testing.assert_close(
+        group_norm(x, 4, weight, bias, 1e-5).double(), group_norm_ref(x, 4, weight, bias, 1e-5), rtol=2e-5, atol=2e-5
+    )
+    with pytest.raises(ValueError, match="groups"):
+        group_norm(x, 3, weight, bias, 1e-5)
+
+
+def test_upsampling_repeats_pixels() -> None:
+    x = torch.arange(6.0).view(1, 2, 3, 1)
+    assert torch.equal(upsample(x)[0, :, :, 0], x[0, :, :, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+# The schedule
+
+
+def test_the_last_level_is_pure_noise() -> None:
+    alphas = schedule.alphas_cumprod()
+    assert alphas[-1] == 0.0
+    assert abs(alphas[0] - 0.99915) < 1e-6
+    assert (np.diff(alphas) < 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 11, 14, 15, 20, 25, 27, 50, 60])
+def test_ancestral_sampling_stays_finite(steps: int) -> None:
+    """In float32 the first step's radicand is below 0 for 7, 11, 14, 15, 20, 25 steps."""
+    sampler = schedule.Sampler.ddim(steps, eta=1.0)
+    x, v, given = torch.randn(3, 1, 4, 2, 3, 3)
+    for index in reversed(range(steps)):
+        x, _ = sampler.step(x, v, torch.tensor([index]), given)
+        assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("steps", [61, 0, 1001])
+def test_counts_that_make_no_table_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"denoise_steps={steps}"):
+        schedule.trailing_timesteps(steps)
+
+
+def test_every_other_count_has_its_table() -> None:
+    refused = 0
+    for steps in range(1, 1001):
+        try:
+            levels = schedule.trailing_timesteps(steps)
+        except ValueError as error:
+            refused += 1
+            cure = int(str(error).rsplit(" ", 1)[1])
+            assert len(schedule.trailing_timesteps(cure)) == cure
+            continue
+        assert len(levels) == steps
+        assert levels[-1] == 999
+        assert levels[0] >= 0
+        assert (np.diff(levels) > 0).all()
+    assert 0 < refused < 100
+
+
+def test_a_perfect_prediction_is_recovered_in_one_step() -> None:
+    """Given the true v, every DDIM step finds the true clean latent, and lies on its path."""
+    sampler, clean, epsilon = schedule.Sampler.ddim(5, eta=0.0, dynamic_rescale=False), torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    index = torch.tensor([4, 2])
+    a, b = (torch.from_numpy(t[index.numpy()]).float().view(2, 1, 1, 1) for t in (sampler.alphas, sampler.alphas_prev))
+    x, v = a.sqrt() * clean + (1 - a).sqrt() * epsilon, a.sqrt() * epsilon - (1 - a).sqrt() * clean
+    before, found = sampler.step(x, v, index, None)
+    torch.testing.assert_close(found, clean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(before, b.sqrt() * clean + (1 - b).sqrt() * epsilon, rtol=1e-5, atol=1e-5)
+
+
+def test_eta_outside_of_its_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="eta"):
+        schedule.Sampler.ddim(4, eta=1.5)
+
+
+# Files
+
+
+def released(simulator: Evac, extra: bool = True) -> dict[str, torch.Tensor]:
+    """`simulator` as the released files have it: prefixes, dead matrices, tables, and CLIP's text half."""
+    state = {}
+    for part_name, prefix in weights.PREFIXES.items():
+        state |= {prefix + name: value.clone() for name, value in getattr(simulator, part_name).state_dict().items()}
+    if extra:
+        for name in [name for name in state if ".attn2.to_q." in name and name.rsplit(".attn2", 1)[0].count(".1.transformer_blocks")]:
+            for dead in ("to_k", "to_v", "to_k_ip", "to_v_ip", "to_k_tp", "to_v_tp"):
+                state.setdefault(name.replace("to_q", dead), torch.ones(3, 3))
+        state |= {"betas": torch.zeros(3), "scale_arr": torch.ones(2), "embedder.model.token_embedding.weight": torch.zeros(2, 2)}
+        state |= {"embedder.model.visual.ln_post.weight": torch.zeros(2), "embedder.model.visual.proj": torch.zeros(2, 2)}
+    return state
+
+
+@pytest.mark.parametrize("layout", ["lightning", "deepspeed", "deepspeed module", "safetensors"])
+def test_released_layouts_load(tmp_path: Path, layout: str) -> None:
+    source, target = trained(seed=1), trained(seed=2)
+    state, path = released(source), tmp_path / "weights.pt"
+    if layout == "safetensors":
+        from safetensors.torch import save_file
+
+        path = tmp_path / "weights.safetensors"
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    else:
+        prefixed = {f"_forward_module.{name}": value for name, value in state.items()}
+        torch.save(
+            {"lightning": {"state_dict": state, "epoch": 3}, "deepspeed": prefixed, "deepspeed module": {"module": prefixed}}[layout], path
+        )
+    weights.load_published(target, weights.read(path), path.name)
+    for name, value in target.named_parameters():
+        assert torch.equal(value, source.get_parameter(name)), name
+
+
+def test_misfits_are_named() -> None:
+    simulator = trained()
+    state = released(simulator)
+    del state["model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k_ip.weight"]
+    state["model.diffusion_model.out.9.weight"] = torch.zeros(1)
+    state["model.diffusion_model.time_embed.0.bias"] = torch.zeros(5)
+    before = simulator.unet.out[2].bias.clone()  # type: ignore[union-attr, operator]
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        weights.load_published(simulator, state, "file.pt")
+    for part_of in ("file.pt", "missing: middle_block.1", "too much: out.9.weight", r"time_embed.0.bias (5,), want (256,)"):
+        assert part_of in str(caught.value)
+    assert torch.equal(before, simulator.unet.out[2].bias)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(checkpoint.CheckpointError, match="no known part: strange"):
+        weights.load_published(simulator, {**released(simulator), "strange.weight": torch.zeros(1)}, "file.pt")
+
+
+def test_parts_may_come_from_elsewhere_where_that_is_said() -> None:
+    source, target = trained(seed=1), trained(seed=2)
+    state = {name: value for name, value in released(source).items() if not name.startswith("embedder.")}
+    with pytest.raises(checkpoint.CheckpointError, match="clip"):
+        weights.load_published(target, state, "file.pt")
+    weights.load_published(target, state, "file.pt", without=["clip"])
+    with pytest.raises(ValueError, match="parts are"):
+        weights.load_published(target, state, "file.pt", without=["clap"])
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (Path(__file__).parent / "evil.txt", "executed")
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "hyper_parameters": Evil()}, path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"weights\.pt"):
+        weights.read(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(checkpoint.CheckpointError, match=r"weights\.pt"):
+        weights.read(path)
+    assert not (Path(__file__).parent / "evil.txt").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "no tensors"])
+def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(released(trained()), path)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "no tensors":
+        torch.save({"state_dict": {"epoch": 3}}, path)
+    else:
+        path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 5000])
+    with pytest.raises(checkpoint.CheckpointError, match=r"weights\.pt"):
+        weights.read(path)
+
+
+def test_dynamicrafter_is_an_initialisation() -> None:
+    source, target = trained(seed=1), trained(seed=2)
+    state = {name: value for name, value in released(source).items() if not name.startswith("cond_stage_model.")}
+    state["cond_stage_model.transformer.text.weight"] = torch.zeros(3)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    state[first] = state[first][:, :8]
+    for name in [name for name in state if "domain_embedding" in name or "_tp." in name]:
+        del state[name]
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    new = weights.load_dynamicrafter(target, state, "file.ckpt")
+    after = target.state_dict()
+    assert torch.equal(after["unet.input_blocks.0.0.weight"][:, :8], state[first])
+    assert not after["unet.input_blocks.0.0.weight"][:, 8:].any()
+    assert "unet.domain_embedding.weight" in new
+    assert all(torch.equal(after[name], before[name]) for name in new)
+    copied = [name for name in after if name not in new and name.startswith(("unet.", "vae.")) and "input_blocks.0.0.weight" not in name]
+    assert copied
+    assert all(torch.equal(after[name], source.state_dict()[name]) for name in copied)
+    del state["model.diffusion_model.out.2.bias"]
+    with pytest.raises(checkpoint.CheckpointError, match=r"missing: out\.2\.bias"):
+        weights.load_dynamicrafter(target, state, "file.ckpt")
+
+
+def test_a_simulator_survives_its_file(tmp_path: Path) -> None:
+    simulator = trained()
+    simulator.latent_scale.fill_(0.7)
+    simulator.delta_std.fill_(0.01)
+    checkpoint.save(tmp_path / "simulator.safetensors", weights.to_tree(simulator))
+    again = weights.from_tree(checkpoint.load(tmp_path / "simulator.safetensors"), "simulator.safetensors")
+    assert again.config == simulator.config
+    first, step, given = pictures(1, 16, 24), maps(1), draw(simulator, [0], 0)
+    assert torch.equal(simulator.imagine(simulator.begin(first), step, given)[0], again.imagine(again.begin(first), step, given)[0])
+    tree = weights.to_tree(simulator)
+    del tree["weights"]["latent_scale"]
+    with pytest.raises(checkpoint.CheckpointError, match="latent_scale"):
+        weights.from_tree(tree, "simulator.safetensors")
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    a, b, c = (Evac.initialised(SMALL, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 2"):
+        dataclasses.replace(SMALL, height=15)
+    with pytest.raises(ValueError, match="posterior"):
+        dataclasses.replace(SMALL, posterior="sample", memory=5)
+    with pytest.raises(ValueError, match="64 or more"):
+        UNetConfig(32, (1,), 1, (1,), 32, 32)
+    with pytest.raises(ValueError, match="VAE"):
+        VAE(VAEConfig(8, (1,), 1, 4, norm_groups=3))
+    with pytest.raises(ValueError, match="num_head_channels"):
+        UNet(UNetConfig(64, (1,), 1, (1,), 48, 32), 4)
+    with pytest.raises(ValueError, match="tile"):
+        ClipTower(ClipConfig(image=16, patch=5, width=32, layers=1, heads=1))

@@ -109,7 +109,10 @@ def _row(trunk: tuple[int, ...] | None, times: Sequence[int], lists: Sequence[tu
     known = trunk or ()
     reused = max(common(known, path) for path in lists)
     number: dict[tuple[int, ...], int] = {}
-    frames, above, depth, ends = [], [], [], []
+    frames: list[int] = []
+    above: list[int] = []
+    depth: list[int] = []
+    ends: list[int] = []
     for path in lists:
         node = -1
         for i in range(common(known[:reused], path), len(path)):
@@ -189,9 +192,9 @@ def _layout(row: Row, geometry: Geometry) -> Layout:
     new = sees[node][:, node] | ((node[:, None] == node[None]) & (token[None] <= token[:, None]))
     reach = torch.tensor(known)[node] * geometry.frame + geometry.before  # old tokens seen: a prefix of them
     old = torch.arange(row.known(geometry))[None] < reach[:, None]
-    ends = (first + sizes - 1).tolist()
-    starts = first.tolist()
-    return Layout(position, torch.cat((old, new), dim=1), tuple(ends[opening + len(row.frames) :]), tuple(starts[opening : opening + len(row.frames)]))
+    asked = opening + len(row.frames)
+    ends, starts = (first + sizes - 1).tolist(), first.tolist()
+    return Layout(position, torch.cat((old, new), dim=1), tuple(ends[asked:]), tuple(starts[opening:asked]))
 
 
 _remembered_layout = lru_cache(maxsize=512)(_layout)

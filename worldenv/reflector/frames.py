@@ -6,7 +6,7 @@ saw in its own training, costs less, and lets the language model's keys and valu
 
     uniform         floor(linspace(0, t, limit)): the paper's "uniformly sample 32 frames" (appendix B.3). Almost every index moves when t grows.
     stable_dyadic   the multiples of s up to t, and t itself, where s is the least power of two for which these are at most `limit` frames.
-                    The list only grows, but for its last entry, until s doubles: so keys and values stay good between about log2(t / limit) doublings.
+                    The list only grows, but for its last entry, until s doubles: keys and values stay good between the log2(t / limit) doublings.
 """
 
 from __future__ import annotations

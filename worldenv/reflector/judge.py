@@ -99,7 +99,8 @@ class LlavaReflector:
         if frames.dim() != 5 or len(watch) != frames.shape[0]:
             raise ValueError(f"reflector: frames {tuple(frames.shape)} for {len(watch)} videos, want (B, K, H, W, 3)")
         count = frames.shape[1]
-        features = self.llava.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        features = self.llava.encode(frames.flatten(0, 1))
+        features = features.view(*frames.shape[:2], *features.shape[1:])
         seen = [
             replace(one, length=one.length + count, feature={**one.feature, **{one.length + k: features[i, k] for k in range(count)}})
             for i, one in enumerate(watch)
@@ -121,7 +122,7 @@ class LlavaReflector:
 
     def embed(self, instruction: Sequence[str], clips: Sequence[torch.Tensor]) -> Embedding:
         """Embeddings of B videos from the frames that are shown of each, (n, H, W, 3) uint8, from scratch and with gradients if enabled."""
-        features = self.llava.encode(torch.cat(list(clips))).split([len(clip) for clip in clips])
+        features = torch.split(self.llava.encode(torch.cat(list(clips))), [len(clip) for clip in clips])
         past, total = self.llava.empty_past(), torch.empty(0, self.llava.width, device=self.llava.device)
         wanted = []
         for text, feature in zip(instruction, features, strict=True):
@@ -135,7 +136,7 @@ class LlavaReflector:
     def strict(self, instruction: str, video: torch.Tensor, times: Iterable[int]) -> torch.Tensor:
         """Scores (len(times),) of one video (T + 1, H, W, 3) uint8 at `times`, each recomputed from its first pixel."""
         clips = [video[list(shown(self.config.sampler, t, self.config.frames))] for t in times]
-        return torch.cat([self.logit(self.embed([instruction], [clip])).sigmoid() for clip in clips])
+        return self.logit(self.embed([instruction] * len(clips), clips)).sigmoid()
 
     def _geometry(self, instruction: str) -> Geometry:
         prompt = self.llava.prompt
@@ -205,7 +206,7 @@ class LlavaReflector:
         """(frames of the row, width): sums of final hiddens over the tokens of each new frame."""
         start = row.opens * geometry.before
         stop = start + len(row.frames) * geometry.frame
-        return hidden[start:stop].unflatten(0, (len(row.frames), geometry.frame)).sum(1)
+        return hidden[start:stop].view(len(row.frames), geometry.frame, -1).sum(1)
 
     def _remember(self, row: Row, before: Watch, watch: Watch, out: _Read) -> Watch:
         """`watch`, the successor of `before`, after its last question was read in `row`: what the next question can use, and no more.

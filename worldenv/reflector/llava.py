@@ -37,6 +37,7 @@ def architecture(config: ReflectorConfig, vocab: int, image: int, video: int) ->
             "model_type": "qwen2", "vocab_size": vocab, "hidden_size": config.width, "num_hidden_layers": config.layers,
             "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "intermediate_size": config.ffn,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "initializer_range": config.width**-0.5,  # about the published 0.02 at the published width; a narrow model does not learn with that
         },
         image_token_index=image, video_token_index=video, vision_feature_layer=-1, vision_feature_select_strategy="full",
     )  # fmt: skip
@@ -100,7 +101,7 @@ class Llava(nn.Module):
 
     def encode(self, frame: torch.Tensor) -> torch.Tensor:
         """Projected, pooled features (N, frame_tokens, width) of frames (N, H, W, 3) uint8, each for itself."""
-        parts = [self._encode(part) for part in frame.to(self.device).split(VISION_BATCH)]
+        parts = [self._encode(part) for part in torch.split(frame.to(self.device), VISION_BATCH)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _encode(self, frame: torch.Tensor) -> torch.Tensor:
@@ -121,9 +122,7 @@ class Llava(nn.Module):
         row: torch.Tensor = self.model.model.image_newline[None]
         return row
 
-    def read(
-        self, embedding: torch.Tensor, allowed: torch.Tensor, position: torch.Tensor, past: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, embedding: torch.Tensor, allowed: torch.Tensor, position: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The language model over B rows of S new tokens that follow P old ones.
 
         embedding (B, S, width); allowed (B, S, P + S) bool: which tokens each new one sees, at least itself; position (B, S) int64;
@@ -143,7 +142,8 @@ class Llava(nn.Module):
     def answer_logit(self, embedding: torch.Tensor) -> torch.Tensor:
         """Logit (...,) float32 of "Yes" against "No" as the first word of the answer; `embedding` (..., width) of the last token."""
         rows = self.model.lm_head.weight[[self.prompt.yes, self.prompt.no]].float()
-        return embedding.float() @ (rows[0] - rows[1])
+        logit: torch.Tensor = embedding.float() @ (rows[0] - rows[1])
+        return logit
 
     def empty_past(self) -> torch.Tensor:
         """Keys and values of no tokens: (layers, 2, kv_heads, 0, d)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
@@ -87,9 +88,9 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], name: str) 
     """Load all of `weights` into `module`, or ReflectorError with the names that are missing, unknown or of another shape."""
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    other = [f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    other = sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
     if missing or unknown or other:
-        raise ReflectorError(f"{name}: missing {missing[:3]}, unknown {unknown[:3]}, of another shape {sorted(other)[:3]}")
+        raise ReflectorError(f"{name}: missing {missing[:3]}, unknown {unknown[:3]}, of another shape {other[:3]}")
     module.load_state_dict(weights)
 
 
@@ -118,7 +119,7 @@ def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = 
         )
         config = described(model.config, like)
         prompt = Prompt(Tokenizer.from_file(str(directory / "tokenizer.json")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ReflectorError(f"{directory}: {error}") from error
     lost = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])
     if lost:
@@ -153,11 +154,12 @@ def save_head(path: Path, reflector: LlavaReflector) -> str:
     if reflector.head is None:
         raise ReflectorError(f"{path}: this reflector has no reward head to save; fit one first")
     fitted = {name: getattr(reflector.config, name) for name in _FITTED_FOR}
-    return checkpoint.save(path, {"kind": f"{KIND} head", "for": fitted, "backbone": _identity(reflector.llava), "head": dict(reflector.head.state_dict())})
+    head = dict(reflector.head.state_dict())
+    return checkpoint.save(path, {"kind": f"{KIND} head", "for": fitted, "backbone": _identity(reflector.llava), "head": head})
 
 
 def load_head(path: Path, reflector: LlavaReflector) -> LlavaReflector:
-    """`reflector` with the head in `path`. Raises ReflectorError where that was trained for another backbone, sampler, pooling or number of frames."""
+    """`reflector` with the head in `path`. Raises ReflectorError where that was fitted to another backbone, sampler, pooling or number of frames."""
     tree = checkpoint.load(path)
     if not isinstance(tree, dict) or tree.get("kind") != f"{KIND} head":
         raise ReflectorError(f"{path}: no reward head ({KIND} head)")

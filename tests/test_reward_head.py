@@ -1,0 +1,265 @@
+"""The reward stage learns labels of the current frame, goes on where it was killed, and its figures are what they say; wrong versions are seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from worldenv import noise
+from worldenv.checkpoint import Savepoint
+from worldenv.config import ReflectorConfig, RewardConfig
+from worldenv.data.episode import Episode
+from worldenv.learning import reward_head
+from worldenv.learning.reward_head import Labelled, auc, calibration_error, fit_head, measure, score, stops, train_backbone
+from worldenv.reflector import weights
+from worldenv.reflector.frames import shown
+from worldenv.reflector.judge import LlavaReflector
+
+INSTRUCTIONS = ("move the square to the right side", "push the square to the right")
+SMALL = ReflectorConfig(
+    image=16, patch=4, vision_width=16, vision_layers=1, vision_heads=1, vision_mlp=32, width=24, layers=2, heads=2, kv_heads=1, ffn=32, frames=3,
+    head_width=16,
+)  # fmt: skip
+QUICK = RewardConfig(backbone_steps=100, backbone_batch=32, backbone_lr=4e-3, head_epochs=30, head_lr=2e-3, embeddings=300)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def episode(number: int, steps: int = 10) -> Episode:
+    """A white square that wanders; success while it is past a line on the right."""
+    rng = np.random.default_rng(number)
+    place = np.clip(6.0 + rng.normal(0, 1.2, steps + 1).cumsum() + rng.choice([-0.8, 0.8]) * np.arange(steps + 1), 0, 12)
+    frame = np.full((steps + 1, 16, 16, 3), 40, np.uint8) + rng.integers(0, 12, (steps + 1, 16, 16, 3), dtype=np.uint8)
+    for t, x in enumerate(place.round().astype(int)):
+        frame[t, 6:10, x : x + 4] = 230
+    success = place.round() > 8
+    pose = np.zeros((steps + 1, 7))
+    pose[:, 6] = 1
+    commands, gripper = np.zeros((steps, 7), np.float32), np.ones(steps + 1)
+    text = INSTRUCTIONS[number % 2]
+    return Episode(text, number % 2, "train", number, "a random walk", frame, pose, gripper, commands, success)
+
+
+TRAIN, HELD_OUT = [episode(i) for i in range(80)], [episode(i) for i in range(80, 120)]
+
+
+def reflector(config: ReflectorConfig = SMALL) -> LlavaReflector:
+    return weights.initialise(config, INSTRUCTIONS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlavaReflector, dict[str, Any]]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reward")
+    judge = reflector()
+    metrics = train_backbone(judge, TRAIN, QUICK, 0, Savepoint(folder / "backbone"))
+    return judge, {**metrics, **fit_head(judge, TRAIN, QUICK, 0, Savepoint(folder / "head"))}
+
+
+# Labels and inputs
+
+
+def test_a_label_is_the_predicate_at_the_last_frame_that_is_shown() -> None:
+    labelled = Labelled(TRAIN)
+    batch, label = labelled.draw(0, noise.Stream.BACKBONE, 3, 64, 0.25)
+    assert label.sum() == 16
+    assert batch[:, 1].min() >= 1  # the first frame is never judged
+    for (e, t, drawn), y in zip(batch.tolist(), label, strict=True):
+        assert y == TRAIN[e].success[t]
+        assert not drawn
+    moved = [(e, t) for e, t, _ in batch.tolist() if TRAIN[e].success[t] != TRAIN[e].success[t - 1]]
+    assert moved  # so labels that are one frame late or early would be seen
+    assert len(labelled) == 80 * 10
+    assert labelled.successes == sum(int(one.success[1:].sum()) for one in TRAIN)
+
+
+def test_the_clip_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = reflector()
+    seen: list[Sequence[torch.Tensor]] = []
+    monkeypatch.setattr(judge, "embed", lambda instruction, clips: seen.append(clips))
+    Labelled(TRAIN).embed(judge, np.array([[4, 7, 0], [5, 2, 0], [6, 9, 0]]))
+    for clip, (e, t) in zip(seen[0], [(4, 7), (5, 2), (6, 9)], strict=True):
+        assert torch.equal(clip, torch.from_numpy(TRAIN[e].frame[list(shown("uniform", t, 3))]))
+        assert torch.equal(clip[-1], torch.from_numpy(TRAIN[e].frame[t]))
+
+
+def test_half_of_the_videos_are_as_the_simulator_draws_them() -> None:
+    drawn = [255 - one.frame for one in TRAIN]
+    labelled = Labelled(TRAIN, drawn)
+    batch, _ = labelled.draw(0, noise.Stream.BACKBONE, 0, 400, 0.5)
+    assert 0.4 < batch[:, 2].mean() < 0.6
+    video = labelled.video(3, True)
+    assert np.array_equal(video[0], TRAIN[3].frame[0])  # an imagined rollout starts at a true frame
+    assert np.array_equal(video[1:], drawn[3][1:])
+    assert np.array_equal(labelled.video(3, False), TRAIN[3].frame)
+    with pytest.raises(ValueError, match="79 videos for 80 episodes"):
+        Labelled(TRAIN, drawn[:-1])
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    labelled = Labelled(TRAIN)
+    one, again, later, other = (labelled.draw(seed, noise.Stream.BACKBONE, step, 32, 0.5)[0] for seed, step in [(0, 1), (0, 1), (0, 2), (1, 1)])
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, later)
+    assert not np.array_equal(one, other)
+    chosen, label = labelled.choose(0, noise.Stream.EMBEDDING, 120, 0.5)
+    assert len({tuple(row[:2]) for row in chosen.tolist()}) == len(chosen) == 120
+    assert label.sum() == 60
+    assert len(labelled.choose(0, noise.Stream.EMBEDDING, 10**5, 0.5)[0]) == len(labelled)
+
+
+def test_nothing_to_learn_from_is_said() -> None:
+    failures = [replace(one, success=np.zeros_like(one.success)) for one in TRAIN[:3]]
+    with pytest.raises(ValueError, match="0 frames of success and 30 of failure in 3 episodes"):
+        Labelled(failures)
+
+
+# Training
+
+
+def test_the_stage_learns_and_its_metrics_are_json(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
+    judge, metrics = trained
+    found = measure(judge, HELD_OUT)
+    json.dumps({**metrics, **found}, allow_nan=False)
+    assert found["auc"] > 0.97
+    assert found["recall"] > 0.75
+    assert found["precision"] > 0.75
+    assert found["ece"] < 0.1
+    assert metrics["embeddings"] == 300
+    assert metrics["train_episodes"] == 80
+    headless = LlavaReflector(judge.config, judge.llava, None)
+    assert measure(headless, HELD_OUT)["auc"] > 0.95
+    assert not any(p.requires_grad for p in judge.llava.parameters())
+
+
+def test_labels_that_are_a_frame_late_or_random_are_seen(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
+    """What the figures would be if labels were shifted: clearly worse, so the test above would fail."""
+    judge, _ = trained
+    right = measure(judge, HELD_OUT)
+    shifted = measure(judge, [replace(one, success=np.roll(one.success, 1)) for one in HELD_OUT])
+    assert shifted["auc"] < right["auc"] - 0.01
+    assert shifted["recall"] < right["recall"] - 0.05
+
+
+class _Killed(Exception):
+    pass
+
+
+class _KilledAfter(Savepoint):
+    """A savepoint whose run is killed right after so many saves."""
+
+    def __init__(self, path: Path, saves: int) -> None:
+        super().__init__(path, every_s=0.0)
+        self._left = saves
+
+    def save(self, tree: Any) -> None:
+        super().save(tree)
+        self._left -= 1
+        if self._left == 0:
+            raise _Killed
+
+
+def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    config = replace(QUICK, backbone_steps=6, backbone_batch=8, head_epochs=5, embeddings=40)
+    whole, cut = reflector(), reflector()
+    want = train_backbone(whole, TRAIN, config, 0, Savepoint(tmp_path / "a"))
+    with pytest.raises(_Killed):
+        train_backbone(cut, TRAIN, config, 0, _KilledAfter(tmp_path / "b", 3))
+    cut = reflector()  # what was in memory is lost
+    got = train_backbone(cut, TRAIN, config, 0, Savepoint(tmp_path / "b"))
+    assert got == want
+    assert not (tmp_path / "b").exists()
+    assert all(torch.equal(a, b) for a, b in zip(whole.llava.state_dict().values(), cut.llava.state_dict().values(), strict=True))
+    want = fit_head(whole, TRAIN, config, 0, Savepoint(tmp_path / "c"))
+    with pytest.raises(_Killed):
+        fit_head(cut, TRAIN, config, 0, _KilledAfter(tmp_path / "d", 3))
+    got = fit_head(cut, TRAIN, config, 0, Savepoint(tmp_path / "d"))
+    assert got == want
+    assert whole.head is not None
+    assert cut.head is not None
+    assert all(torch.equal(a, b) for a, b in zip(whole.head.state_dict().values(), cut.head.state_dict().values(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
+    judge = reflector()
+    judge.llava.model.model.image_newline.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower --reward\.backbone-lr"):
+        train_backbone(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "a"))
+    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower --reward\.head-lr"):
+        fit_head(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "b"))
+
+
+# Figures
+
+
+def test_scores_are_those_of_a_rollout(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
+    judge, _ = trained
+    mixed = [*HELD_OUT[:3], episode(500, steps=7), episode(501, steps=7)]
+    for one, row in zip(mixed, score(judge, mixed, chunk=4, batch=2), strict=True):
+        want = judge.strict(one.instruction, torch.from_numpy(one.frame), range(1, len(one.frame)))
+        np.testing.assert_allclose(row, want.numpy(), rtol=0, atol=1e-5)
+    drawn = [255 - one.frame for one in mixed]
+    video = torch.from_numpy(np.concatenate([mixed[0].frame[:1], drawn[0][1:]]))
+    np.testing.assert_allclose(score(judge, mixed, drawn)[0], judge.strict(mixed[0].instruction, video, range(1, 11)).numpy(), rtol=0, atol=1e-5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40))
+def test_auc_counts_pairs(pairs: list[tuple[int, bool]]) -> None:
+    values, label = np.array([p[0] / 6 for p in pairs]), np.array([p[1] for p in pairs])
+    good, bad = values[label], values[~label]
+    if not len(good) or not len(bad):
+        assert auc(values, label) is None
+        return
+    won = sum((a > b) + 0.5 * (a == b) for a in good for b in bad)
+    assert auc(values, label) == pytest.approx(won / (len(good) * len(bad)))
+
+
+def test_calibration_error() -> None:
+    label = np.array([True, False, True, True])
+    assert calibration_error(np.array([0.75, 0.75, 0.75, 0.75]), label) == pytest.approx(0)
+    assert calibration_error(np.array([1.0, 1.0, 1.0, 1.0]), label) == pytest.approx(0.25)
+    assert calibration_error(np.array([0.05, 0.95, 0.95, 0.95]), label) == pytest.approx(0.25 * 0.95 + 0.75 * (0.95 - 2 / 3))
+
+
+def test_how_episodes_end() -> None:
+    def row(*values: float) -> NDArray[np.float32]:
+        return np.array(values, np.float32)
+
+    scores = [row(0.1, 0.6, 0.9), row(0.6, 0.1, 0.9), row(0.6, 0.7, 0.1), row(0.1, 0.2, 0.5), row(0.1, 0.2, 0.3)]
+    labels = [np.array(x) for x in ([False, True, True], [False, True, True], [False] * 3, [False, True, False], [False] * 3)]
+    assert stops(scores, labels, 0.5) == {"right": 1, "early": 1, "false": 1, "missed": 1, "left": 1}
+    assert stops(scores, labels, 0.95) == {"right": 0, "early": 0, "false": 0, "missed": 3, "left": 2}
+    assert stops([row(0.9, 0.1)], [np.array([True, False])], 0.5)["right"] == 1  # judged where it stops, not at the end
+
+
+def test_measure_reports_what_stops_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = HELD_OUT[:4]
+    fixed = [np.where(one.success[1:], 0.9, 0.2).astype(np.float32) for one in some]
+    fixed[0][:] = 0.8  # stops at once
+    monkeypatch.setattr(reward_head, "score", lambda *_: fixed)
+    found = measure(reflector(), some)
+    ends = stops(fixed, [one.success[1:] for one in some], 0.5)
+    assert found["stops"] == ends
+    assert found["false_stop_rate"] == (ends["early"] + ends["false"]) / 4
+    assert found["episodes"] == 4
+    assert found["frames"] == 40
+    perfect = [np.where(one.success[1:], 0.6, 0.4).astype(np.float32) for one in some]
+    monkeypatch.setattr(reward_head, "score", lambda *_: perfect)
+    found = measure(reflector(), some)
+    assert (found["auc"], found["precision"], found["recall"], found["false_stop_rate"], found["best_eta"]) == (1.0, 1.0, 1.0, 0.0, 0.5)

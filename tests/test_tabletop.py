@@ -280,7 +280,14 @@ def test_states_do_not_depend_on_how_many_there_are():
 
 @pytest.mark.parametrize(
     ("task", "split", "index", "said"),
-    [(3, "train", 0, "3 tasks"), (-1, "train", 0, "3 tasks"), (0, "train", 50, "50"), (0, "test", 200, "200"), (0, "test", -1, "200"), (0, "val", 0, "split")],
+    [
+        (3, "train", 0, "3 tasks"),
+        (-1, "train", 0, "3 tasks"),
+        (0, "train", 50, "50"),
+        (0, "test", 200, "200"),
+        (0, "test", -1, "200"),
+        (0, "val", 0, "split"),
+    ],
 )
 def test_a_state_that_is_not_there_is_named(env, task, split, index, said):
     with pytest.raises(ValueError, match=said):
@@ -408,7 +415,7 @@ def test_without_opengl_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(offscreen, "_egl_works", lambda: False)
     monkeypatch.setattr(offscreen, "_osmesa_works", lambda: False)
     blind = Tabletop()
-    with pytest.raises(NoOpenGL, match="no OpenGL library .*: install libegl1 libgl1-mesa-dri or libosmesa6") as raised:
+    with pytest.raises(NoOpenGL, match=r"no OpenGL library .*: install libegl1 libgl1-mesa-dri or libosmesa6") as raised:
         blind.begin(0, "train", 0)
     assert "\n" not in str(raised.value)
     monkeypatch.setattr(offscreen, "_osmesa_works", lambda: True)

@@ -1,0 +1,205 @@
+"""Evaluation: statistics against published values, and one pass that answers three protocols as three stopped runs would.
+
+Tried against wrong versions of the code, each found here: a reflector's stop one frame late; the predicate read at the end instead of at the
+stop; a one-sided McNemar; Wald instead of Wilson; wins and losses exchanged; test states taken from one task; a frame repeated under the
+reflector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pusher import Pusher
+
+from worldenv import checkpoint, evaluation
+from worldenv.config import EnvConfig
+from worldenv.envs.tabletop import Tabletop
+from worldenv.evaluation import Outcomes, evaluate, mcnemar, paired, wilson
+from worldenv.nouns import observe
+
+CPU = torch.device("cpu")
+STEPS, THRESHOLD = 32, 0.5
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "interval"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_wilson_as_published(successes, episodes, interval):
+    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3."""
+    assert wilson(successes, episodes) == pytest.approx(interval, abs=5e-5)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_where_the_score_test_turns(case):
+    successes, episodes = case
+    for end, edge in zip(wilson(*case), (0.0, 1.0), strict=True):
+        assert 0 <= end <= 1
+        if abs(end - edge) > 1e-12:
+            assert abs(successes / episodes - end) / math.sqrt(end * (1 - end) / episodes) == pytest.approx(1.959963984540054, rel=1e-6)
+
+
+@pytest.mark.parametrize(("wins", "losses", "p"), [(1, 7, 18 / 256), (6, 16, 0.0524788), (0, 5, 2 / 32), (4, 4, 1.0), (0, 0, 1.0), (0, 1, 1.0)])
+def test_mcnemar_as_published(wins, losses, p):
+    """The first two: exact conditional p = 0.070 and 0.052 in the chapter that the intervals below are from."""
+    assert mcnemar(wins, losses) == mcnemar(losses, wins) == pytest.approx(p, rel=1e-6)
+
+
+def test_mcnemar_of_thousands_does_not_overflow():
+    assert mcnemar(3000, 3000) == 1.0
+    assert 0 < mcnemar(1700, 1300) < 1e-10
+
+
+def outcomes(both, wins, losses, neither):
+    """Before and after, of a table of pairs."""
+    before = [True] * both + [False] * wins + [True] * losses + [False] * neither
+    after = [True] * both + [True] * wins + [False] * losses + [False] * neither
+    return np.array(before), np.array(after)
+
+
+@pytest.mark.parametrize(
+    ("table", "difference", "interval"),
+    [
+        ((1, 1, 7, 12), -0.2857, (-0.5069, -0.0256)),  # airway hyper-responsiveness (Bentur et al. 2009)
+        ((59, 6, 16, 80), -0.0621, (-0.1186, -0.0046)),  # complete response (Cavo et al. 2012)
+    ],
+)
+def test_the_paired_difference_as_published(table, difference, interval):
+    """Newcombe's interval of two tables in Fagerland, Lydersen and Laake 2017, "Statistical Analysis of Contingency Tables", chapter 8."""
+    found = paired(*outcomes(*table))
+    assert (found["wins"], found["losses"]) == table[1:3]
+    assert found["difference"] == pytest.approx(difference, abs=5e-5)
+    assert found["interval"] == pytest.approx(interval, abs=5e-5)
+    turned = paired(*outcomes(*table)[::-1])
+    assert turned["interval"] == pytest.approx([-found["interval"][1], -found["interval"][0]])
+    assert (turned["wins"], turned["p_value"]) == (found["losses"], found["p_value"])
+
+
+def test_the_paired_interval_covers():
+    """Of 2000 experiments of 200 pairs, 95 % of the intervals hold the true difference (0.05); 1.5 points for chance and approximation."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(2000):
+        cell = rng.choice(4, size=200, p=[0.4, 0.15, 0.1, 0.35])
+        low, high = paired((cell == 0) | (cell == 2), (cell == 0) | (cell == 1))["interval"]
+        inside += low <= 0.05 <= high
+    assert abs(inside / 2000 - 0.95) < 0.015
+
+
+def test_statistics_refuse_nonsense():
+    for wrong in (lambda: wilson(3, 2), lambda: wilson(0, 0), lambda: wilson(-1, 5), lambda: mcnemar(-1, 2)):
+        with pytest.raises(ValueError):
+            wrong()
+    with pytest.raises(ValueError, match="want"):
+        paired(np.zeros(3, bool), np.zeros(4, bool))
+
+
+# Episodes
+
+
+@pytest.fixture(scope="module")
+def env():
+    desk = Tabletop()
+    yield desk
+    desk.close()
+
+
+class Onlooker:
+    """A reflector that scores by where the red of the picture is, and by how many frames it saw: wrong frames or watches change its scores."""
+
+    def begin(self, instruction, frame):
+        return [(0, text) for text in instruction]
+
+    def judge(self, watch, frames):
+        pictures = frames.numpy().astype(float)
+        rows = np.arange(pictures.shape[2])[None, None, :, None]
+        scores = []
+        for (seen, text), video in zip(watch, pictures, strict=True):
+            colour = {"red": [1, -1, -1], "blue": [-1, -1, 1], "yellow": [0.5, 0.5, -1]}[text.split()[2]]
+            spot = np.clip(video @ np.array(colour) - 60, 0, None)
+            low = (spot * rows[0]).sum(axis=(1, 2)) / np.maximum(spot.sum(axis=(1, 2)), 1e-9)
+            scores.append(1 / (1 + np.exp(-(low - 37))) * (0.98 + 0.001 * (seen + np.arange(len(video)))))
+        return torch.tensor(np.array(scores), dtype=torch.float32), [(seen + frames.shape[1], text) for seen, text in watch]
+
+
+def really_stopped(env, start, protocol):
+    """One episode, ended as the protocol says; whether it was a success, and at which step it ended."""
+    policy, reflector = Pusher(), Onlooker()
+    now = env.begin(start.task, start.split, start.index)
+    watch = reflector.begin([env.tasks[start.task]], torch.from_numpy(now.frame)[None])
+    for step in range(STEPS):
+        if step % policy.chunk == 0:
+            seen = observe([now.frame], [env.robot.proprio(now.pose, np.float64(now.gripper))], [env.tasks[start.task]], CPU)
+            command = policy.act(seen).command[0].numpy()
+        now = env.advance(command[step % policy.chunk])
+        if protocol == "oracle" and now.success:
+            return True, step + 1
+        if protocol == "reflector":
+            score, watch = reflector.judge(watch, torch.from_numpy(now.frame)[None, None])
+            if float(score) > THRESHOLD:
+                return now.success, step + 1
+    return now.success, STEPS
+
+
+def test_one_pass_answers_what_three_stopped_runs_do(env):
+    chosen = evaluation.starts(env, 45)
+    found = evaluate(Pusher(), env, chosen, STEPS, Onlooker(), THRESHOLD, CPU, batch=7)
+    for protocol in ("oracle", "limit", "reflector"):
+        stopped = [really_stopped(env, start, protocol) for start in chosen]
+        assert found.by(protocol).tolist() == [success for success, _ in stopped]
+        if protocol == "reflector":
+            assert found.ends().tolist() == [end for _, end in stopped]
+    # and the case is one that can tell them apart
+    assert 5 < found.by("oracle").sum() < 40
+    assert (found.by("oracle") != found.by("reflector")).any()
+    assert len(set(found.ends().tolist())) > 4
+
+
+def test_without_a_reflector_the_outcomes_are_the_same(env):
+    chosen = evaluation.starts(env, 12)
+    seen = evaluate(Pusher(), env, chosen, STEPS, Onlooker(), THRESHOLD, CPU)
+    blind = evaluate(Pusher(), env, chosen, STEPS, None, THRESHOLD, CPU, batch=5)
+    assert np.array_equal(seen.success, blind.success)
+    assert list(blind.tally(env.tasks)) == ["oracle", "limit"]
+    with pytest.raises(ValueError, match="no reflector"):
+        blind.by("reflector")
+
+
+def test_outcomes_of_known_tables():
+    success = np.array([[0, 0, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]], bool)
+    score = np.array([[0.1, 0.9, 0.1, 0.1], [0.9, 0.9, 0.9, 0.9], [0.1, 0.1, 0.5, 0.6], [0.1, 0.1, 0.1, 0.5]], np.float32)
+    start = tuple(evaluation.Start(n, n % 2, "test", n) for n in range(4))
+    found = Outcomes(start, success, score, 0.5)
+    assert found.by("oracle").tolist() == [True, True, False, True]
+    assert found.by("limit").tolist() == [False, True, False, True]
+    assert found.ends().tolist() == [2, 1, 4, 4]  # a score of exactly eta does not end an episode
+    assert found.by("reflector").tolist() == [True, False, False, True]
+    tally = found.tally(("left", "right"))
+    assert (tally["oracle"]["successes"], tally["oracle"]["episodes"]) == (3, 4)
+    assert tally["oracle"]["interval"] == list(wilson(3, 4))
+    assert tally["reflector"]["by_task"]["left"]["successes"] == 1
+    again = Outcomes.from_tree(checkpoint.from_bytes(checkpoint.to_bytes(found.tree()), "x"))
+    assert again.start == found.start
+    assert np.array_equal(again.success, found.success)
+    assert np.array_equal(again.score, found.score)
+    assert again.tally(("left", "right")) == tally
+
+
+def test_starts_are_test_states_spread_evenly():
+    env = Tabletop(EnvConfig(test_states=10))
+    chosen = evaluation.starts(env, 25)
+    assert {start.split for start in chosen} == {"test"}
+    assert Counter(start.task for start in chosen) == {0: 9, 1: 8, 2: 8}
+    assert len({(start.task, start.index) for start in chosen}) == 25
+    assert evaluation.starts(env, 6) == chosen[:6]
+    for wrong in (0, 31):
+        with pytest.raises(ValueError, match=r"episodes=.*30"):
+            evaluation.starts(env, wrong)

@@ -57,9 +57,7 @@ def test_core_equals_the_law(model: ControllerModel, shape: tuple[int, int]) -> 
     if not steps:
         torch.testing.assert_close(after.pose, state.pose, rtol=0, atol=0)
         return
-    pose, gripper, velocity = kinematics.follow_definition(
-        *(t.numpy() for t in (state.pose, state.gripper, state.velocity)), command, model
-    )
+    pose, gripper, velocity = kinematics.follow_definition(*(t.numpy() for t in (state.pose, state.gripper, state.velocity)), command, model)
     for got, want in ((path.pose, pose), (path.gripper, gripper), (after.velocity, velocity)):
         np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(after.pose.numpy(), path.pose[:, -1].numpy())
@@ -131,9 +129,7 @@ def test_turns_are_of_the_world_frame() -> None:
     angle = 0.118 * 0.5
     want = [0.3, 0, 0.2, math.cos(angle / 2), math.sin(angle / 2), 0, 0]
     np.testing.assert_allclose(path.pose[0, 0].numpy(), want, atol=1e-15)
-    np.testing.assert_allclose(
-        kinematics.displacements(np.stack([down[0].numpy(), after.pose[0].numpy()]))[0], [0, 0, 0, 0, 0, angle], atol=1e-15
-    )
+    np.testing.assert_allclose(kinematics.displacements(np.stack([down[0].numpy(), after.pose[0].numpy()]))[0], [0, 0, 0, 0, 0, angle], atol=1e-15)
 
 
 def test_walls_hold_what_moves_outward_and_move_nobody() -> None:
@@ -184,6 +180,25 @@ def test_fit_keeps_nominal_constants_where_the_data_cannot_tell() -> None:
     assert one.fitted == (False,) * 6  # one step from rest says nothing about decay
 
 
+def test_fit_keeps_nominal_constants_where_both_causes_are_in_step() -> None:
+    pose, command = np.zeros((6, 7)), np.zeros((5, 7))
+    pose[:, 6] = 1.0
+    pose[1:, 0] = np.cumsum(0.01 * 0.8 ** np.arange(5))
+    command[1:, 0] = 0.8 ** np.arange(4)  # always in proportion to the last displacement
+    model = kinematics.fit([pose], [command], TABLETOP)
+    assert not model.fitted[0]
+    assert (model.gain[0], model.decay[0]) == (TABLETOP.gain[0], TABLETOP.decay[0])
+
+
+def test_fit_counts_commands_as_the_controller_does() -> None:
+    """What asks for more than 1 was executed as 1."""
+    command = 1.6 * draw(12, 4, 40, 7)
+    state = start(4)
+    path, _ = kinematics.follow(state, torch.from_numpy(command), MODEL)
+    poses = [np.concatenate([a[None], b]) for a, b in zip(state.pose.numpy(), path.pose.numpy(), strict=True)]
+    np.testing.assert_allclose(kinematics.fit(poses, list(command), TABLETOP).gain, MODEL.gain, atol=1e-9)
+
+
 def test_fit_stays_within_bounds() -> None:
     """Motion that grows, and motion that turns back: the best decay within bounds, and the best gain for it."""
     command = np.zeros((12, 7))
@@ -196,9 +211,7 @@ def test_fit_stays_within_bounds() -> None:
         pose[:, 0], pose[:, 6] = np.cumsum(d), 1.0
         model = kinematics.fit([pose], [command], TABLETOP)
         assert model.decay[0] == bound
-        errors = [
-            np.square(d[1:] - g * 0.05 * command[:, 0] - bound * d[:-1]).sum() for g in (model.gain[0] + e for e in (-1e-4, 0.0, 1e-4))
-        ]
+        errors = [np.square(d[1:] - g * 0.05 * command[:, 0] - bound * d[:-1]).sum() for g in (model.gain[0] + e for e in (-1e-4, 0.0, 1e-4))]
         assert errors[1] == min(errors)
 
 

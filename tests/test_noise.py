@@ -144,6 +144,8 @@ def test_torch_seed_differs_by_network_and_is_accepted() -> None:
 
     seeds = {noise.torch_seed(seed, Stream.WEIGHTS, step) for seed in range(4) for step in range(16)}
     assert len(seeds) == 64
+    high, low = (int(word) for word in noise.bits(3, 0, 0, 5, Stream.WEIGHTS, 2))
+    assert noise.torch_seed(3, Stream.WEIGHTS, 5) == (high * 2**32 + low) // 2
     for seed in seeds:
         assert 0 <= seed < 2**63
         torch.Generator().manual_seed(seed)

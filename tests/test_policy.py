@@ -39,14 +39,16 @@ def test_greedy_is_mu_and_a_draw_is_the_inverse_cdf() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_score_is_that_of_the_density_that_drew(factor: float) -> None:
-    policy, seen = small_policy(), observation(5)
+    policy, seen = small_policy(dataclasses.replace(SMALL, scale_floor=0.05)), observation(5)
     policy.scale_factor = factor
     drawn = policy.act(seen, uniform(5))
     log_prob, mu, log_scale = policy.evaluate_actions(seen, drawn.action)
     assert torch.equal(log_prob.detach(), drawn.log_prob)
     assert torch.equal(mu.detach(), drawn.mu)
     assert torch.equal(log_scale.detach(), drawn.log_scale)
-    assert float(drawn.log_scale.min()) >= torch.tensor(factor * policy.config.scale_floor).log() - 1e-6
+    floored = drawn.log_scale.exp() <= factor * 0.05 * (1 + 1e-5)
+    assert float(drawn.log_scale.exp().min()) == pytest.approx(factor * 0.05, rel=1e-5)
+    assert 0.1 < float(floored.double().mean()) < 0.9
     want = torch.distributions.Laplace(drawn.mu, drawn.log_scale.exp()).log_prob(drawn.action).sum(-1)
     torch.testing.assert_close(drawn.log_prob, want, rtol=1e-5, atol=1e-4)
 

@@ -11,6 +11,7 @@ Where a batch is the whole iteration, that is Eq. 5 itself.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ class Learner:
         """Put fresh LoRA into `policy`, in place, and set its scale factor; `seed` decides the LoRA's start and the order of batches."""
         self.policy, self.config = policy, config
         self._seed = seed
+        self._fresh = True  # no update yet in this process: then all rollouts are checked, later the first few
         policy.scale_factor = config.scale_factor
         network = policy.network
         self.lora_config = LoraConfig(
@@ -79,6 +81,9 @@ class Learner:
     def update(self, rollouts: Sequence[Rollout], iteration: int) -> dict[str, float]:
         """Learn from one iteration's rollouts, all drawn by `policy` as it is now. Returns the metrics of the update.
 
+        loss (Eq. 5), clip_fraction, kl [nat per step], ratio_max, grad_norm_lora and grad_norm_heads before clipping, entropy [nat per step],
+        updates (optimiser steps), steps (executed steps).
+
         Raises RatioError where the rollouts are not this policy's, FloatingPointError where loss or gradient is not finite; the weights of
         the last whole optimiser step are then still there.
         """
@@ -86,7 +91,8 @@ class Learner:
         value = torch.tensor([r.value for r in rollouts], dtype=torch.float64)
         advantage = leave_one_out(value, torch.tensor([r.group for r in rollouts])).float()
         mean_steps = sum(r.steps for r in rollouts) / len(rollouts)
-        self.check_ratio(rollouts[: self.config.batch], iteration)
+        self.check_ratio(rollouts if self._fresh else rollouts[: self.config.batch], iteration)
+        self._fresh = False
         total = _Totals()
         for sweep in range(self.config.passes):
             draw = noise.integers(self._seed, noise.Stream.LOOP, iteration * self.config.passes + sweep, 2**32, len(rollouts))
@@ -193,7 +199,8 @@ class Learner:
         }
         with checkpoint.atomic(directory / "adapter_model.safetensors") as file:
             save_file(weights, file, metadata={"format": "pt"})
-        self.lora_config.save_pretrained(str(directory))
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in self.lora_config.to_dict().items()}
+        checkpoint.write_text(directory / "adapter_config.json", json.dumps(plain, indent=1, sort_keys=True))
 
 
 class _Totals:

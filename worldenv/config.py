@@ -552,19 +552,23 @@ TINY = RunConfig(
         crop_area=1.0,
     ),
     simulator=SimulatorConfig(
-        unet=UNetConfig(64, (1, 2), 1, (1, 2), 32, 64),
-        vae=VAEConfig(16, (1, 2, 4, 4), 1, 16, norm_groups=8),
+        unet=UNetConfig(64, (1, 1), 1, (1, 2), 32, 64, init_heads=2),
+        vae=VAEConfig(8, (1, 2, 4, 4), 1, 16, norm_groups=4),
         clip=ClipConfig(image=64, patch=16, width=64, layers=2, heads=4),
         image_resampler=ResamplerConfig(64, 1, 4, 16, queries=16),
         action_resampler=ResamplerConfig(64, 1, 4, 16, queries=16),
         height=64,
         width=64,
-        denoise_steps=2,
+        denoise_steps=1,
+        eta=0.0,
     ),
     reflector=ReflectorConfig(
         image=64, patch=8, vision_width=64, vision_layers=3, vision_heads=4, vision_mlp=256,
-        width=64, layers=2, heads=4, kv_heads=2, ffn=192, frames=4, head_width=128,
+        width=64, layers=2, heads=4, kv_heads=2, ffn=192, frames=4, head_width=128, sampler="stable_dyadic",
     ),
+    world=WorldConfig(batch=8, steps=900),
+    reward=RewardConfig(backbone_steps=250, embeddings=600),
+    loop=LoopConfig(scale_factor=3.0),
 )  # fmt: skip
 
 PRESETS: dict[str, RunConfig] = {"tiny": TINY}

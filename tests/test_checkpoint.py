@@ -81,9 +81,14 @@ def test_what_cannot_be_stored_is_named_and_the_old_file_stays(tmp_path):
 def test_a_write_that_fails_leaves_the_old_content_and_no_rest(tmp_path):
     path = tmp_path / "x"
     checkpoint.write_text(path, "old")
-    with pytest.raises(OSError, match="disk"), checkpoint.atomic(path) as temporary:
-        temporary.write_text("half")
-        raise OSError("disk")
+
+    def half():
+        with checkpoint.atomic(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        half()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
 

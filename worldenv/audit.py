@@ -48,9 +48,13 @@ def psnr(ours: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
-def _imagine(world: World, scenes: list[Scene], commands: Callable[[list[Scene]], torch.Tensor], steps: int) -> tuple[Any, Any, Any]:
+def _imagine(
+    world: World, scenes: list[Scene], commands: Callable[[list[Scene]], torch.Tensor], steps: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Frames (B, T, H, W, 3), scores (B, T), commands (B, T, 7) of B scenes to the step limit."""
-    frames, scores, used = [], [], []
+    frames: list[NDArray[np.uint8]] = []
+    scores: list[NDArray[np.float32]] = []
+    used: list[NDArray[np.float32]] = []
     while sum(part.shape[1] for part in used) < steps:
         command = commands(scenes)
         outcome = world.step(scenes, command)
@@ -58,7 +62,7 @@ def _imagine(world: World, scenes: list[Scene], commands: Callable[[list[Scene]]
         frames.append(outcome.frames.cpu().numpy())
         scores.append(outcome.score.numpy())
         used.append(command.cpu().numpy())
-    return tuple(np.concatenate(parts, axis=1) for parts in (frames, scores, used))
+    return np.concatenate(frames, axis=1), np.concatenate(scores, axis=1), np.concatenate(used, axis=1)
 
 
 def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chunk: int) -> list[NDArray[np.uint8]]:
@@ -83,8 +87,9 @@ def _context(episode: Episode) -> Context:
 
 def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], episodes: Sequence[Episode], chunk: int) -> list[float]:
     """Mean over episodes of the PSNR [dB] of each chunk, against the true frames that followed the first."""
-    chunks = range(0, episodes[0].command.shape[0], chunk)
-    return [float(np.mean([psnr(ours[c : c + chunk], e.frame[1:][c : c + chunk]) for ours, e in zip(imagined, episodes, strict=True)])) for c in chunks]
+    both = list(zip(imagined, episodes, strict=True))
+    starts = range(0, episodes[0].command.shape[0], chunk)
+    return [float(np.mean([psnr(ours[c : c + chunk], e.frame[1 + c : 1 + c + chunk]) for ours, e in both])) for c in starts]
 
 
 def replay(

@@ -156,7 +156,7 @@ class VAEConfig:
     @property
     def factor(self) -> int:
         """Pixels per latent, along one side."""
-        return 2 ** (len(self.channel_mult) - 1)
+        return 1 << (len(self.channel_mult) - 1)
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class SimulatorConfig:
         if self.height % self.vae.factor or self.width % self.vae.factor:
             raise ValueError(f"height={self.height}, width={self.width}: want multiples of {self.vae.factor}, the side of a latent's patch")
         if self.posterior == "sample" and self.memory > self.chunk:
-            raise ValueError(f"posterior='sample' with memory={self.memory} > chunk={self.chunk}: the first chunk's noise has no room for the memory's")
+            raise ValueError(f"posterior='sample', memory={self.memory} > chunk={self.chunk}: the first chunk's noise has no room for the memory's")
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -520,7 +520,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
         if self.policy.chunk != self.simulator.chunk:
-            raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: one query is one imagined chunk, so they are equal")
+            raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one imagined chunk; make them equal")
         if self.env.steps % self.policy.chunk:
             raise ValueError(f"env.steps={self.env.steps} is not a multiple of policy.chunk={self.policy.chunk}")
 

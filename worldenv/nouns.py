@@ -7,7 +7,6 @@ Tensors of one noun share a batch dimension and a device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +41,8 @@ class Camera:
 
     def __post_init__(self) -> None:
         if self.intrinsics.shape != (3, 3) or self.camera_to_world.shape != (4, 4):
-            raise ValueError(f"Camera: intrinsics {self.intrinsics.shape}, camera_to_world {self.camera_to_world.shape}: want (3, 3), (4, 4)")
+            shapes = f"intrinsics {self.intrinsics.shape}, camera_to_world {self.camera_to_world.shape}"
+            raise ValueError(f"Camera: {shapes}: want (3, 3), (4, 4)")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class Context:
 
     def __post_init__(self) -> None:
         if self.frame.ndim != 3 or self.frame.dtype != np.uint8 or self.pose.shape != (7,):
-            raise ValueError(f"Context: frame {self.frame.shape} {self.frame.dtype}, pose {self.pose.shape}: want (H, W, 3) uint8, (7,)")
+            shapes = f"frame {self.frame.shape} {self.frame.dtype}, pose {self.pose.shape}"
+            raise ValueError(f"Context: {shapes}: want (H, W, 3) uint8, (7,)")
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,3 @@ class Rollout:
     def value(self) -> float:
         """The return: the score at the last executed step (Algorithm 1, line 20)."""
         return float(self.score[self.live][-1])
-
-
-def observe(frames: Sequence[NDArray[np.uint8]], proprio: Sequence[NDArray[np.float32]], instruction: Sequence[str], device: torch.device) -> Observation:
-    """Batch B single observations: frames (H, W, 3), proprio (P,). Raises ValueError where shapes differ."""
-    return Observation(
-        frame=torch.from_numpy(np.stack(frames)).to(device),
-        proprio=torch.from_numpy(np.stack(proprio).astype(np.float32)).to(device),
-        instruction=tuple(instruction),
-    )

@@ -113,7 +113,8 @@ def scale(desk: Desk, stage: Stage) -> None:
 
 def explore(desk: Desk, stage: Stage) -> None:
     """The policy acts with its noise in the true environment, past success."""
-    stage.metrics |= data.explore(desk.env, desk.policy("scale"), desk.settings.env.steps, desk.settings.explore, desk.seed, stage.folder, desk.device)
+    policy, steps = desk.policy("scale"), desk.settings.env.steps
+    stage.metrics |= data.explore(desk.env, policy, steps, desk.settings.explore, desk.seed, stage.folder, desk.device)
 
 
 def world(desk: Desk, stage: Stage) -> None:
@@ -343,7 +344,7 @@ def _videos(pairs: Sequence[audit.Pair], eta: float, most: int) -> list[report.V
         report.Video(
             f"{kind(pair)}: {pair.context.instruction}",
             f"Imagined beside true, same commands, training state {pair.context.state_index}; all {len(pair.command)} steps are shown.",
-            pair.imagined, pair.true, pair.imagined_score, pair.success,
+            pair.imagined, pair.true, pair.imagined_score, pair.success, eta,
         )
         for pair in ordered[:most]
     ]  # fmt: skip

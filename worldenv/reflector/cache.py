@@ -94,7 +94,7 @@ class Row:
         return new * geometry.token_flops + new * (new + self.known(geometry)) * geometry.pair_flops
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading entries are the same."""
     count = 0
     for a, b in zip(first, second, strict=False):
@@ -107,7 +107,7 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
 def _row(trunk: tuple[int, ...] | None, times: Sequence[int], lists: Sequence[tuple[int, ...]]) -> Row:
     """The row that asks at all of `times`, after the frames in `lists`."""
     known = trunk or ()
-    reused = max(common(known, path) for path in lists)
+    reused = max(shared_length(known, path) for path in lists)
     number: dict[tuple[int, ...], int] = {}
     frames: list[int] = []
     above: list[int] = []
@@ -115,7 +115,7 @@ def _row(trunk: tuple[int, ...] | None, times: Sequence[int], lists: Sequence[tu
     ends: list[int] = []
     for path in lists:
         node = -1
-        for i in range(common(known[:reused], path), len(path)):
+        for i in range(shared_length(known[:reused], path), len(path)):
             parent, key = node, path[: i + 1]
             if key not in number:
                 number[key] = len(frames)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from worldenv.config import ReflectorConfig
-from worldenv.reflector.cache import Geometry, Row, Watch, common, layout, plan, single
+from worldenv.reflector.cache import Geometry, Row, Watch, layout, plan, shared_length, single
 from worldenv.reflector.frames import needed, shown
 from worldenv.reflector.head import RewardHead
 from worldenv.reflector.llava import Llava
@@ -215,7 +215,7 @@ class LlavaReflector:
         """
         sampler, limit, time = self.config.sampler, self.config.frames, watch.length - 1
         now = shown(sampler, time, limit)
-        trunk = now[: common(now, shown(sampler, time + 1, limit))]
+        trunk = now[: shared_length(now, shown(sampler, time + 1, limit))]
         geometry = self._geometry(watch.instruction)
         path = row.lineage(row.ends[-1])
         reused = min(row.depth[path[0]], len(trunk))

@@ -50,8 +50,11 @@ class _Trace:
         self.live.append(live)
 
     def rollout(self, stopped: bool) -> Rollout:
-        job, names = self.job, ("frame", "proprio", "action", "log_prob", "score", "live")
-        return Rollout(job.number, job.group, job.context, *(torch.stack(getattr(self, name)) for name in names), stopped=stopped)
+        job = self.job
+        return Rollout(
+            job.number, job.group, job.context, torch.stack(self.frame), torch.stack(self.proprio), torch.stack(self.action),
+            torch.stack(self.log_prob), torch.stack(self.score), torch.stack(self.live), stopped,
+        )  # fmt: skip
 
 
 def draw_uniform(policy: Policy, scenes: Sequence[Scene], seed: int) -> torch.Tensor:

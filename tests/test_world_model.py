@@ -1,0 +1,292 @@
+"""Stage world: examples are what a rollout sees, training learns, stops, resumes to the same bits and says where it broke."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from worldenv.checkpoint import Savepoint
+from worldenv.config import ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig, WorldConfig
+from worldenv.data.episode import Episode
+from worldenv.learning import world_model
+from worldenv.nouns import Camera
+from worldenv.robots.tabletop import TABLETOP
+from worldenv.simulator.evac import DELTA_DIM, Evac, memory_indices
+
+SIDE, STEPS, CHUNK = 16, 12, 4
+CONFIG = SimulatorConfig(
+    unet=UNetConfig(64, (1,), 1, (1,), 64, 32, init_heads=1),
+    vae=VAEConfig(8, (1, 2), 1, 4, norm_groups=4),
+    clip=ClipConfig(image=16, patch=8, width=32, layers=1, heads=2),
+    image_resampler=ResamplerConfig(32, 1, 2, 16, queries=4),
+    action_resampler=ResamplerConfig(32, 1, 2, 16, queries=4),
+    height=SIDE,
+    width=SIDE,
+    chunk=CHUNK,
+    denoise_steps=1,
+    eta=0.0,
+    dynamic_rescale=False,
+    final="pred_x0",
+)
+WORLD = WorldConfig(vae_steps=6, vae_batch=8, steps=6, batch=4, check_every=2, held_out_clips=4, patience=10)
+TO_WORLD = np.array([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 0.8], [0, 0, 0, 1]])
+CAMERA = Camera(np.array([[1.2 * SIDE, 0, SIDE / 2], [0, 1.2 * SIDE, SIDE / 2], [0, 0, 1]]), TO_WORLD, SIDE, SIDE)
+
+
+def episode(seed: int, steps: int = STEPS) -> Episode:
+    """A dark square goes where the gripper goes, over a bright table."""
+    generator = np.random.default_rng(seed)
+    place = np.clip(np.cumsum(generator.normal(0, 0.02, (steps + 1, 2)), axis=0) + generator.uniform(-0.15, 0.15, 2), -0.25, 0.25)
+    frame = np.full((steps + 1, SIDE, SIDE, 3), 200, np.uint8)
+    for picture, (x, y) in zip(frame, place, strict=True):
+        u, v = int(SIDE / 2 + 1.2 * SIDE * x / 0.7), int(SIDE / 2 - 1.2 * SIDE * y / 0.7)
+        picture[max(v - 2, 0) : v + 3, max(u - 2, 0) : u + 3] = [20, 40, 90]
+    pose = np.concatenate([place, np.full((steps + 1, 1), 0.1), np.tile([1.0, 0, 0, 0], (steps + 1, 1))], axis=1)
+    return Episode(
+        "follow", 0, "train", seed, "test", frame, pose, np.ones(steps + 1), np.zeros((steps, 7), np.float32), np.zeros(steps + 1, bool)
+    )
+
+
+EPISODES = [episode(seed) for seed in range(6)]
+HELD_OUT = [episode(seed) for seed in range(20, 23)]
+
+
+class Kept(Savepoint):
+    """A savepoint that is due at every step; `dies_at` counts saves until the process is killed right after one."""
+
+    def __init__(self, path: Path, dies_at: int | None = None) -> None:
+        super().__init__(path)
+        self.dies_at = dies_at
+
+    def due(self) -> bool:
+        return True
+
+    def save(self, tree: Any) -> None:
+        super().save(tree)
+        if self.dies_at is not None:
+            self.dies_at -= 1
+            if self.dies_at == 0:
+                raise KeyboardInterrupt
+
+
+class Never(Savepoint):
+    """Keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nonexistent/savepoint"))
+
+    def due(self) -> bool:
+        return False
+
+    def save(self, tree: Any) -> None:
+        pass
+
+
+def clips_of(simulator: Evac, episodes: list[Episode]) -> world_model.Clips:
+    return world_model.encode(simulator, episodes, CAMERA, TABLETOP)
+
+
+def labelled(clips: world_model.Clips) -> world_model.Clips:
+    """`clips` whose latents are the number of their frame, and whose maps are that plus a half."""
+    number = torch.arange(len(clips.latents), dtype=torch.float32).view(-1, 1, 1, 1)
+    return dataclasses.replace(clips, latents=number.expand_as(clips.latents).clone(), maps=(number + 0.5).expand_as(clips.maps).clone())
+
+
+def test_examples_are_what_a_rollout_sees() -> None:
+    """The memory of a training clip is that of a rollout of the same frames, at every chunk, the first included."""
+    simulator = Evac.initialised(CONFIG, 0)
+    clips = labelled(clips_of(simulator, EPISODES))
+    for start in range(0, STEPS - CHUNK + 1):
+        batch = world_model.example(simulator, clips, np.array([[2, start]]), WORLD, 0, 0, training=False)
+        begin = 2 * (STEPS + 1)
+        history = [0] * 4 + list(range(1, start + 1))  # frames of a rollout that has come to `start`
+        want = [begin + history[i] for i in memory_indices(len(history), 4)]
+        assert batch.memory[0, 0, :, 0, 0].tolist() == want
+        coming = [begin + start + k for k in range(1, CHUNK + 1)]
+        assert batch.target[0, 0, :, 0, 0].tolist() == coming
+        assert batch.maps[0, 0, :, 0, 0].tolist() == [n + 0.5 for n in coming]
+        moved = EPISODES[2].pose[start + 1 : start + CHUNK + 1, 0] - EPISODES[2].pose[start : start + CHUNK, 0]
+        first = 0 if TABLETOP.arms[-1].side == "left" else DELTA_DIM // 2
+        np.testing.assert_allclose(batch.deltas[0, :, first], moved, atol=1e-6)
+        assert torch.equal(batch.first[0], simulator.picture(torch.from_numpy(EPISODES[2].frame[:1]))[0])
+
+
+def test_windows_end_with_their_episode() -> None:
+    simulator = Evac.initialised(CONFIG, 0)
+    clips = clips_of(simulator, [episode(0, 12), episode(1, 5), episode(2, 4), episode(3, 3)])
+    anywhere, aligned = clips.windows(CHUNK, aligned=False), clips.windows(CHUNK, aligned=True)
+    assert [int((anywhere[:, 0] == e).sum()) for e in range(4)] == [9, 2, 1, 0]
+    assert aligned.tolist() == [[0, 0], [0, 4], [0, 8], [1, 0], [2, 0]]
+    with pytest.raises(ValueError, match="record longer ones"):
+        clips_of(simulator, [episode(3, 3)]).windows(CHUNK, aligned=True)
+
+
+def test_maps_are_of_their_own_frame() -> None:
+    simulator = Evac.initialised(CONFIG, 0)
+    clips = clips_of(simulator, EPISODES[:1])
+    drawn = world_model._draw_maps(EPISODES[0].pose, EPISODES[0].gripper, CAMERA, TABLETOP)
+    torch.testing.assert_close(clips.maps, simulator.encode(simulator.picture(drawn)))
+    assert not clips.deltas[0].any()
+
+
+def test_memory_noise_grows_toward_the_last_frame_and_spares_half() -> None:
+    memory = torch.zeros(512, 2, 4, 4, 4)
+    noisy = world_model._noisy_memory(memory, 0, 3)
+    spread = noisy.flatten(3).permute(0, 2, 1, 3).flatten(2).std(2)  # per example and frame
+    level = (spread > 0).float()
+    assert 0.45 < float(level.mean()) < 0.55, "about half of the frames stay as they are"
+    assert (spread.mean(0).diff() > 0).all(), "later frames are noisier"
+    assert (level.diff(dim=1) >= 0).all(), "sorted within an example"
+    assert float(spread.max()) < 1.0
+    assert torch.equal(noisy, world_model._noisy_memory(memory, 0, 3))
+
+
+def test_conditions_are_dropped_by_one_number_as_published() -> None:
+    simulator = Evac.initialised(CONFIG, 0)
+    clips, windows = clips_of(simulator, EPISODES), np.tile([[1, 4]], (4000, 1))
+    config = dataclasses.replace(WORLD, dropout=0.1, memory_noise=False)
+    small = dataclasses.replace(clips, latents=clips.latents[..., :1, :1], maps=clips.maps[..., :1, :1] + 9.0, first=clips.first[..., :1, :1] + 9.0)
+    batch = world_model.example(simulator, small, windows, config, 0, 0)
+    dropped = {
+        "deltas": ~batch.deltas.flatten(1).any(1), "first": ~batch.first.flatten(1).any(1), "maps": ~batch.maps.flatten(1).any(1), "seen": ~batch.seen,
+    }  # fmt: skip
+    share = {name: float(rows.float().mean()) for name, rows in dropped.items()}
+    for name, want in {"deltas": 0.2, "first": 0.2, "maps": 0.1, "seen": 0.2}.items():
+        assert abs(share[name] - want) < 0.025, (name, share)
+    assert abs(float((dropped["deltas"] & dropped["first"]).float().mean()) - 0.1) < 0.02
+    assert abs(float((dropped["maps"] & dropped["seen"]).float().mean()) - 0.05) < 0.015
+    kept = world_model.example(simulator, small, windows, config, 0, 0, training=False)
+    assert kept.seen.all()
+    assert kept.maps.any(dim=1).all()
+
+
+def test_levels_are_the_samplers_or_uniform() -> None:
+    simulator = Evac.initialised(dataclasses.replace(CONFIG, denoise_steps=2), 0)
+    visited = set(simulator.sampler.timesteps.tolist())
+    every = world_model._levels(simulator, dataclasses.replace(WORLD, sampled_levels=1.0), 0, 0, 400)
+    assert set(every.tolist()) == visited
+    none = world_model._levels(simulator, dataclasses.replace(WORLD, sampled_levels=0.0), 0, 0, 4000)
+    assert abs(none.mean() - 499.5) < 20
+    assert none.min() >= 0
+    assert none.max() <= 999
+    assert abs(np.mean([level in visited for level in world_model._levels(simulator, WORLD, 0, 0, 4000)]) - WORLD.sampled_levels) < 0.03
+
+
+def test_the_foreground_weighs_more() -> None:
+    still = torch.zeros(1, 3, 4, 4)
+    true = still.clone()
+    true[0, :, 0, 0] = 1.0  # one of 16 pixels moved
+    for place, weight in (((0, 0), 7.0), ((1, 1), 1.0)):
+        drawn = true.clone()
+        drawn[0, :, place[0], place[1]] += 0.5
+        want = weight * (0.5 + 0.25) / 16
+        assert float(world_model.picture_loss(drawn, true, still, 7.0)) == pytest.approx(want)
+
+
+def trained_vae(path: Path, dies_at: int | None = None) -> tuple[Evac, dict[str, Any]]:
+    simulator = Evac.initialised(CONFIG, 0)
+    return simulator, world_model.train_vae(simulator, EPISODES, CAMERA, TABLETOP, WORLD, 0, Kept(path, dies_at))
+
+
+def trained_simulator(path: Path, dies_at: int | None = None, **changes: Any) -> tuple[Evac, dict[str, Any]]:
+    simulator = Evac.initialised(dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, dropout=0.1)), 0)
+    clips, held_out = clips_of(simulator, EPISODES), clips_of(simulator, HELD_OUT)
+    world_model.set_delta_statistics(simulator, clips)
+    config = dataclasses.replace(WORLD, **changes)
+    return simulator, world_model.train_simulator(simulator, clips, held_out, config, 0, Kept(path, dies_at))
+
+
+@pytest.mark.parametrize("stage", [trained_vae, trained_simulator], ids=["autoencoder", "simulator"])
+def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path: Path, stage: Any) -> None:
+    torch.manual_seed(1)
+    whole, metrics = stage(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "killed", dies_at=4)
+    torch.manual_seed(2)  # whatever else drew random numbers meanwhile
+    again, resumed = stage(tmp_path / "killed")
+    assert resumed == metrics
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    finished, repeated = stage(tmp_path / "killed")  # killed after its end: nothing is trained again
+    assert repeated == metrics
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, finished.state_dict()[name]), name
+
+
+def test_only_what_is_not_frozen_changes(tmp_path: Path) -> None:
+    before = Evac.initialised(dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, dropout=0.1)), 0).state_dict()
+    simulator, _ = trained_simulator(tmp_path / "savepoint")
+    changed = {name.split(".")[0] for name, value in simulator.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"unet", "clip", "image_resampler", "action_resampler", "delta_mean", "delta_std"}
+
+
+def test_training_stops_when_nothing_gets_better(tmp_path: Path) -> None:
+    simulator, metrics = trained_simulator(tmp_path / "savepoint", lr=0.0, steps=100, check_every=2, patience=3)
+    assert metrics["steps"] == 2 + 3 * 2
+    assert metrics["best_step"] == 2
+    assert [step for step, _ in metrics["held_out"]] == [2, 4, 6, 8]
+    assert not simulator.training
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    simulator = Evac.initialised(CONFIG, 0)
+    config = dataclasses.replace(
+        WORLD, vae_steps=120, vae_batch=12, vae_lr=4e-3, steps=60, batch=8, lr=2e-3, check_every=20, held_out_clips=9, dropout=0.0
+    )
+    metrics = world_model.train_vae(simulator, EPISODES, CAMERA, TABLETOP, config, 0, Never())
+    frames = torch.from_numpy(np.concatenate([e.frame for e in HELD_OUT]))
+    latents = simulator.encode(simulator.picture(frames))
+    assert abs(float(latents.detach().std()) - 1.0) < 0.3, "scaled latents have about unit deviation"
+    assert metrics["latent_scale"] == pytest.approx(float(simulator.latent_scale))
+    error = (simulator.reconstruct(frames).float() - frames.float()).abs().mean()
+    assert error < 0.6 * (frames.float() - frames.float().mean(0)).abs().mean()
+    clips, held_out = clips_of(simulator, EPISODES), clips_of(simulator, HELD_OUT)
+    world_model.set_delta_statistics(simulator, clips)
+    metrics = world_model.train_simulator(simulator, clips, held_out, config, 0, Never())
+    losses = [loss for _, loss in metrics["held_out"]]
+    assert losses[-1] < 0.6, "half of the latents' variance is foreseen"
+    assert losses[-1] < losses[0]
+
+
+def test_the_whole_stage_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    made = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        made.append(
+            world_model.train(
+                CONFIG, WORLD, EPISODES, HELD_OUT, CAMERA, TABLETOP, seed, torch.device("cpu"), lambda part, n=name: Savepoint(tmp_path / n / part)  # type: ignore[misc]
+            )
+        )
+    (a, first), (b, second), (c, _) = made
+    assert first == second
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    assert any(not torch.equal(value, c.state_dict()[name]) for name, value in a.state_dict().items())
+    assert first["simulator"]["steps"] == WORLD.steps
+    assert set(first) == {"autoencoder", "simulator", "parameters"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage() -> None:
+    simulator = Evac.initialised(CONFIG, 0)
+    with torch.no_grad():
+        simulator.vae.decoder.conv_out.bias.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.raises(FloatingPointError, match="autoencoder: loss is nan at step 0; lower world.vae_lr"):
+        world_model.train_vae(simulator, EPISODES, CAMERA, TABLETOP, WORLD, 0, Never())
+    simulator = Evac.initialised(CONFIG, 0)
+    clips = clips_of(simulator, EPISODES)
+    broken = dataclasses.replace(clips, latents=clips.latents * float("inf"))
+    with pytest.raises(FloatingPointError, match="simulator: loss is nan at step 0; lower world.lr"):
+        world_model.train_simulator(simulator, broken, clips, WORLD, 0, Never())
+
+
+def test_a_savepoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    trained_simulator(tmp_path / "savepoint")
+    other = dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, num_res_blocks=2))
+    simulator = Evac.initialised(other, 0)
+    clips = clips_of(simulator, EPISODES)
+    with pytest.raises(ValueError, match="another network"):
+        world_model.train_simulator(simulator, clips, clips, WORLD, 0, Kept(tmp_path / "savepoint"))

@@ -21,7 +21,7 @@ from worldenv import checkpoint, evaluation
 from worldenv.config import EnvConfig
 from worldenv.envs.tabletop import Tabletop
 from worldenv.evaluation import Outcomes, evaluate, mcnemar, paired, wilson
-from worldenv.nouns import observe
+from worldenv.nouns import Observation
 
 CPU = torch.device("cpu")
 STEPS, THRESHOLD = 32, 0.5
@@ -137,7 +137,8 @@ def really_stopped(env, start, protocol):
     watch = reflector.begin([env.tasks[start.task]], torch.from_numpy(now.frame)[None])
     for step in range(STEPS):
         if step % policy.chunk == 0:
-            seen = observe([now.frame], [env.robot.proprio(now.pose, np.float64(now.gripper))], [env.tasks[start.task]], CPU)
+            proprio = env.robot.proprio(now.pose, np.float64(now.gripper))
+            seen = Observation(torch.from_numpy(now.frame)[None], torch.from_numpy(proprio)[None], (env.tasks[start.task],))
             command = policy.act(seen).command[0].numpy()
         now = env.advance(command[step % policy.chunk])
         if protocol == "oracle" and now.success:

@@ -144,7 +144,7 @@ def test_killed_sft_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest
     right = sft_module.loss_at
 
     def die(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int) -> torch.Tensor:
-        if step == 4:
+        if step == 5:
             raise _Killed
         return right(policy, chunks, config, seed, step)
 

@@ -7,11 +7,13 @@ behind); fingers without springs (a puck flies); the predicate without its line,
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 
 import gymnasium
 import numpy as np
@@ -135,6 +137,7 @@ def test_what_is_drawn_and_collides_is_where_the_pose_says(env):
         inner = np.linalg.norm(left.xpos - right.xpos) - 2 * tabletop.FINGER_HALF[1]
         middle = turn.T @ ((left.xpos + right.xpos) / 2 - now.pose[:3])
         assert np.allclose(left.xmat.reshape(3, 3), turn, atol=1e-9)
+        assert np.allclose(env.data.body("palm").xpos, now.pose[:3], atol=1e-9)  # a substep's delay would be up to 1 mm
         assert inner == pytest.approx(now.gripper * TABLETOP.finger_m, abs=0.002)
         assert np.abs(middle[:2]).max() < 0.002  # along the gripper's z the springs give way
 
@@ -179,8 +182,14 @@ def test_a_gripped_puck_is_carried_and_put_down(env):
     assert now.gripper == pytest.approx(2 * PUCK_RADIUS / TABLETOP.finger_m, abs=0.02)  # stopped by the puck, and said so
     drive(env, (x, y, 0.12), 1, 25)
     assert env.pucks[1, 2] > 0.1
-    drive(env, (0.09, -0.05, 0.12), 1, 25)
-    now, _ = drive(env, (0.09, -0.05, 0.12), 1, 5)
+    before, puck = env.arm.pose[0, 3:].numpy(), env.data.qpos[[11, 12, 13, 10]].copy()
+    for _ in range(8):
+        now = env.advance(np.array([0, 0, 0, 0, 0, 1.0, 1]), render=False)
+    turned = [kinematics.multiply(q, p * [-1, -1, -1, 1]) for q, p in ((now.pose[3:], before), (env.data.qpos[[11, 12, 13, 10]], puck))]
+    gripper_turn, puck_turn = (kinematics.log(q)[2] for q in turned)
+    assert gripper_turn > 0.4
+    assert puck_turn == pytest.approx(gripper_turn, rel=0.1)  # the fingers take it along
+    now, _ = drive(env, (0.09, -0.05, 0.12), 1, 30)
     assert np.allclose(env.pucks[1, :2], [0.09, -0.05], atol=0.01)
     assert not now.success  # over the strip, but in the air
     drive(env, (0.09, -0.05, 0.03), 1, 20)
@@ -432,6 +441,18 @@ def test_a_backend_that_does_not_start_is_named(monkeypatch):
         Tabletop().begin(0, "train", 0)
 
 
+def test_whoever_forgets_to_close_leaves_nothing_open(env):
+    before = play(env, 0, 0, commands(1)[:3])
+    for _ in range(3):
+        forgotten = Tabletop()
+        forgotten.begin(1, "train", 1)
+        eyes = weakref.ref(forgotten._offscreen)
+        del forgotten
+        gc.collect()
+        assert eyes() is None
+    assert same(before, play(env, 0, 0, commands(1)[:3]))  # and takes nothing from others
+
+
 def run(code):
     clean = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=300)
@@ -448,7 +469,7 @@ def test_import_registers_nothing_and_opens_nothing():
 def test_triton_loads_after_the_first_picture_and_nothing_is_said_at_the_end():
     """Mesa's LLVM, once in the process, crashes a triton that is loaded after it; EGL's own farewell prints an error for open contexts."""
     done = run(
-        "import mujoco\nfrom worldenv.envs.tabletop import Tabletop\nTabletop().begin(0, 'train', 0)\n"
+        "import mujoco\nfrom worldenv.envs.tabletop import Tabletop\nenv = Tabletop()\nenv.begin(0, 'train', 0)\n"
         "import torch._dynamo.convert_frame\ntry:\n  import triton\nexcept ImportError: pass\nprint('alive')"
     )
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr

@@ -10,9 +10,11 @@ import atexit
 import contextlib
 import ctypes
 import ctypes.util
+import functools
 import importlib
 import os
 import sys
+import weakref
 from typing import Any
 
 import mujoco
@@ -103,7 +105,8 @@ class Offscreen:
         self._options = mujoco.MjvOption()
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED.value
-        atexit.register(self.close)  # before EGL's own farewell, which was registered earlier: a context outliving its display prints an error
+        _alive.add(self)
+        _close_at_exit()
 
     def renderer(self) -> str:
         """Who draws, e.g. "llvmpipe (LLVM 15.0.6, 256 bits)"."""
@@ -126,8 +129,25 @@ class Offscreen:
     def close(self) -> None:
         """Free the context; no picture after that."""
         if self._gl is not None:
-            atexit.unregister(self.close)
             self._gl.make_current()
             self._context.free()
             self._gl.free()
             self._gl = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_context"):  # opened
+            self.close()
+
+
+_alive: weakref.WeakSet[Offscreen] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for one in list(_alive):
+        one.close()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """Close what is still open when Python ends. Called after the first context: exit runs backward, so this is before EGL takes its leave."""
+    atexit.register(_close_all)

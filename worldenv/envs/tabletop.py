@@ -5,7 +5,7 @@ right. A push toward the camera keeps puck and strip in view: the gripper is nev
 
 The palm goes exactly where kinematics leads it; contact never deflects it. It is a heavy free body whose velocity is prescribed for each
 control step, so contacts see how fast it moves: a pushed puck neither lags behind through penetration nor is held in place by a finger that
-slides along it, as with bodies that are only repositioned. Nothing is crushed by it: the fingers close with a limited force, and stop at
+slides along it, as with bodies that are only repositioned. Nothing is crushed by it: the fingers close softly, and stop at
 a puck between them (the opening that is reported is then the true one); and they give way upward, on springs, when they come down on one.
 
 A puck that the fingers' flat meets beside its middle rolls off, so a push must be aimed to within two thirds of the puck's radius; pucks pushed
@@ -73,8 +73,7 @@ _PALM_HALF = np.array([0.016, 0.046, 0.014])
 _PALM_Z = -0.068
 _YIELD_M = 0.042  # how far a finger gives way upward
 _FINGERS = ("left", "right")
-_CLOSING_N = 10.0  # largest force of a finger
-_SERVO = (1000.0, 20.0)  # its stiffness [N/m] and damping [N s/m]: settled within one control step
+_SERVO = (1000.0, 20.0)  # a finger's stiffness [N/m] and damping [N s/m]: settled within one control step, and 5 N on what it closes on
 _BLOCKED_M = 0.003  # a finger this far from where it should be is held by something
 
 _FOVY = 33.0
@@ -115,7 +114,7 @@ def _scene(image: int) -> str:
       </body>"""
         for name, side in zip(_FINGERS, (-1, 1), strict=True)
     )
-    servos = "".join(f'<position joint="{name}" kp="{_SERVO[0]}" kv="{_SERVO[1]}" forcerange="{-_CLOSING_N} {_CLOSING_N}"/>' for name in _FINGERS)
+    servos = "".join(f'<position joint="{name}" kp="{_SERVO[0]}" kv="{_SERVO[1]}"/>' for name in _FINGERS)
     middle, half = (LINE + STRIP_END) / 2, (STRIP_END - LINE) / 2
     return f"""
 <mujoco>

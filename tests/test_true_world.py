@@ -1,0 +1,83 @@
+"""The true environment as a world: rollouts in it are what the environment itself does.
+
+Tried against wrong versions of the code, each found here: a scene that is not restored before its chunk; contexts looked up among test states;
+proprioception from before the chunk; the frame of another scene.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pusher import Pusher
+
+from worldenv.envs.tabletop import Tabletop
+from worldenv.envs.true_world import TrueWorld
+from worldenv.nouns import Context
+from worldenv.rollout.collect import Assignment, collect
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def env():
+    desk = Tabletop()
+    yield desk
+    desk.close()
+
+
+def contexts(env, count):
+    found = []
+    for n in range(count):
+        now = env.begin(n % 3, "train", n)
+        found.append(Context(env.tasks[n % 3], n % 3, n, now.frame, now.pose, now.gripper))
+    return found
+
+
+@pytest.mark.parametrize("every_frame", [False, True])
+def test_a_chunk_is_what_the_environment_does(env, every_frame):
+    world, some = TrueWorld(env, CPU, every_frame=every_frame), contexts(env, 3)
+    scenes = world.begin(some, [5, 6, 7])
+    assert all(np.array_equal(scene.frame.numpy(), context.frame) for scene, context in zip(scenes, some, strict=True))
+    command = torch.linspace(-1, 1, 3 * 16 * 7).view(3, 16, 7)
+    first = world.step(scenes, command[:, :8])
+    second = world.step([first.scenes[2], first.scenes[0], first.scenes[1]], command[[2, 0, 1], 8:])  # in another order
+    again = world.step(scenes, command[:, :8])  # scenes are not used up
+    assert torch.equal(first.frames, again.frames)
+    for row, i in enumerate([2, 0, 1]):
+        env.begin(i, "train", i)
+        moments = [env.advance(one.numpy()) for one in command[i]]
+        frames = np.concatenate([first.frames[i].numpy(), second.frames[row].numpy()])
+        seen = range(16) if every_frame else (7, 15)
+        assert all(np.array_equal(frames[t], moments[t].frame) for t in seen)
+        assert torch.cat([first.score[i], second.score[row]]).tolist() == [float(m.success) for m in moments]
+        scene = second.scenes[row]
+        assert (scene.number, scene.chunk, scene.context.state_index) == (5 + i, 2, i)
+        assert np.array_equal(scene.frame.numpy(), moments[-1].frame)
+        assert np.array_equal(scene.proprio.numpy(), env.robot.proprio(moments[-1].pose, np.float64(moments[-1].gripper)))
+
+
+def test_rows_and_scenes_must_be_as_many(env):
+    world = TrueWorld(env, CPU)
+    with pytest.raises(ValueError, match="one row each"):
+        world.step(world.begin(contexts(env, 2), [0, 1]), torch.zeros(3, 8, 7))
+
+
+def test_rollouts_end_at_true_success_whatever_the_slots(env):
+    world, some = TrueWorld(env, CPU), contexts(env, 12)
+    jobs = [Assignment(n, n // 2, context) for n, context in enumerate(some)]
+
+    def rollouts(slots):
+        made = collect(Pusher(), world, jobs, seed=3, steps=32, threshold=0.5, slots=slots)
+        return sorted(made, key=lambda rollout: rollout.number)
+
+    one, many = rollouts(1), rollouts(5)
+    for a, b in zip(one, many, strict=True):
+        assert torch.equal(a.action, b.action)
+        assert (a.steps, a.value, a.stopped) == (b.steps, b.value, b.stopped)
+    for rollout, context in zip(one, some, strict=True):
+        env.begin(context.task, "train", context.state_index)
+        done = [env.advance(command.numpy()).success for command in rollout.action.clip(-1, 1).flatten(0, 1)[: rollout.steps]]
+        assert not any(done[:-1])
+        assert (done[-1], rollout.value) == (rollout.stopped, float(rollout.stopped))
+    assert 0 < sum(rollout.stopped for rollout in one) < 12

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pusher import Pusher
 
+from worldenv import noise
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import DemosConfig, EnvConfig, ExploreConfig
 from worldenv.data import collect
@@ -309,10 +310,11 @@ def test_exploration_does_not_depend_on_batches_and_goes_past_success(env, tmp_p
     assert [e.task for e in entries] == [n % 3 for n in range(14)]
     assert {e.steps for e in entries} == {16}
     assert len({(e.task, e.state_index, e.source) for e in entries}) == 14
-    wide = {n: np.abs(np.diff(one.load(n).command[:8, 3])).mean() for n in range(14)}
-    by_source = {s: np.mean([wide[e.number] for e in entries if e.source == s]) for s in {e.source for e in entries}}
-    assert len(by_source) == 2
-    assert max(by_source.values()) > 1.5 * min(by_source.values())  # the factor reached the density
+    for entry in entries:  # the sample that its number, chunk and factor ask for, and no other
+        factor, drawn = float(entry.source.split("x")[-1]), one.load(entry.number).command[:, 3:6]
+        uniform = np.concatenate([noise.uniform(5, entry.number, chunk, 0, noise.Stream.POLICY, (8, 7)) for chunk in range(2)])
+        assert np.array_equal(drawn, (0.3 * factor * (2 * uniform - 1)).astype(np.float32)[:, 3:6])
+    assert {entry.source.split("x")[-1] for entry in entries} == {"1", "3"}
 
 
 class Killed(Exception):

@@ -453,8 +453,8 @@ def test_whoever_forgets_to_close_leaves_nothing_open(env):
     assert same(before, play(env, 0, 0, commands(1)[:3]))  # and takes nothing from others
 
 
-def run(code):
-    clean = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+def run(code, **more):
+    clean = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"} | more
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=300)
 
 
@@ -474,3 +474,9 @@ def test_triton_loads_after_the_first_picture_and_nothing_is_said_at_the_end():
     )
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr
     assert "Error" not in done.stderr
+
+
+def test_a_backend_that_mujoco_itself_refuses_is_named_when_a_picture_is_wanted():
+    done = run("from worldenv.envs.tabletop import Tabletop\nenv = Tabletop()\nenv.begin(0, 'train', 0)", MUJOCO_GL="nonsense")
+    assert done.returncode == 1
+    assert "NoOpenGL: no OpenGL library works here with MUJOCO_GL=nonsense" in done.stderr.splitlines()[-1]

@@ -1,7 +1,10 @@
-"""Pictures of a MuJoCo scene without a display: EGL or OSMesa, whichever this machine has.
+"""MuJoCo, and pictures of its scenes without a display: EGL or OSMesa, whichever this machine has.
 
 The library is chosen when the first picture is taken, not at import, so physics alone needs none. The context is opened directly
 (`mujoco.egl`, `mujoco.osmesa`), so it does not matter whether mujoco was imported before the choice.
+
+Rooms take `mujoco` from here, because of what must come first. Mesa's software renderer brings its LLVM into the process for all to see; triton
+has its own, and crashes when it is loaded later (by kernels, or by a torch optimizer) and finds Mesa's. Loaded before, it keeps its own.
 """
 
 from __future__ import annotations
@@ -17,9 +20,22 @@ import sys
 import weakref
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")
+
+try:
+    import mujoco
+except Exception:  # MUJOCO_GL names a library that is not there, which PyOpenGL says in many ways: physics needs none, and pictures say so below
+    _asked = os.environ["MUJOCO_GL"]
+    os.environ["MUJOCO_GL"] = "disable"
+    import mujoco
+
+    os.environ["MUJOCO_GL"] = _asked
+
+__all__ = ["NoOpenGL", "Offscreen", "backend", "mujoco"]
 
 _EGL_PLATFORM_DEVICE = 0x313F
 _MAX_DEVICES = 16
@@ -63,10 +79,6 @@ def backend() -> str:
 
     Raises NoOpenGL where there is none.
     """
-    # Mesa's software renderer brings its LLVM into the process for all to see. Triton has its own, and crashes when it is loaded later
-    # (by kernels, or by a torch optimizer) and finds Mesa's; loaded before, it keeps its own.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("triton")
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     if not chosen and sys.platform.startswith("linux"):
         chosen = "egl" if _egl_works() else "osmesa" if _osmesa_works() else ""
@@ -76,18 +88,19 @@ def backend() -> str:
     return chosen or "native"
 
 
-def _open_context(height: int, width: int) -> Any:
+def _open(model: Any, height: int, width: int) -> tuple[Any, Any]:
+    """A current OpenGL context, and MuJoCo's drawing context in it. Raises NoOpenGL."""
     name = backend()
     try:
         module = importlib.import_module(f"mujoco.{name}" if name in ("egl", "osmesa") else "mujoco.gl_context")
-        context = module.GLContext(width, height)
-        context.make_current()
-    except Exception as error:  # PyOpenGL raises ImportError, AttributeError, its own and others for one cause: a library that is not there
+        gl = module.GLContext(width, height)
+        gl.make_current()
+        return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+    except Exception as error:  # PyOpenGL and MuJoCo say in many ways that a library is not there
         raise NoOpenGL(
-            f"no OpenGL library works here with MUJOCO_GL={name} ({type(error).__name__}: {error}): "
+            f"no OpenGL library works here with MUJOCO_GL={name} ({type(error).__name__}: {' '.join(str(error).split())}): "
             "install libegl1 libgl1-mesa-dri or libosmesa6, or unset MUJOCO_GL"
         ) from error
-    return context
 
 
 class Offscreen:
@@ -97,8 +110,7 @@ class Offscreen:
         """Open a context for `model` (mujoco.MjModel); its offscreen buffer must be at least (height, width). Raises NoOpenGL."""
         self._model = model
         self._shape = (height, width, 3)
-        self._gl = _open_context(height, width)
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        self._gl, self._context = _open(model, height, width)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._view = mujoco.MjrRect(0, 0, width, height)
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 16)

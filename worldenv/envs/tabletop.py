@@ -23,7 +23,6 @@ from importlib import metadata
 from typing import Any, cast
 
 import gymnasium
-import mujoco
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -32,7 +31,7 @@ from numpy.typing import NDArray
 from worldenv import kinematics, noise
 from worldenv.config import EnvConfig
 from worldenv.envs.contract import Snapshot, Split
-from worldenv.envs.offscreen import Offscreen
+from worldenv.envs.offscreen import Offscreen, mujoco
 from worldenv.kinematics import ControllerModel, KinematicState
 from worldenv.nouns import ACTION_DIM, Camera
 from worldenv.robots.contract import Robot

@@ -16,6 +16,7 @@ import tyro
 from worldenv import config, run, train
 from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
+from worldenv.envs.offscreen import NoOpenGL
 
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL) as error:
         if args.debug:
             raise
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -30,7 +30,7 @@ SMALL = ReflectorConfig(
     image=16, patch=4, vision_width=16, vision_layers=1, vision_heads=1, vision_mlp=32, width=24, layers=2, heads=2, kv_heads=1, ffn=32, frames=3,
     head_width=16,
 )  # fmt: skip
-QUICK = RewardConfig(backbone_steps=100, backbone_batch=32, backbone_lr=4e-3, head_epochs=30, head_lr=2e-3, embeddings=300)
+QUICK = RewardConfig(backbone_steps=80, backbone_batch=32, backbone_lr=4e-3, head_epochs=30, head_lr=2e-3, embeddings=300)
 
 
 @pytest.fixture(autouse=True)
@@ -137,10 +137,10 @@ def test_the_stage_learns_and_its_metrics_are_json(trained: tuple[LlavaReflector
     judge, metrics = trained
     found = measure(judge, HELD_OUT)
     json.dumps({**metrics, **found}, allow_nan=False)
-    assert found["auc"] > 0.97
-    assert found["recall"] > 0.75
-    assert found["precision"] > 0.75
-    assert found["ece"] < 0.1
+    assert found["auc"] > 0.998
+    assert found["recall"] > 0.97
+    assert found["precision"] > 0.97
+    assert found["ece"] < 0.05
     assert metrics["embeddings"] == 300
     assert metrics["train_episodes"] == 80
     headless = LlavaReflector(judge.config, judge.llava, None)
@@ -148,13 +148,13 @@ def test_the_stage_learns_and_its_metrics_are_json(trained: tuple[LlavaReflector
     assert not any(p.requires_grad for p in judge.llava.parameters())
 
 
-def test_labels_that_are_a_frame_late_or_random_are_seen(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
-    """What the figures would be if labels were shifted: clearly worse, so the test above would fail."""
+def test_labels_that_are_a_frame_late_are_seen(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
+    """What a reflector and labels that are a frame apart look like: the test above would fail."""
     judge, _ = trained
-    right = measure(judge, HELD_OUT)
-    shifted = measure(judge, [replace(one, success=np.roll(one.success, 1)) for one in HELD_OUT])
-    assert shifted["auc"] < right["auc"] - 0.01
-    assert shifted["recall"] < right["recall"] - 0.05
+    for by in (1, -1):
+        shifted = measure(judge, [replace(one, success=np.roll(one.success, by)) for one in HELD_OUT])
+        assert shifted["auc"] < 0.998
+        assert shifted["recall"] < 0.97 or shifted["precision"] < 0.97
 
 
 class _Killed(Exception):

@@ -414,7 +414,7 @@ class RewardConfig:
     backbone_lr: float = 1e-3
     """Peak learning rate of the backbone."""
     positives: float = 0.33
-    """Share of successes in a batch."""
+    """Share of successes in a batch, and among the embeddings: fewer make the judge stricter."""
     head_epochs: int = 50
     """Epochs of the head over precomputed embeddings."""
     head_batch: int = 8
@@ -422,7 +422,7 @@ class RewardConfig:
     head_lr: float = 1e-4
     """Learning rate of the head."""
     embeddings: int = 2000
-    """Embeddings precomputed for the head, balanced."""
+    """Embeddings precomputed for the head, at most."""
 
 
 @dataclass(frozen=True)
@@ -563,11 +563,11 @@ TINY = RunConfig(
         eta=0.0,
     ),
     reflector=ReflectorConfig(
-        image=64, patch=8, vision_width=64, vision_layers=3, vision_heads=4, vision_mlp=256,
-        width=64, layers=2, heads=4, kv_heads=2, ffn=192, frames=4, head_width=128, sampler="stable_dyadic",
+        image=64, patch=8, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=128,
+        width=64, layers=2, heads=2, kv_heads=1, ffn=128, frames=4, head_width=128, sampler="stable_dyadic",
     ),
     world=WorldConfig(batch=8, steps=900),
-    reward=RewardConfig(backbone_steps=250, embeddings=600),
+    reward=RewardConfig(backbone_steps=300, backbone_lr=2e-3, embeddings=1000),
     loop=LoopConfig(scale_factor=3.0),
 )  # fmt: skip
 

@@ -37,13 +37,15 @@ def fresh_head(config: ReflectorConfig, seed: int) -> RewardHead:
 
 
 def initialise(config: ReflectorConfig, instructions: Sequence[str], seed: int) -> LlavaReflector:
-    """A reflector of the given size with random weights, a function of `seed`, that knows the words of `instructions`; on the CPU."""
+    """A reflector of the given size with random weights, a function of `seed`, that knows the words of `instructions`; on the CPU, without a head."""
     prompt = Prompt(word_tokenizer(instructions))
     hf = architecture(config, prompt.tokenizer.get_vocab_size(), prompt.image, prompt.video)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _BACKBONE))
         model = LlavaOnevisionForConditionalGeneration(hf)
-    return LlavaReflector(config, Llava(model, prompt), fresh_head(config, seed))
+    with torch.no_grad():  # by default much weaker than what a patch shows, and then some seeds do not learn for hundreds of steps where things are
+        model.model.vision_tower.embeddings.position_embedding.weight.mul_(config.vision_width**0.5)
+    return LlavaReflector(config, Llava(model, prompt), None)
 
 
 def save(path: Path, reflector: LlavaReflector) -> str:

@@ -343,7 +343,7 @@ def test_rows_reuse_what_is_known() -> None:
 
     strict = sum(cache.single(frames.shown("stable_dyadic", t, 32), t).flops(published) for t in range(150, 158)) / 1e12
     path = frames.shown("stable_dyadic", 149, 32)
-    trunk = path[: cache.common(path, frames.shown("stable_dyadic", 150, 32))]
+    trunk = path[: cache.shared_length(path, frames.shown("stable_dyadic", 150, 32))]
     assert scored("stable_dyadic", trunk) * 16 < strict
     assert len(cache.plan("stable_dyadic", 32, 150, 8, trunk, published)) < 8  # frame 152 is shared by what comes after it
 

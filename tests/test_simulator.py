@@ -6,7 +6,7 @@ import dataclasses
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -135,6 +135,32 @@ def test_memory_grows_in_latent_space_and_is_what_the_sampler_gave() -> None:
         assert one.history.shape == (12, *LATENT)
         assert torch.equal(one.history[0], one.history[3]), "the first frame fills the first memory"
         assert torch.equal(simulator.frames(one.history[-4:]), frames[i])
+
+
+@pytest.mark.parametrize(("first_tokens", "calls"), [("given", 1), ("decoded", 2)])
+def test_what_is_constant_is_computed_once(first_tokens: Literal["given", "decoded"], calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over three chunks: image tokens per rollout, keys and values per chunk; only new maps are encoded, only new frames decoded."""
+    simulator = trained(dataclasses.replace(SMALL, first_tokens=first_tokens))
+    counted = {"clip": 0, "keys_values": 0, "encoded": 0, "decoded": 0}
+
+    def count(owner: Any, method: str, name: str, size: bool = False) -> None:
+        original = getattr(owner, method)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counted[name] += len(args[0]) if size else 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, counting)
+
+    count(simulator.clip, "forward", "clip")
+    count(simulator.unet, "keys_values", "keys_values")
+    count(simulator.vae, "encode", "encoded", size=True)
+    count(simulator.vae, "decode", "decoded", size=True)
+    memory = simulator.begin(pictures(2, 16, 24))
+    for chunk in range(3):
+        _, memory = simulator.imagine(memory, maps(2), draw(simulator, [0, 1], chunk))
+    again = 2 * (calls - 1)  # the first frame, decoded once for its tokens
+    assert counted == {"clip": calls, "keys_values": 3, "encoded": 2 + 3 * 2 * 4, "decoded": 3 * 2 * 4 + again}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +328,8 @@ def test_clip_tower_equals_transformers() -> None:
             for letter, value in zip("qkv", state[f"{own}attn.in_proj_{kind}"].chunk(3), strict=True):
                 named[f"{other}self_attn.{letter}_proj.{kind}"] = value
             for ours_name, name in (
-                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")
+                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2")
             ):  # fmt: skip
                 named[f"{other}{name}.{kind}"] = state[f"{own}{ours_name}.{kind}"]
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs.state_dict()) else ""

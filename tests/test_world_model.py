@@ -101,7 +101,7 @@ def test_examples_are_what_a_rollout_sees() -> None:
     """The memory of a training clip is that of a rollout of the same frames, at every chunk, the first included."""
     simulator = Evac.initialised(CONFIG, 0)
     clips = labelled(clips_of(simulator, EPISODES))
-    for start in range(0, STEPS - CHUNK + 1):
+    for start in range(STEPS - CHUNK + 1):
         batch = world_model.example(simulator, clips, np.array([[2, start]]), WORLD, 0, 0, training=False)
         begin = 2 * (STEPS + 1)
         history = [0] * 4 + list(range(1, start + 1))  # frames of a rollout that has come to `start`
@@ -153,7 +153,8 @@ def test_conditions_are_dropped_by_one_number_as_published() -> None:
     small = dataclasses.replace(clips, latents=clips.latents[..., :1, :1], maps=clips.maps[..., :1, :1] + 9.0, first=clips.first[..., :1, :1] + 9.0)
     batch = world_model.example(simulator, small, windows, config, 0, 0)
     dropped = {
-        "deltas": ~batch.deltas.flatten(1).any(1), "first": ~batch.first.flatten(1).any(1), "maps": ~batch.maps.flatten(1).any(1), "seen": ~batch.seen,
+        "deltas": ~batch.deltas.flatten(1).any(1), "first": ~batch.first.flatten(1).any(1), "maps": ~batch.maps.flatten(1).any(1),
+        "seen": ~batch.seen,
     }  # fmt: skip
     share = {name: float(rows.float().mean()) for name, rows in dropped.items()}
     for name, want in {"deltas": 0.2, "first": 0.2, "maps": 0.1, "seen": 0.2}.items():
@@ -274,12 +275,12 @@ def test_a_loss_that_is_not_finite_stops_the_stage() -> None:
     simulator = Evac.initialised(CONFIG, 0)
     with torch.no_grad():
         simulator.vae.decoder.conv_out.bias.fill_(float("nan"))  # type: ignore[union-attr]
-    with pytest.raises(FloatingPointError, match="autoencoder: loss is nan at step 0; lower world.vae_lr"):
+    with pytest.raises(FloatingPointError, match=r"autoencoder: loss is nan at step 0; lower world\.vae_lr"):
         world_model.train_vae(simulator, EPISODES, CAMERA, TABLETOP, WORLD, 0, Never())
     simulator = Evac.initialised(CONFIG, 0)
     clips = clips_of(simulator, EPISODES)
     broken = dataclasses.replace(clips, latents=clips.latents * float("inf"))
-    with pytest.raises(FloatingPointError, match="simulator: loss is nan at step 0; lower world.lr"):
+    with pytest.raises(FloatingPointError, match=r"simulator: loss is nan at step 0; lower world\.lr"):
         world_model.train_simulator(simulator, broken, clips, WORLD, 0, Never())
 
 

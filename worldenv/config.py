@@ -520,7 +520,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
         if self.policy.chunk != self.simulator.chunk:
-            raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one imagined chunk; make them equal")
+            raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one chunk; make them equal")
         if self.env.steps % self.policy.chunk:
             raise ValueError(f"env.steps={self.env.steps} is not a multiple of policy.chunk={self.policy.chunk}")
 

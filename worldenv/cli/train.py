@@ -18,6 +18,7 @@ from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
 from worldenv.envs.offscreen import NoOpenGL
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 
 
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL) as error:
         if args.debug:
             raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"worldenv-train: the disk of {args.out} is full; free some space, then give the same command again", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            print(f"worldenv-train: cannot write below {args.out}: {error.strerror}; make room, then give the same command again", file=sys.stderr)
         else:
             print(f"worldenv-train: {error}", file=sys.stderr)
         return 1

@@ -309,12 +309,19 @@ def test_exploration_does_not_depend_on_batches_and_goes_past_success(env, tmp_p
     entries = one.entries
     assert [e.task for e in entries] == [n % 3 for n in range(14)]
     assert {e.steps for e in entries} == {16}
-    assert len({(e.task, e.state_index, e.source) for e in entries}) == 14
+    assert [e.state_index for e in entries] == [n // 6 for n in range(14)]
     for entry in entries:  # the sample that its number, chunk and factor ask for, and no other
         factor, drawn = float(entry.source.split("x")[-1]), one.load(entry.number).command[:, 3:6]
         uniform = np.concatenate([noise.uniform(5, entry.number, chunk, 0, noise.Stream.POLICY, (8, 7)) for chunk in range(2)])
         assert np.array_equal(drawn, (0.3 * factor * (2 * uniform - 1)).astype(np.float32)[:, 3:6])
     assert {entry.source.split("x")[-1] for entry in entries} == {"1", "3"}
+
+
+def test_exploration_of_nothing_is_refused(env, tmp_path):
+    with pytest.raises(ValueError, match=r"explore\.episodes=0"):
+        explored(env, tmp_path, episodes=0)
+    with pytest.raises(ValueError, match="multiple of the policy's chunk"):
+        collect.act_out(env, Pusher(), [collect.Start(0, 0, "train", 0)], 12, None, render=False, device=CPU)
 
 
 class Killed(Exception):

@@ -103,8 +103,10 @@ def act_out(
     """Episodes of `policy` from `starts`, side by side in one scene: queries are batched, the K commands of each are executed open loop.
 
     With `seed`, actions are drawn by the uniforms of (seed, number, chunk); without, they are greedy. Without `render`, only the frames that the
-    policy sees are drawn, and the others repeat the last.
+    policy sees are drawn, and the others repeat the last. ValueError where `steps` is no multiple of the chunk.
     """
+    if steps % policy.chunk:
+        raise ValueError(f"steps={steps} is not a multiple of the policy's chunk of {policy.chunk}")
     recorders = [Recorder(s.task, s.split, s.index) for s in starts]
     captured = []
     for recorder in recorders:
@@ -147,17 +149,20 @@ def explore(
 ) -> dict[str, Any]:
     """Record `config.episodes` episodes of `policy` with its noise, `steps` commands each, past success, from training states in turn.
 
-    Episode n has task n modulo the tasks and the n-th factor of `config.factors` in turn on the scale; `policy.scale_factor` is given back as it
-    was. Returns metrics; the episodes lie in `out`.
+    Tasks, factors on the scale and states take turns, in this order, so every state is seen with every task and factor; `policy.scale_factor` is
+    given back as it was. Returns metrics; the episodes lie in `out`. ValueError where there is nothing to do.
     """
-    episodes, tasks = EpisodeSet(out), len(env.tasks)
+    if config.episodes < 1 or not config.factors:
+        raise ValueError(f"explore.episodes={config.episodes}, explore.factors={config.factors}: want at least one episode and one factor")
+    episodes, tasks, factors = EpisodeSet(out), len(env.tasks), len(config.factors)
     before = policy.scale_factor
-    factor = [config.factors[n // tasks % len(config.factors)] for n in range(config.episodes)]
+    factor = [config.factors[n // tasks % factors] for n in range(config.episodes)]
     successes = dict.fromkeys(config.factors, 0)
     try:
         for now in config.factors:
             policy.scale_factor = now
-            starts = [Start(n, n % tasks, "train", n // tasks % env.states("train")) for n in range(config.episodes) if factor[n] == now]
+            mine = [n for n in range(config.episodes) if factor[n] == now]
+            starts = [Start(n, n % tasks, "train", n // (tasks * factors) % env.states("train")) for n in mine]
             some = list(_batches(starts, batch))
             for i in console.track(0, len(some), f"explore x{now:g}"):
                 missing = {start.number for start in some[i] if start.number not in episodes}

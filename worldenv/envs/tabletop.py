@@ -5,12 +5,12 @@ right. A push toward the camera keeps puck and strip in view: the gripper is nev
 
 The palm goes exactly where kinematics leads it; contact never deflects it. It is a heavy free body whose velocity is prescribed for each
 control step, so contacts see how fast it moves: a pushed puck neither lags behind through penetration nor is held in place by a finger that
-slides along it, as with bodies that are only repositioned. Nothing is crushed by it: the fingers close softly, and stop at
-a puck between them (the opening that is reported is then the true one); and they give way upward, on springs, when they come down on one.
+slides along it, as with bodies that are only repositioned. Nothing is crushed by it: the fingers close softly, and stop at a puck between them
+(the opening that is reported is then the true one); and they give way upward, on springs, when they come down on one.
 
 A puck that the fingers' flat meets beside its middle rolls off, so a push must be aimed to within two thirds of the puck's radius; pucks pushed
-into each other move each other, and a puck looks the same whichever way it is turned. Shadows and multisampling are off:
-they cost twenty times the picture.
+into each other move each other, and a puck looks the same whichever way it is turned. Shadows and multisampling are off: they cost many times
+what the rest of a picture does.
 """
 
 from __future__ import annotations

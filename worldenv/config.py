@@ -222,7 +222,8 @@ class SimulatorConfig:
     guidance_rescale: float = 0.7
     """Share of the guided prediction whose deviation is matched to the conditional one."""
     dynamic_rescale: bool = True
-    """Scale latents by 1 .. 0.7 over the first 400 noise steps (DynamiCrafter)."""
+    """Scale latents by 1 .. 0.7 over the first 400 noise steps (DynamiCrafter). The sampler ends at the scale of its lowest level, so with few
+    steps what it gives stays scaled (one step: by 0.7): then set this to False."""
     latent_scale: float = 0.18215
     """Factor on VAE latents; the `world` stage replaces it by 1/std of its own autoencoder's."""
     fps_token: int = 2
@@ -561,6 +562,8 @@ TINY = RunConfig(
         width=64,
         denoise_steps=1,
         eta=0.0,
+        dynamic_rescale=False,
+        final="pred_x0",
     ),
     reflector=ReflectorConfig(
         image=64, patch=8, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=128,

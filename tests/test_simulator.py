@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from worldenv import checkpoint, noise
-from worldenv.config import EVAC, ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
+from worldenv.config import EVAC, PRESETS, ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
 from worldenv.kernels.group_norm import group_norm, group_norm_ref
 from worldenv.nouns import ActionMap
 from worldenv.simulator import schedule, weights
@@ -469,6 +469,23 @@ def test_a_perfect_prediction_is_recovered_in_one_step() -> None:
     before, found = sampler.step(x, v, index, None)
     torch.testing.assert_close(found, clean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(before, b.sqrt() * clean + (1 - b).sqrt() * epsilon, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_sampler_ends_at_the_clean_latent(name: str) -> None:
+    """Given the true v at every step; with dynamic rescale and few steps it would end at 0.7 of it."""
+    config = PRESETS[name].simulator
+    sampler = schedule.Sampler.ddim(config.denoise_steps, config.eta, config.dynamic_rescale)
+    scales, clean = schedule.latent_scales(config.dynamic_rescale), torch.randn(1, 4, 8, 3, 3)
+    x = x_0 = torch.randn(1, 4, 8, 3, 3)
+    for index in reversed(range(len(sampler))):
+        a, scaled = float(sampler.alphas[index]), clean * float(scales[sampler.timesteps[index]])
+        epsilon = (x - a**0.5 * scaled) / (1 - a) ** 0.5
+        x, x_0 = sampler.step(
+            x, a**0.5 * epsilon - (1 - a) ** 0.5 * scaled, torch.tensor([index]), torch.randn_like(x) if config.eta else None
+        )
+    ended = x_0 if config.final == "pred_x0" else x
+    assert float((ended * clean).sum() / (clean * clean).sum()) > 0.95
 
 
 def test_eta_outside_of_its_range_is_refused() -> None:

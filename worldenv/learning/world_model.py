@@ -40,6 +40,7 @@ _MEDIAN_FRAMES = 256
 _LEAST_STD = 1e-4  # of a delta [m, rad]: dimensions that never move stay at 0
 _LARGEST_ANGLE = 1.57  # of the memory's noise level: t = (1 - cos a) * 1000 / divisor
 _DIVISORS = (3, 20)
+_ENCODED_TOGETHER = 8  # episodes
 _HELD_OUT_STEP = 2**31  # the held-out batch's place among optimiser steps: no training step has it
 
 Frames = NDArray[np.uint8]
@@ -191,12 +192,14 @@ def encode(simulator: Evac, episodes: Sequence[Episode], camera: Camera, robot: 
     device = simulator.latent_scale.device
     arms = robot.arms_at(camera.height)[-1:]
     latents, maps, deltas = [], [], []
-    for number in (bar := console.track(0, len(episodes), "encode")):
-        episode = episodes[number]
-        latents.append(simulator.encode(simulator.picture(torch.from_numpy(episode.frame).to(device))))
-        maps.append(simulator.encode(simulator.picture(_draw_maps(episode.pose, episode.gripper, camera, robot).to(device))))
-        moved = action_map.deltas(episode.pose[:, None], episode.gripper[:, None], arms)
-        deltas.append(np.concatenate([np.zeros((1, moved.shape[1])), moved]))
+    for start in (bar := console.track(0, -(-len(episodes) // _ENCODED_TOGETHER), "encode")):
+        some = episodes[start * _ENCODED_TOGETHER : (start + 1) * _ENCODED_TOGETHER]
+        frames, pose, gripper = (np.concatenate([getattr(e, name) for e in some]) for name in ("frame", "pose", "gripper"))
+        latents.append(simulator.encode(simulator.picture(torch.from_numpy(frames).to(device))))
+        maps.append(simulator.encode(simulator.picture(_draw_maps(pose, gripper, camera, robot).to(device))))
+        for episode in some:
+            moved = action_map.deltas(episode.pose[:, None], episode.gripper[:, None], arms)
+            deltas.append(np.concatenate([np.zeros((1, moved.shape[1])), moved]))
         bar.note(frames=sum(len(one) for one in latents))
     return Clips(
         latents=torch.cat(latents),

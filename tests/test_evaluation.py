@@ -1,8 +1,7 @@
 """Evaluation: statistics against published values, and one pass that answers three protocols as three stopped runs would.
 
 Tried against wrong versions of the code, each found here: a reflector's stop one frame late; the predicate read at the end instead of at the
-stop; a one-sided McNemar; Wald instead of Wilson; wins and losses exchanged; test states taken from one task; a frame repeated under the
-reflector.
+stop; a one-sided McNemar; Wald instead of Wilson; wins and losses exchanged; Newcombe without his correction.
 """
 
 from __future__ import annotations

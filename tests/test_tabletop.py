@@ -1,8 +1,8 @@
 """The embedded environment: exact kinematics, sane contacts, known camera, fixed states, a predicate that is seen, and Gymnasium's rules.
 
 Tried against wrong versions of the code, each found here: the camera's middle at W / 2 or its axes as OpenGL has them; a capture without
-warm start or without the arm; test states numbered like train states; fingers repositioned instead of moved (a gripped puck is left
-behind); fingers without springs (a puck flies); the predicate without its line, height or side; positions drawn one substep late.
+warm start or without the arm; test states numbered like train states; a palm repositioned instead of moved; fingers
+without springs (a puck flies); the predicate without its line, height or side; a held finger not reported.
 """
 
 from __future__ import annotations

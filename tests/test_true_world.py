@@ -1,8 +1,4 @@
-"""The true environment as a world: rollouts in it are what the environment itself does.
-
-Tried against wrong versions of the code, each found here: a scene that is not restored before its chunk; contexts looked up among test states;
-proprioception from before the chunk; the frame of another scene.
-"""
+"""The true environment as a world: rollouts in it are what the environment itself does."""
 
 from __future__ import annotations
 

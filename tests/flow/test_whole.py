@@ -55,19 +55,28 @@ def test_the_same_command_again_does_nothing_again(whole):
     assert {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*") if p.is_file()} == before
 
 
+def kill_while_at(stage, out, *arguments):
+    """Start the command and kill it, without warning, while `stage` is at work."""
+    begun = out / "stages" / stage / "begun.json"
+    before = begun.stat().st_mtime_ns if begun.exists() else None
+    command = [sys.executable, "-m", "worldenv.cli.train", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline and process.poll() is None:
+        if begun.exists() and begun.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, f"{stage} was over before it could be killed"
+    time.sleep(1.0)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def test_a_second_run_of_one_seed_that_is_killed_twice_gives_the_same_report(whole, tmp_path):
     out, _ = whole
     again = tmp_path / "again"
-    command = [sys.executable, "-m", "worldenv.cli.train", *FAST, "--out", str(again)]
-    for stage in ("explore", "loop"):  # kill it while this stage is at work
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while not (again / "stages" / stage / "begun.json").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, f"{stage} was over before it could be killed"
-        time.sleep(0.5)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_while_at("explore", again, *FAST, "--out", again)
+    kill_while_at("world", again, *FAST, "--out", again)
     train("--resume", again)
     assert not list(report.differences(report.comparable(record(out)), report.comparable(record(again))))
 

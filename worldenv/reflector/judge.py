@@ -147,7 +147,7 @@ class LlavaReflector:
         """Rows with the embeddings of their tokens."""
         llava, prompt = self.llava, self.llava.prompt
         opening = llava.words(prompt.before)
-        texts = {watch.instruction for _, watch in wanted}
+        texts = sorted({watch.instruction for _, watch in wanted})  # in one order: gradients of shared rows are summed in it
         asked = {text: torch.cat((llava.newline, llava.words(prompt.question(text)))) for text in texts}
         geometry = {text: self._geometry(text) for text in texts}
         readings = []

@@ -248,6 +248,29 @@ def test_order_is_a_function_of_seed_and_iteration(monkeypatch: pytest.MonkeyPat
     assert chosen[:2] != chosen[2:]
 
 
+def test_shuffle_control_gives_the_same_advantages_to_other_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else differs from the method; and every iteration shuffles otherwise."""
+    monkeypatch.setattr(update_module._Totals, "metrics", lambda *_: {})
+
+    def advantages(control: Any, iteration: int) -> dict[int, float]:
+        made, given = learner(dataclasses.replace(CONFIG, control=control)), {}
+        monkeypatch.setattr(made, "_step", lambda batch, advantage, *_: given.update(zip([r.number for r in batch], advantage.tolist(), strict=True)))
+        made.update(rollouts(made.policy), iteration)
+        return given
+
+    plain, first, second = advantages("none", 0), advantages("shuffle", 0), advantages("shuffle", 1)
+    assert plain == advantages("none", 1)
+    assert sorted(plain.values()) == sorted(first.values()) == sorted(second.values())
+    assert plain != first != second != plain
+
+
+def test_frozen_control_changes_no_weight() -> None:
+    made = learner(dataclasses.replace(CONFIG, control="frozen"))
+    before = {name: tensor.clone() for name, tensor in made.tree()["trained"].items()}
+    made.update(rollouts(made.policy), 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in made.tree()["trained"].items())
+
+
 def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     straight = learner()
     first = rollouts(straight.policy)

@@ -99,7 +99,8 @@ def example() -> dict[str, Any]:
         "loop": {
             "returns": [0.4, 0.42, 0.47],
             "seconds_per_iteration": 34.0,
-            "metrics": [{"clip_fraction": 0.1 * i, "ratio_max": 1.3, "kl": 0.01 * 9**i} for i in range(3)],
+            "curve": [{"iteration": 5 * i, **tally([20 + i, 24, 22 - i], 50)} for i in range(3)],
+            "metrics": [{"imagined_success": 0.5, "clip_fraction": 0.1 * i, "ratio_max": 1.3, "kl": 0.01 * 9**i} for i in range(3)],
         },
         "notes": ["No pretrained backbone."],
     }
@@ -426,7 +427,7 @@ def test_page_needs_nothing_else(run: Path) -> None:
 def test_plots_take_the_colours_of_the_page(run: Path) -> None:
     page = (run / "report.html").read_text()
     plots = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert len(plots) == 6
+    assert len(plots) == 7
     for plot in plots:
         # Fixed colours would vanish in the dark; white is the ground of Matplotlib's figure.
         assert not re.search(r"(fill|stroke): #", plot)

@@ -242,6 +242,8 @@ class SimulatorConfig:
     """Deltas of chunk i of a known path: rows iK .. iK + K - 1, or iK + memory - 1 .. iK + K + memory - 1 (the released sampler, i > 0)."""
     delta_stride: float = 1.0
     """Deltas are normalised by this multiple of mean and deviation (the released training and command line: 3)."""
+    action_maps: bool = True
+    """Show the action maps; else their channels are zero, in training and in rollouts: what is left knows the motion from its tokens alone."""
 
     def __post_init__(self) -> None:
         if self.height % self.vae.factor or self.width % self.vae.factor:
@@ -400,6 +402,26 @@ class WorldConfig:
     """Steps between held-out losses."""
     held_out_clips: int = 48
     """Clips of a held-out loss."""
+    sampling: Literal["uniform", "curriculum"] = "uniform"
+    """Which clips are drawn: all alike, or weighted by length, from `curriculum_begin` at the first step to `curriculum_end` at the last (the
+    paper's appendix C.1, which gives no weights)."""
+    curriculum_begin: tuple[float, float] = (0.0, -1.0)
+    """Powers at the first step: of the number of clips in an episode, in that episode's weight; of 1 + the chunks before a clip, in that
+    clip's weight within its episode. Below 0: short episodes, early clips."""
+    curriculum_end: tuple[float, float] = (1.0, 0.0)
+    """Powers at the last step; (1, 0) is every clip alike."""
+    initial: str = ""
+    """Checkpoint to begin from: ours, released EVAC, or DynamiCrafter-512. Its autoencoder is taken as it is. Empty: random weights."""
+    frozen: tuple[Literal["vae", "clip", "image_resampler", "action_resampler"], ...] = ("vae",)
+    """Parts that the simulator's training leaves as they are (the released model: vae clip action_resampler)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the simulator's forward and backward pass; weights, optimiser and loss are float32 either way."""
+    gradient_checkpointing: bool = False
+    """Keep the U-Net's activations at block borders only and compute the rest again in the backward pass: less memory, the same gradient."""
+
+    def __post_init__(self) -> None:
+        if "vae" not in self.frozen:
+            raise ValueError(f"world.frozen={self.frozen}: vae must be among them, since every episode is encoded once")
 
 
 @dataclass(frozen=True)
@@ -462,6 +484,13 @@ class LoopConfig:
     """Factor on the Laplace scale during rollouts and updates, inside the density (1 is the paper)."""
     microbatch: int = 16
     """Queries per forward and backward pass; the gradient does not depend on it."""
+    control: Literal["none", "shuffle", "frozen", "true-simulator"] = "none"
+    """What is taken out of the method to see what it does: shuffle (advantages permuted within each iteration), frozen (learning rates 0),
+    true-simulator (rollouts in the true environment, judged by its predicate)."""
+    termination: bool = True
+    """The reflector ends a rollout; else all run to the step limit and are judged there."""
+    snapshot_every: int = 5
+    """Iterations between kept copies of the policy, which stage eval measures; 0 keeps none."""
 
     def __post_init__(self) -> None:
         if self.group < 2:
@@ -476,6 +505,8 @@ class EvalConfig:
 
     episodes: int = 600
     """Paired test episodes per policy, spread over the tasks' test states."""
+    curve_episodes: int = 150
+    """Test episodes for each kept copy of the policy: success by iteration."""
 
 
 @dataclass(frozen=True)
@@ -542,6 +573,15 @@ EVAC = SimulatorConfig(
 )
 """The released EnerVerse-AC, with every switch as in its command line (AgibotTech/EnerVerse-AC, configs/agibotworld/config.yaml)."""
 
+EVAC_RLINF = dataclasses.replace(
+    EVAC, image_resampler=dataclasses.replace(EVAC.image_resampler, queries=128), height=256, width=256, chunk=8, denoise_steps=50
+)
+"""Shapes and steps of the EVAC that RLinf fine-tuned on LIBERO: chunks of 8 frames, 8 x 16 image tokens. How its maps were drawn (another
+camera, one arm in both places) is not reproduced."""
+
+RELEASED: dict[str, SimulatorConfig] = {"evac": EVAC, "evac-rlinf": EVAC_RLINF}
+"""Settings of released files, which do not hold them."""
+
 TINY = RunConfig(
     policy=PolicyConfig(
         image=64,
@@ -595,8 +635,8 @@ def fast(settings: RunConfig) -> RunConfig:
         explore=dataclasses.replace(settings.explore, episodes=36),
         world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),
         reward=dataclasses.replace(settings.reward, backbone_steps=20, head_epochs=4, embeddings=200),
-        loop=dataclasses.replace(settings.loop, contexts=3, iterations=2),
-        eval=dataclasses.replace(settings.eval, episodes=30),
+        loop=dataclasses.replace(settings.loop, contexts=3, iterations=2, snapshot_every=1),
+        eval=dataclasses.replace(settings.eval, episodes=30, curve_episodes=6),
         report=dataclasses.replace(settings.report, replays=6, videos=3),
     )
 

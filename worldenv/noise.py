@@ -86,6 +86,8 @@ class Stream(IntEnum):
     """Choices of evaluation."""
     REPORT = 25
     """Which rollouts the report replays and shows."""
+    SHUFFLE = 26
+    """Permutation of the advantages in the shuffle control, by iteration."""
 
 
 def philox(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +25,7 @@ from worldenv.data import collect as data
 from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.tabletop import Tabletop
+from worldenv.envs.true_world import TrueWorld
 from worldenv.kinematics import ControllerModel, fit
 from worldenv.learning import reward_head, scale_head, sft, world_model
 from worldenv.learning.loop.update import Learner
@@ -37,7 +39,7 @@ from worldenv.rollout.store import RolloutStore
 from worldenv.run import Run, Stage
 from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
-from worldenv.world import ImaginedWorld
+from worldenv.world import ImaginedWorld, World
 
 LOOP_NUMBERS, REPLAY_NUMBERS = 1 << 24, 1 << 31
 """First rollout numbers of LOOP and of the audit; exploration counts from 0. Numbers are the second half of noise keys: no two alike."""
@@ -171,12 +173,26 @@ def _contexts(desk: Desk, iteration: int) -> list[Context]:
     return chosen
 
 
+def _practice_world(desk: Desk) -> tuple[World, float]:
+    """Where LOOP's rollouts happen, and the score above which they end."""
+    if desk.settings.loop.control == "true-simulator":
+        world: World = TrueWorld(desk.env, desk.device)
+        threshold = 0.5
+    else:
+        reflector = desk.reflector()
+        world, threshold = desk.world(reflector), reflector.config.threshold
+    return world, threshold if desk.settings.loop.termination else math.inf
+
+
+def _snapshot(stage: Stage, iterations: int) -> Path:
+    return stage.folder / f"policy-{iterations:04d}.safetensors"
+
+
 def loop(desk: Desk, stage: Stage) -> None:
     """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
     settings, env = desk.settings.loop, desk.settings.env
     learner = Learner(desk.policy("scale"), settings, desk.seed)
-    reflector = desk.reflector()
-    imagined = desk.world(reflector)
+    world, threshold = _practice_world(desk)
     savepoint = stage.savepoint("iterations")
     history: list[dict[str, float]] = []
     seconds: list[float] = []
@@ -194,9 +210,7 @@ def loop(desk: Desk, stage: Stage) -> None:
             for n in range(per)
         ]
         jobs = [job for job in jobs if job.number not in made]
-        for rollout in collect(
-            learner.policy, imagined, jobs, seed=desk.seed, steps=env.steps, threshold=reflector.config.threshold, slots=settings.slots
-        ):
+        for rollout in collect(learner.policy, world, jobs, seed=desk.seed, steps=env.steps, threshold=threshold, slots=settings.slots):
             store.add(rollout)
         collected = time.monotonic()
         metrics = learner.update(store.rollouts, iteration)
@@ -209,6 +223,8 @@ def loop(desk: Desk, stage: Stage) -> None:
         })  # fmt: skip
         seconds.append(time.monotonic() - began)
         stage.timings["rollouts_per_second"] = len(jobs) / max(collected - began, 1e-9)
+        if settings.snapshot_every and (iteration + 1) % settings.snapshot_every == 0:
+            policies.save(_snapshot(stage, iteration + 1), learner.policy, learner.merged())
         savepoint.save({"learner": learner.tree(), "history": history, "seconds": seconds})
         store.discard()
         bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
@@ -229,6 +245,7 @@ def evaluate(desk: Desk, stage: Stage) -> None:
     checkpoint.save(stage.folder / "outcomes.safetensors", {name: one.tree() for name, one in outcomes.items()})
     stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
+    stage.metrics["curve"] = _curve(desk)
     imagined = desk.world(reflector)
     held_out = desk.explored[1]
     stage.metrics["world"] = _fidelity(desk, imagined, held_out)
@@ -236,6 +253,19 @@ def evaluate(desk: Desk, stage: Stage) -> None:
         pairs = _replays(desk, name, imagined, reflector, REPLAY_NUMBERS + i * settings.report.replays)
         stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
         checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
+
+
+def _curve(desk: Desk) -> list[dict[str, Any]]:
+    """Greedy success in the true environment by LOOP iteration, from the copies that stage loop kept; 0 is the policy that it started from."""
+    chosen = evaluation.starts(desk.env, min(desk.settings.eval.curve_episodes, desk.settings.eval.episodes))
+    kept = [(0, desk.run.folder("scale") / "policy.safetensors")]
+    kept += [(int(path.stem.rpartition("-")[2]), path) for path in sorted(desk.run.folder("loop").glob("policy-*.safetensors"))]
+    rows = []
+    for iteration, path in kept:
+        policy = policies.load(path, desk.device)
+        outcome = evaluation.evaluate(policy, desk.env, chosen, desk.settings.env.steps, None, 1.0, desk.device, f"eval iteration {iteration}")
+        rows.append({"iteration": iteration, **outcome.tally(desk.env.tasks)["oracle"]})
+    return rows
 
 
 def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -296,6 +326,7 @@ def write_report(desk: Desk, stage: Stage) -> None:
         "loop": {
             "returns": [row["return"] for row in history],
             "metrics": history,
+            "curve": metrics["eval"]["curve"],
             "seconds_per_iteration": records["loop"]["timings"]["seconds_per_iteration"],
             "rollouts_per_second": records["loop"]["timings"]["rollouts_per_second"],
         },
@@ -320,6 +351,10 @@ def _notes(desk: Desk) -> list[str]:
         f"Memory is the sum of resident pages over the process tree, sampled; density: scale factor {settings.loop.scale_factor:g}, "
         f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
     ]
+    if settings.loop.control != "none":
+        notes.append(f"Control: loop.control={settings.loop.control}. This is not the method, but what it is compared with.")
+    if not settings.loop.termination:
+        notes.append("loop.termination=False: no rollout was ended by the reflector; each was judged at the step limit.")
     if not settings.world.extra_data:
         notes.append("--no-extra-data: the world model saw demonstrations alone.")
     if not settings.reward.head:

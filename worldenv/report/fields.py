@@ -41,6 +41,11 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_number, value))
 
 
+def _is_point(value: Any) -> bool:
+    counted = isinstance(value, dict) and all(_count(value.get(key)) for key in ("iteration", "successes", "episodes"))
+    return counted and _interval(value.get("interval"))
+
+
 _TEXT: tuple[_Check, str] = (lambda v: isinstance(v, str) and v != "", "text")
 _COUNT: tuple[_Check, str] = (_count, "a whole number, 0 or more")
 _AMOUNT: tuple[_Check, str] = (lambda v: _number(v) and v >= 0, "a number, 0 or more")
@@ -61,6 +66,10 @@ _TEXT_BY_NAME: tuple[_Check, str] = (
 _STEPS: tuple[_Check, str] = (
     lambda v: isinstance(v, list) and all(isinstance(one, dict) and all(n is None or _number(n) for n in one.values()) for one in v),
     "a list of objects of numbers, one per iteration",
+)
+_CURVE: tuple[_Check, str] = (
+    lambda v: isinstance(v, list) and len(v) > 0 and all(_is_point(one) for one in v),
+    "a list of {iteration, successes, episodes, interval, by_task}, not empty",
 )
 
 
@@ -110,6 +119,7 @@ FIELDS: tuple[Field, ...] = (
     Field("loop.returns", _NUMBERS),
     Field("loop.seconds_per_iteration", _AMOUNT),
     Field("loop.metrics", _STEPS),
+    Field("loop.curve?", _CURVE),
 )
 """What a report holds at least, and what it may hold. Other fields are allowed and kept."""
 

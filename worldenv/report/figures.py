@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ def draw(report: Mapping[str, Any], figures: Figures) -> list[Plot]:
     """Every plot that the report has numbers for, in the page's order."""
     with matplotlib.rc_context(_STYLE):
         plots = [_success(report), _returns(report), _psnr(report)]
-        plots += [plot for plot in (_updates(report), _calibration(report, figures)) if plot is not None]
+        plots += [plot for plot in (_by_iteration(report), _updates(report), _calibration(report, figures)) if plot is not None]
         return plots + [_curve(i, title, curve) for i, (title, curve) in enumerate(figures.curves.items())]
 
 
@@ -199,6 +200,34 @@ def _returns(report: Mapping[str, Any]) -> Plot:
         "judgement. Squares: greedy success in the true environment on test states. Only the squares say whether the policy got better."
     )
     return _finish("returns", "Return by iteration", caption, figure)
+
+
+def _by_iteration(report: Mapping[str, Any]) -> Plot | None:
+    """Greedy true success of the policy's kept copies, in all and by task (cf. the paper's Figure 3), beside imagined success."""
+    points = report["loop"].get("curve", [])
+    if len(points) < 2:
+        return None
+    figure, (axes,) = _axes()
+    iteration = [one["iteration"] for one in points]
+    for task, dash in zip(points[0].get("by_task", {}), itertools.cycle(("-.", "--", ":"))):
+        counts = [one["by_task"][task] for one in points]
+        axes.plot(iteration, [100 * one["successes"] / one["episodes"] for one in counts], dash, lw=1.1, color=_BEFORE, label=task)
+    rate = np.array([100 * one["successes"] / one["episodes"] for one in points])
+    ends = 100 * np.array([one["interval"] for one in points]).T
+    error = np.maximum([rate - ends[0], ends[1] - rate], 0)
+    axes.errorbar(iteration, rate, yerr=error, fmt="o-", ms=4, capsize=3, elinewidth=1.2, color=_AFTER, label="all tasks, true")
+    imagined = [(i, 100 * one["imagined_success"]) for i, one in enumerate(report["loop"]["metrics"], 1) if one.get("imagined_success") is not None]
+    if imagined:
+        axes.plot(*zip(*imagined, strict=True), lw=0.9, color=_IMAGINED, label="rollouts that LOOP saw succeed, sampled")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("success [%]")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=7, columnspacing=1)
+    caption = (
+        f"Greedy success in the true environment on {points[0]['episodes']} test states, episodes ended by the predicate, with 95 % Wilson "
+        "intervals; nothing was chosen by it. Thin line: what the rollouts of each iteration were judged to be, noise included."
+    )
+    return _finish("iterations", "Success by iteration", caption, figure)
 
 
 def _psnr(report: Mapping[str, Any]) -> Plot:

@@ -75,7 +75,8 @@ class Learner:
                 self._lora[name] = parameter
             elif name.startswith(HEADS):
                 self._heads[name] = parameter
-        groups = [{"params": list(self._lora.values()), "lr": config.lora_lr}, {"params": list(self._heads.values()), "lr": config.head_lr}]
+        lora_lr, head_lr = (0.0, 0.0) if config.control == "frozen" else (config.lora_lr, config.head_lr)
+        groups = [{"params": list(self._lora.values()), "lr": lora_lr}, {"params": list(self._heads.values()), "lr": head_lr}]
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
 
     def update(self, rollouts: Sequence[Rollout], iteration: int) -> dict[str, float]:
@@ -90,6 +91,9 @@ class Learner:
         rollouts = sorted(rollouts, key=lambda r: r.number)  # not the order in which they ended
         value = torch.tensor([r.value for r in rollouts], dtype=torch.float64)
         advantage = leave_one_out(value, torch.tensor([r.group for r in rollouts])).float()
+        if self.config.control == "shuffle":
+            draw = noise.integers(self._seed, noise.Stream.SHUFFLE, iteration, 2**32, len(rollouts))
+            advantage = advantage[np.argsort(draw, kind="stable")]
         mean_steps = sum(r.steps for r in rollouts) / len(rollouts)
         self.check_ratio(rollouts if self._fresh else rollouts[: self.config.batch], iteration)
         self._fresh = False

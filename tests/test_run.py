@@ -113,3 +113,26 @@ def test_other_settings_and_other_folders_are_refused(tmp_path):
     with pytest.raises(RunError, match="no run of ours"):
         Run(tmp_path / "b", config.TINY)
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["thesis.tex"]
+
+
+def test_a_stage_is_taken_from_another_run_and_neither_can_harm_the_other(run, tmp_path):
+    other, stranger = Run(tmp_path / "other", config.TINY), tmp_path / "stranger"
+    work(other, "demos", "f", "theirs")
+    assert not run.borrow("demos", "g", [other.out])
+    assert not run.check("demos", "f")
+    assert run.borrow("demos", "f", [stranger, other.out])
+    assert run.check("demos", "f")
+    assert run.record("demos") == other.record("demos")
+    work(run, "demos", "g", "ours")
+    assert other.check("demos", "f")
+    assert (other.folder("demos") / "data.txt").read_text() == "theirs"
+
+
+def test_an_unfinished_or_damaged_stage_is_not_taken(run, tmp_path):
+    other = Run(tmp_path / "other", config.TINY)
+    fail(other, "demos")
+    assert not run.borrow("demos", "f", [other.out])
+    work(other, "sft", "f")
+    (other.folder("sft") / "data.txt").write_text("outpux")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.borrow("sft", "f", [other.out])

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,21 @@ class Run:
                 raise CheckpointError(f"{path}: {what} since stage {stage} wrote it; make it again with --from {stage}")
         return True
 
+    def borrow(self, stage: str, fingerprint: str, others: Sequence[Path]) -> bool:
+        """Take `stage` from the first run folder of `others` that has done it with this fingerprint: hard links where the disk has them.
+
+        Files are never changed in place, so neither run can harm the other. Raises CheckpointError as `check` does.
+        """
+        for other in others:
+            theirs = other / "stages" / stage
+            if (theirs / RECORD).is_file() and _read_json(theirs / RECORD, f"delete {theirs}").get("fingerprint") == fingerprint:
+                self.forget(stage)
+                record = self.folder(stage) / RECORD
+                shutil.copytree(theirs, self.folder(stage), copy_function=_link, ignore=shutil.ignore_patterns(RECORD))
+                checkpoint.write_text(record, (theirs / RECORD).read_text(encoding="utf-8"))  # last, as at the end of a stage
+                return self.check(stage, fingerprint)
+        return False
+
     def forget(self, stage: str) -> None:
         """Remove what `stage` left."""
         shutil.rmtree(self.folder(stage), ignore_errors=True)
@@ -160,6 +176,13 @@ class Run:
         checkpoint.write_text(folder / RECORD, json.dumps(record, indent=1))
         (folder / BEGUN).unlink()
         console.say(f"{stage:>7}: {record['seconds']:8.1f} s  {record['peak_rss_mb']:7.0f} MB  {_headline(current.metrics)}")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:

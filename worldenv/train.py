@@ -407,9 +407,10 @@ STAGES: dict[str, Plan] = {
 }
 
 
-def train(out: Path, settings: RunConfig, first: str | None = None, only: str | None = None) -> None:
+def train(out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = ()) -> None:
     """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone.
 
+    A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
     Raises RunError, CheckpointError, FloatingPointError or OSError with one line that names the thing and the cure.
     """
     run = Run(out, settings)
@@ -423,6 +424,9 @@ def train(out: Path, settings: RunConfig, first: str | None = None, only: str | 
         fingerprint = run.fingerprint(name, plan.settings(settings), list(plan.inputs))
         if run.check(name, fingerprint):
             console.say(f"{name:>7}: skipped, done before")
+            continue
+        if name not in again and run.borrow(name, fingerprint, reuse):
+            console.say(f"{name:>7}: taken from another run")
             continue
         with run.at_work(name, fingerprint) as stage:
             plan.work(desk, stage)

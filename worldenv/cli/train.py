@@ -36,6 +36,8 @@ class TrainArgs:
     """Do this stage alone, again."""
     resume: Path | None = None
     """Go on with the run in this folder, with the settings that it has stored."""
+    reuse: tuple[Path, ...] = ()
+    """Runs whose finished stages are taken over where settings and inputs are the same; they are not changed."""
     no_extra_data: bool = False
     """Train the world model on demonstrations alone (the paper's first ablation)."""
     no_reward_head: bool = False
@@ -71,12 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--resume {args.resume} and --out {args.out}: a run goes on in its own folder; leave --out away")
         if args.only and args.from_stage:
             raise ValueError("--only and --from: choose one")
+        if missing := [str(folder) for folder in args.reuse if not (folder / "run.json").is_file()]:
+            raise ValueError(f"--reuse {missing[0]}: no run there (no run.json)")
         settings = _settings(args)
     except ValueError as error:
         print(f"worldenv-train: {error}", file=sys.stderr)
         return 2
     try:
-        train.train(args.out, settings, first=args.from_stage, only=args.only)
+        train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse)
     except KeyboardInterrupt:
         print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
         return 130

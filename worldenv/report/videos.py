@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -94,36 +97,53 @@ def _strip(video: Video, now: int, width: int) -> NDArray[np.uint8]:
     return strip
 
 
+def side_by_side(views: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """`views` (H, W, 3) uint8 enlarged by the largest whole factor that suits them, one beside the other: (height, width, 3)."""
+    factor = max(1, _SIDE // max(views[0].shape[:2]))
+    gap = np.full((views[0].shape[0] * factor, _GAP, 3), _PAPER, np.uint8)
+    parts = [part for view in views for part in (gap, view.repeat(factor, axis=0).repeat(factor, axis=1))]
+    return np.concatenate(parts[1:], axis=1)
+
+
 def picture(video: Video, t: int) -> NDArray[np.uint8]:
     """Frame `t` as it is shown: (height, width, 3) uint8, both sides even, as 4:2:0 video needs."""
-    factor = max(1, _SIDE // max(video.imagined.shape[1:3]))
-    views = [video.imagined[t]] if video.true is None else [video.imagined[t], video.true[t]]
-    large = [view.repeat(factor, axis=0).repeat(factor, axis=1) for view in views]
-    gap = np.full((large[0].shape[0], _GAP, 3), _PAPER, np.uint8)
-    whole = large[0] if len(large) == 1 else np.concatenate([large[0], gap, large[1]], axis=1)
+    whole = side_by_side([video.imagined[t]] if video.true is None else [video.imagined[t], video.true[t]])
     if video.scores is not None or video.success is not None:
         whole = np.concatenate([_strip(video, t, whole.shape[1]), np.full((4, whole.shape[1], 3), _PAPER, np.uint8), whole])
-    odd = [(0, side % 2) for side in whole.shape[:2]]
-    return np.pad(whole, (*odd, (0, 0)), mode="edge")
+    return even(whole)
 
 
-def encode(video: Video) -> Clip:
-    """The video as H.264 in MP4, T frames at 10 per second.
+def even(whole: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`whole` (height, width, 3) with its last row or column again where a side is odd."""
+    return np.pad(whole, (*((0, side % 2) for side in whole.shape[:2]), (0, 0)), mode="edge")
 
-    Raises ValueError where this build of FFmpeg has no H.264 encoder.
+
+def write_mp4(target: BinaryIO | Path, pictures: Iterable[NDArray[np.uint8]], fps: int = FPS) -> tuple[int, int, int]:
+    """Encode `pictures` (height, width, 3) uint8, all of one even size and at least one, as H.264 in MP4, one at a time.
+
+    Returns how many there were, their width and height [px]. Raises ValueError where this build of FFmpeg has no H.264 encoder.
     """
     if "libx264" not in av.codecs_available:
         raise ValueError("videos need FFmpeg with libx264; the av wheels have it: pip install --force-reinstall --only-binary=av av")
-    pictures = [picture(video, t) for t in range(len(video.imagined))]
-    height, width = pictures[0].shape[:2]
-    memory = io.BytesIO()
-    with av.open(memory, "w", format="mp4") as container:
-        # One thread and no B-frames: the same frames give the same bytes, and every player shows the first frame at time 0.
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "20", "preset": "slow", "threads": "1", "bf": "0"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.time_base = Fraction(1, FPS)
+    count, size, stream = 0, (0, 0), None
+    with av.open(target if isinstance(target, io.IOBase) else str(target), "w", format="mp4") as container:
         for one in pictures:
+            if stream is None:
+                # One thread and no B-frames: the same frames give the same bytes, and every player shows the first frame at time 0.
+                stream = container.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "slow", "threads": "1", "bf": "0"})
+                stream.height, stream.width = one.shape[:2]
+                stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, fps)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+            count, size = count + 1, (one.shape[1], one.shape[0])
+        if stream is None:
+            raise ValueError("a video of no pictures")
         container.mux(stream.encode())
+    return count, *size
+
+
+def encode(video: Video) -> Clip:
+    """The video as H.264 in MP4, T frames at 10 per second. Raises ValueError as `write_mp4` does."""
+    memory = io.BytesIO()
+    count, width, height = write_mp4(memory, (picture(video, t) for t in range(len(video.imagined))))
     has_strip = video.scores is not None or video.success is not None
-    return Clip(video.title, video.caption, len(pictures), video.true is not None, has_strip, memory.getvalue(), (width, height))
+    return Clip(video.title, video.caption, count, video.true is not None, has_strip, memory.getvalue(), (width, height))

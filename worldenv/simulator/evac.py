@@ -10,7 +10,7 @@ Source: EnerVerse-AC (arXiv:2505.09723) and its public code's order of work; eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -108,6 +108,17 @@ class Evac(nn.Module):
             torch.manual_seed(counter_noise.torch_seed(seed, counter_noise.Stream.WEIGHTS, _NETWORK))
             return cls(config)
 
+    @classmethod
+    def unfilled(cls, config: SimulatorConfig) -> Self:
+        """A simulator whose weights are to be filled from a file: no time is spent on random ones. Buffers are as `config` has them."""
+        with torch.device("meta"):
+            simulator = cls(config)
+        simulator.to_empty(device="cpu")
+        simulator.latent_scale.fill_(config.latent_scale)
+        simulator.delta_mean.zero_()
+        simulator.delta_std.fill_(1.0)
+        return simulator
+
     @property
     def chunk(self) -> int:
         """See `Simulator`."""
@@ -120,6 +131,13 @@ class Evac(nn.Module):
         """
         draws = 1 + (self.config.denoise_steps if self.config.eta > 0 else 0) + (2 if self.config.posterior == "sample" else 0)
         return draws, self.config.vae.z_channels, self.config.chunk, *self.config.latent
+
+    def sample_with(self, denoise_steps: int | None = None, eta: float | None = None, guidance: float | None = None) -> None:
+        """Change how rollouts are sampled; None leaves a setting as it is. Raises ValueError where the numbers make no sampler."""
+        asked = {"denoise_steps": denoise_steps, "eta": eta, "guidance": guidance}
+        config = replace(self.config, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
+        self.sampler = Sampler.ddim(config.denoise_steps, config.eta, config.dynamic_rescale)
+        self.config = config
 
     # what pictures, maps and motion are turned into
 
@@ -194,7 +212,7 @@ class Evac(nn.Module):
         shown = shown.view(batch, 1, 1, 1, 1).expand(-1, 1, chunk, height, width)
         latent = torch.cat([memory, memory[:, :, -1:] * shown], dim=2)
         mask = torch.cat([memory.new_ones(batch, 1, remembered, height, width), shown], dim=2)
-        maps = torch.cat([torch.zeros_like(memory), maps], dim=2)
+        maps = torch.cat([torch.zeros_like(memory), maps if self.config.action_maps else torch.zeros_like(maps)], dim=2)
         fixed = torch.cat([latent, mask, maps, rays.to(memory.dtype)], dim=1)
         return Condition(memory, fixed, image, action, tuple(self.unet.keys_values(image, action)))
 
@@ -261,16 +279,52 @@ class Evac(nn.Module):
                 f"imagine: {len(memory)} memories, action map {tuple(action_map.picture.shape)}, noise {tuple(noise.shape)}: "
                 f"want B, (B, {self.chunk}, H, W, 3), (B, {', '.join(map(str, self.noise_shape()))})"
             )
+        told = self.action_tokens(self.normalise(action_map.delta))
+        return self._imagine(memory, action_map.picture, action_map.rays, told, noise)
+
+    @torch.no_grad()
+    def imagine_path(
+        self,
+        frame: torch.Tensor,
+        maps: Callable[[int, int], torch.Tensor],
+        rays: torch.Tensor,
+        deltas: torch.Tensor,
+        noise: Callable[[int], torch.Tensor],
+    ) -> Iterator[torch.Tensor]:
+        """What follows `frame` (H, W, 3) uint8 along a path that is known to its end, chunk by chunk: (K, H, W, 3) uint8, at its end fewer.
+
+        `maps(first, end)` draws the action maps (end - first, H, W, 3) uint8 of these steps, asked for as they are needed; `rays` (6, h, w);
+        `deltas` (N, 14) one row per step, not normalised; `noise(chunk)` *noise_shape(). A chunk that the path does not fill is given its
+        last map again and deltas of 0, after normalisation (the released sampler's padding). Raises FloatingPointError where latents are not
+        finite.
+        """
+        (memory,) = self.begin(frame[None])
+        steps, told = len(deltas), self.normalise(deltas)[None]
+        for number, first in enumerate(range(0, steps, self.chunk)):
+            end = min(first + self.chunk, steps)
+            drawn = maps(first, end)
+            drawn = torch.cat([drawn, drawn[-1:].expand(self.chunk - len(drawn), -1, -1, -1)])
+            tokens = self.action_tokens(chunk_deltas(told, number, self.config))
+            frames, (memory,) = self._imagine([memory], drawn[None], rays[None], tokens, noise(number)[None])
+            if not bool(torch.isfinite(memory.history[-self.chunk :]).all()):
+                raise FloatingPointError(f"latents of chunk {number} are not finite; try another precision, and look at the checkpoint")
+            yield frames[0, : end - first]
+
+    def _imagine(
+        self, memory: Sequence[Memory], picture: torch.Tensor, rays: torch.Tensor, action: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, list[Memory]]:
+        """As `imagine`, of action maps `picture` (B, K, H, W, 3) uint8, `rays` and `action` tokens."""
+        batch, chunk = picture.shape[:2]
         sampled = self.config.posterior == "sample"
         memory = [self._drawn(one, noise[i, -1]) for i, one in enumerate(memory)]
-        maps = self.encode(self.picture(action_map.picture.flatten(0, 1)), noise[:, -2].transpose(1, 2).flatten(0, 1) if sampled else None)
+        maps = self.encode(self.picture(picture.flatten(0, 1)), noise[:, -2].transpose(1, 2).flatten(0, 1) if sampled else None)
         remembered = torch.stack([one.history[memory_indices(len(one.history), self.config.memory)] for one in memory])
         condition = self.condition(
             remembered.transpose(1, 2),
             maps.view(batch, chunk, *maps.shape[1:]).transpose(1, 2),
-            action_map.rays,
+            rays,
             self._first_tokens(memory),
-            self.action_tokens(self.normalise(action_map.delta)),
+            action,
         )
         latents = self.denoise(condition, noise).transpose(1, 2)
         frames = self.frames(latents.flatten(0, 1))

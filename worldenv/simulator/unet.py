@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from worldenv.config import UNetConfig
 from worldenv.simulator.layers import ClipNorm, FrameConv, FrameNorm, channels_last, upsample, zero
@@ -323,6 +324,8 @@ class UNet(nn.Module):
 
         self.time_embed, self.fps_embedding = embed(), embed()
         self.domain_embedding = nn.Embedding(config.domains, embedding)
+        self.recompute = False
+        """Keep only what enters each layer for the backward pass, and compute the rest again there (gradient checkpointing)."""
         self._blocks = 0
 
         def residual(channels_in: int, channels: int) -> ResBlock:
@@ -408,13 +411,13 @@ class UNet(nn.Module):
         def run(layers: nn.Module, h: torch.Tensor) -> torch.Tensor:
             assert isinstance(layers, nn.ModuleList)
             for layer in layers:
+                given: tuple[torch.Tensor | KeysValues, ...] = ()
                 if isinstance(layer, ResBlock):
                     before, now = (row.expand(batch, -1)[:, None] for row in next(rows))
-                    h = layer(h, torch.cat([before.expand(-1, memory, -1), now.expand(-1, frames - memory, -1)], dim=1))
+                    given = (torch.cat([before.expand(-1, memory, -1), now.expand(-1, frames - memory, -1)], dim=1),)
                 elif isinstance(layer, SpatialTransformer):
-                    h = layer(h, next(views))
-                else:
-                    h = layer(h)
+                    given = (next(views),)
+                h = checkpoint(layer, h, *given, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(h, *given)
             return h
 
         h, skips = x.permute(0, 2, 3, 4, 1).contiguous(), []

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from worldenv import checkpoint
 from worldenv import config as configs
 from worldenv.checkpoint import CheckpointError
 from worldenv.simulator.evac import Evac
@@ -32,7 +33,7 @@ PREFIXES = {
 }
 """Part of `Evac` -> prefix of its tensors in a released file."""
 
-_DEEPSPEED = "_forward_module."
+_WRAPPERS = re.compile(r"^(_forward_module\.|module\.)+")  # DeepSpeed's and DistributedDataParallel's
 _NO_WEIGHTS = re.compile(
     r"^(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod"
     r"|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped|posterior_mean_coef[12]"
@@ -44,7 +45,10 @@ DEAD = {
     "clip": re.compile(r"^(ln_post\.(weight|bias)|proj)$"),  # after the last layer
 }
 """Tensors of released files that have no influence on anything; matched only where our networks have no such name."""
-_LISTED = 8
+_CLIP_TEXT = re.compile(r"^(transformer\.|token_embedding\.|ln_final\.|positional_embedding$|text_projection$|logit_scale$|attn_mask$)")
+"""The text half of an open_clip file."""
+Misfits = dict[str, list[str]]
+"""Kind ("missing", "too much", "mis-shaped") -> names of tensors."""
 
 
 def read(path: Path) -> Tensors:
@@ -65,7 +69,7 @@ def read(path: Path) -> Tensors:
     tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors under 'state_dict', 'module' or at its top")
-    return {name.removeprefix(_DEEPSPEED): value for name, value in tensors.items()}
+    return {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
 
 
 def split(state: Mapping[str, torch.Tensor], name: str) -> dict[str, Tensors]:
@@ -79,32 +83,49 @@ def split(state: Mapping[str, torch.Tensor], name: str) -> dict[str, Tensors]:
         elif not _NO_WEIGHTS.match(key):
             strange.append(key)
     if strange:
-        raise CheckpointError(f"{name}: tensors of no known part: {_some(strange)}")
+        raise CheckpointError(f"{name}: tensors of no known part: {', '.join(sorted(strange))}")
     return parts
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(listed[:_LISTED]) + more
+def _fitting(module: nn.Module, weights: Mapping[str, torch.Tensor], dead: re.Pattern[str] | None) -> tuple[Tensors, Misfits]:
+    """Those of `weights` that are for `module`, without `dead` ones, and how they do not fit it."""
+    own = dict(module.state_dict())
+    given = {key: value for key, value in weights.items() if key in own or not (dead and dead.search(key))}
+    mis_shaped = [
+        f"{key} {tuple(given[key].shape)}, want {tuple(own[key].shape)}"
+        for key in sorted(own)
+        if key in given and given[key].shape != own[key].shape
+    ]
+    wrong = {"missing": sorted(own.keys() - given.keys()), "too much": sorted(given.keys() - own.keys()), "mis-shaped": mis_shaped}
+    return given, {kind: names for kind, names in wrong.items() if names}
+
+
+def _listed(misfits: Misfits) -> str:
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in misfits.items())
 
 
 def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str, dead: re.Pattern[str] | None = None) -> None:
     """Copy `weights` into `module`, all or nothing; names that match `dead` and are not ours are dropped.
 
-    Raises CheckpointError that names every tensor (the first few of each kind) that is missing, too much or of another shape.
+    Raises CheckpointError that names every tensor that is missing, too much or of another shape.
     """
-    own = dict(module.state_dict())
-    given = {key: value for key, value in weights.items() if key in own or not (dead and dead.search(key))}
-    mis_shaped = [
-        f"{key} {tuple(given[key].shape)}, want {tuple(own[key].shape)}"
-        for key in own
-        if key in given and given[key].shape != own[key].shape
-    ]
-    wrong = {"missing": own.keys() - given.keys(), "too much": given.keys() - own.keys(), "mis-shaped": mis_shaped}
-    if any(wrong.values()):
-        raise CheckpointError(f"{name}: " + "; ".join(f"{kind}: {_some(names)}" for kind, names in wrong.items() if names))
+    given, misfits = _fitting(module, weights, dead)
+    if misfits:
+        raise CheckpointError(f"{name}: {_listed(misfits)}")
     module.load_state_dict(given)
+
+
+def _fill_parts(simulator: Evac, parts: Mapping[str, Tensors], name: str) -> None:
+    """As `fill`, several parts of `simulator` at once: all of them or none."""
+    fitting = {part: _fitting(getattr(simulator, part), weights, DEAD.get(part)) for part, weights in parts.items()}
+    if wrong := {part: misfits for part, (_, misfits) in fitting.items() if misfits}:
+        cure, latents = "", parts.get("image_resampler", {}).get("latents")
+        if latents is not None and any(one.startswith("latents ") for one in wrong.get("image_resampler", {}).get("mis-shaped", [])):
+            cure = f". It has {latents.shape[1]} image tokens, these settings {simulator.config.image_resampler.queries}: "
+            cure += "take simulator.image_resampler.queries from the file (128: RLinf's fine-tuned EVAC, config.EVAC_RLINF)"
+        raise CheckpointError(f"{name}: " + "; ".join(f"{part}: {_listed(misfits)}" for part, misfits in wrong.items()) + cure)
+    for part, (given, _) in fitting.items():
+        getattr(simulator, part).load_state_dict(given)
 
 
 def load_published(simulator: Evac, state: Mapping[str, torch.Tensor], name: str, without: Iterable[str] = ()) -> None:
@@ -116,9 +137,13 @@ def load_published(simulator: Evac, state: Mapping[str, torch.Tensor], name: str
     parts, optional = split(state, name), set(without)
     if unknown := optional - PREFIXES.keys():
         raise ValueError(f"without={sorted(unknown)}: parts are {', '.join(PREFIXES)}")
-    for part, weights in parts.items():
-        if weights or part not in optional:
-            fill(getattr(simulator, part), weights, f"{name} ({part})", DEAD.get(part))
+    _fill_parts(simulator, {part: weights for part, weights in parts.items() if weights or part not in optional}, name)
+
+
+def load_clip(simulator: Evac, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Copy an open_clip file's image tower (ViT-H/14, from `read`) into `simulator`: for a released file that has none."""
+    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.") or not _CLIP_TEXT.match(key)}
+    _fill_parts(simulator, {"clip": tower}, name)
 
 
 def load_dynamicrafter(simulator: Evac, state: Mapping[str, torch.Tensor], name: str) -> list[str]:
@@ -135,11 +160,31 @@ def load_dynamicrafter(simulator: Evac, state: Mapping[str, torch.Tensor], name:
         widened = torch.zeros_like(own[first])
         widened[:, : given[first].shape[1]] = given[first]
         given[first] = widened
-    fill(simulator.unet, given | {key: own[key] for key in new}, f"{name} (unet)", DEAD["unet"])
-    for part in ("vae", "image_resampler", "clip"):
-        fill(getattr(simulator, part), parts[part], f"{name} ({part})", DEAD.get(part))
+    others = {part: parts[part] for part in ("vae", "image_resampler", "clip")}
+    _fill_parts(simulator, {"unet": given | {key: own[key] for key in new}, **others}, name)
     kept = [f"unet.{key}" for key in new]
     return [*kept, *(f"action_resampler.{key}" for key in simulator.action_resampler.state_dict())]
+
+
+def begin_from(simulator: Evac, path: Path) -> list[str]:
+    """Fill `simulator` from `path`, for training: a file of ours, released EVAC, or DynamiCrafter-512, told apart by what they hold.
+
+    Returns the names that the file has no weights for, which stay as they are. Raises CheckpointError as the functions for each.
+    """
+    if is_ours(path):
+        fill(simulator, _ours(checkpoint.load(path), str(path))["weights"], str(path))
+        return []
+    state = read(path)
+    if f"{PREFIXES['unet']}domain_embedding.weight" not in state:
+        return load_dynamicrafter(simulator, state, str(path))
+    load_published(simulator, state, str(path))
+    return []
+
+
+def _ours(tree: Any, name: str) -> dict[str, Any]:
+    if not isinstance(tree, dict) or tree.keys() != {"config", "weights"}:
+        raise CheckpointError(f"{name}: not a simulator; give the simulator.safetensors of a run's stage world")
+    return tree
 
 
 def to_tree(simulator: Evac) -> dict[str, Any]:
@@ -147,8 +192,37 @@ def to_tree(simulator: Evac) -> dict[str, Any]:
     return {"config": configs.to_dict(simulator.config), "weights": dict(simulator.state_dict())}
 
 
-def from_tree(tree: Mapping[str, Any], name: str) -> Evac:
-    """The simulator that `to_tree` kept, on the CPU. Raises CheckpointError where tensors do not fit the settings beside them."""
-    simulator = Evac(configs.from_dict(configs.SimulatorConfig, tree["config"]))
+def from_tree(tree: Any, name: str) -> Evac:
+    """The simulator that `to_tree` kept, on the CPU. Raises CheckpointError where it is of something else or its tensors do not fit."""
+    tree = _ours(tree, name)
+    try:
+        config = configs.from_dict(configs.SimulatorConfig, tree["config"])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    simulator = Evac.unfilled(config)
     fill(simulator, tree["weights"], name)
+    return simulator.eval()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `path` is a file of `worldenv.checkpoint`, by its header."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == checkpoint.FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def load(path: Path, released: configs.SimulatorConfig, clip: Path | None = None) -> Evac:
+    """The simulator in `path`, on the CPU: ours, with the settings that it keeps, or a released EVAC with the settings `released`.
+
+    `clip` is an open_clip file, for a released file without its image tower. Raises CheckpointError as `read` and `load_published` do.
+    """
+    if is_ours(path):
+        return from_tree(checkpoint.load(path), str(path))
+    state = read(path)
+    simulator = Evac.unfilled(released)
+    load_published(simulator, state, str(path), without=["clip"] if clip else [])
+    if clip is not None:
+        load_clip(simulator, read(clip), str(clip))
     return simulator.eval()

@@ -1,0 +1,377 @@
+"""worldenv-imagine: a first frame and what the robot does, in; the video that the simulator imagines, its action maps beside it, out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cv2
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+
+from worldenv import action_map, checkpoint, config, console, kinematics, noise
+from worldenv.cli.arguments import parse
+from worldenv.data import episode as episodes
+from worldenv.nouns import ACTION_DIM, Camera
+from worldenv.report import videos
+from worldenv.robots import agibot_g1
+from worldenv.robots.agibot_g1 import AGIBOT_G1
+from worldenv.robots.contract import ArmDrawing, Robot
+from worldenv.robots.panda import PANDA
+from worldenv.robots.tabletop import TABLETOP
+from worldenv.simulator import weights
+from worldenv.simulator.evac import DELTA_DIM, Evac
+
+ROBOTS = {robot.name: robot for robot in (AGIBOT_G1, PANDA, TABLETOP)}
+MODELS = {**config.RELEASED, "tiny": config.TINY.simulator}
+_BANNER = 28
+_LEAST_STD = 1e-4  # of a delta [m, rad]: dimensions that never move stay at 0
+_TURN_TOLERANCE = 1e-3
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ImagineArgs:
+    """Imagine a video from a first frame, actions and a camera."""
+
+    frame: Path | None = None
+    """First frame: a picture file, of any size."""
+    actions: Path | None = None
+    """.npy: EVAC's absolute poses (T, 16) of an AgiBot G1, or commands (T, 7) in [-1, 1] (dx dy dz, rotation, gripper -1 open) of one arm."""
+    intrinsics: Path | None = None
+    """Camera matrix at the frame's size [px]: .npy (3, 3), or EVAC's .json with fx, fy, ppx, ppy."""
+    extrinsics: Path | None = None
+    """Camera to world: .npy (4, 4) [m], OpenCV axes, or EVAC's .json."""
+    state: Path | None = None
+    """Where the arm starts, for commands (T, 7): .npy (8,): x y z [m], unit quaternion x y z w, gripper 0 shut .. 1 open."""
+    episode: Path | None = None
+    """Take all of the above from an episode of a run, RUN/stages/explore/NNNNNN.npz."""
+    checkpoint: Path | None = None
+    """Weights: simulator.safetensors of a run's stage world, or released EVAC (Lightning or DeepSpeed layout, or safetensors)."""
+    clip: Path | None = None
+    """CLIP ViT-H/14 of open_clip, for a released file that lacks its image tower."""
+    random_weights: bool = False
+    """Imagine with random weights: shows that everything runs, and nothing else. The video says so."""
+    model: Literal["evac", "evac-rlinf", "tiny"] = "evac"
+    """Sizes of the networks, where the file does not hold them: released files and random weights."""
+    robot: Literal["agibot_g1", "panda", "tabletop"] = "agibot_g1"
+    """Whose arms move: AgiBot G1 (poses), Franka Panda in LIBERO or the embedded tabletop's gripper (commands)."""
+    mirrored: bool = False
+    """The frame is flipped left-right after projection, as OpenVLA-OFT's LIBERO frames are."""
+    controller: Path | None = None
+    """controller.json of a run's stage world: how commands become motion; without it, the robot's nominal constants."""
+    statistics: Path | None = None
+    """.npy (2, 14): mean and deviation of the deltas that the weights were trained with. Released files hold none."""
+    denoise_steps: int | None = None
+    """DDIM steps; None: as the checkpoint has it (released: 27)."""
+    eta: float | None = None
+    """Noise of a DDIM step, 0 .. 1; None: as the checkpoint has it (released: 1)."""
+    guidance: float | None = None
+    """Classifier-free guidance; None: as the checkpoint has it (released: 1, off)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the networks."""
+    seed: int = 0
+    """Of all noise: the same seed gives the same video."""
+    device: str = "auto"
+    """torch device; auto takes cuda where there is one, else cpu."""
+    fps: int = videos.FPS
+    """Pictures per second of the video."""
+    out: Annotated[Path, tyro.conf.arg(metavar="V.mp4")] = Path("imagined.mp4")
+    """Video to write."""
+    force: bool = False
+    """Overwrite --out where it exists."""
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What moves before which camera: N + 1 states, the first one shown by the given frame."""
+
+    frame: NDArray[np.uint8]
+    """(H, W, 3)."""
+    pose: Doubles
+    """(N + 1, A, 7)."""
+    gripper: Doubles
+    """(N + 1, A)."""
+    arms: tuple[ArmDrawing, ...]
+    camera: Camera
+    robot: Robot
+
+
+def _array(path: Path, flag: str) -> Doubles:
+    """The numbers in an .npy file. Raises ValueError that names `flag` and the file."""
+    if not path.is_file():
+        raise ValueError(f"{flag} {path}: no such file")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{flag} {path}: not an .npy file of numbers ({str(error).splitlines()[0]})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"{flag} {path}: want one array of numbers")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{flag} {path}: value at {tuple(np.argwhere(~np.isfinite(array))[0].tolist())} is not finite")
+    return array.astype(np.float64)
+
+
+def _json(path: Path, flag: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path}: no readable JSON ({error})") from error
+
+
+def _picture(path: Path) -> NDArray[np.uint8]:
+    if not path.is_file():
+        raise ValueError(f"--frame {path}: no such file")
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    if picture is None:
+        raise ValueError(f"--frame {path}: not a picture that OpenCV can read")
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def intrinsics(path: Path) -> Doubles:
+    """(3, 3) of an .npy file, or of EVAC's JSON. Raises ValueError where that is no camera matrix."""
+    if path.suffix == ".json":
+        given = _json(path, "--intrinsics")
+        try:
+            fx, fy, cx, cy = (float(given[name]) for name in ("fx", "fy", "ppx", "ppy"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"--intrinsics {path}: want numbers fx, fy, ppx, ppy ({error!r})") from error
+        matrix = np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
+    else:
+        matrix = _array(path, "--intrinsics")
+    fits = matrix.shape == (3, 3)
+    if not fits or not np.isfinite(matrix).all() or matrix[0, 0] <= 0 or matrix[1, 1] <= 0 or (matrix[2] != [0, 0, 1]).any():
+        shown = matrix.tolist() if fits else matrix.shape
+        raise ValueError(f"--intrinsics {path}: {shown}, want (3, 3): fx, fy above 0 on the diagonal and a last row of 0 0 1")
+    return matrix
+
+
+def extrinsics(path: Path) -> Doubles:
+    """(4, 4) camera to world of an .npy file, or of EVAC's JSON. Raises ValueError where that is no rigid motion."""
+    if path.suffix == ".json":
+        given = _json(path, "--extrinsics")
+        try:
+            given = (given[0] if isinstance(given, list) else given)["extrinsic"]
+            matrix = np.eye(4)
+            matrix[:3, :3], matrix[:3, 3] = given["rotation_matrix"], given["translation_vector"]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"--extrinsics {path}: want [0].extrinsic with rotation_matrix and translation_vector ({error!r})") from error
+    else:
+        matrix = _array(path, "--extrinsics")
+    if matrix.ndim == 3 and matrix.shape[1:] == (4, 4) and len(matrix) and (matrix == matrix[:1]).all():
+        matrix = matrix[0]
+    if matrix.shape != (4, 4):
+        moves = ": the camera must stand still, one matrix for the whole video" if matrix.ndim == 3 else ""
+        raise ValueError(f"--extrinsics {path}: {matrix.shape}, want (4, 4), camera to world{moves}")
+    turn = matrix[:3, :3]
+    rigid = np.isfinite(matrix).all() and np.abs(turn @ turn.T - np.eye(3)).max() < _TURN_TOLERANCE and np.linalg.det(turn) > 0
+    if not rigid or (matrix[3] != [0, 0, 0, 1]).any():
+        raise ValueError(f"--extrinsics {path}: not a rigid motion: want a rotation, a translation and a last row of 0 0 0 1")
+    return matrix
+
+
+def _controller(path: Path | None, robot: Robot) -> kinematics.ControllerModel:
+    if path is None:
+        return kinematics.ControllerModel.of(robot)
+    try:
+        return kinematics.ControllerModel.from_dict(_json(path, "--controller"))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"--controller {path}: {error}") from error
+
+
+def _follow(command: Doubles, state: Doubles, model: kinematics.ControllerModel) -> tuple[Doubles, Doubles]:
+    """Poses (T + 1, 1, 7) and grippers (T + 1, 1) that commands (T, 7) lead to from `state` (8,)."""
+    begin = kinematics.rest(torch.from_numpy(state[None, :7]), torch.from_numpy(state[7:]))
+    path, _ = kinematics.follow(begin, torch.from_numpy(command)[None], model)
+    pose = torch.cat([begin.pose[:, None], path.pose], dim=1)[0, :, None].numpy()
+    return pose, torch.cat([begin.gripper[:, None], path.gripper], dim=1)[0, :, None].numpy()
+
+
+def motion(args: ImagineArgs) -> Motion:
+    """What the arguments say of frame, arms and camera. Raises ValueError with one line that names the argument."""
+    robot, given = ROBOTS[args.robot], {"frame": args.frame, "actions": args.actions, "intrinsics": args.intrinsics, "extrinsics": args.extrinsics}
+    state: Doubles | None
+    if args.episode is not None:
+        if mixed := [f"--{name}" for name, value in {**given, "state": args.state}.items() if value is not None]:
+            raise ValueError(f"--episode brings its own frame, actions, state and camera; leave {', '.join(mixed)} away")
+        episode = episodes.load(args.episode)
+        if episode.camera is None:
+            raise ValueError(f"--episode {args.episode}: does not say where its camera stood; give frame, actions and camera by themselves")
+        frame, camera, actions, name = episode.frame[0], episode.camera, episode.command.astype(np.float64), f"--episode {args.episode}"
+        state = np.concatenate([episode.pose[0], episode.gripper[:1]])
+    else:
+        if args.frame is None or args.actions is None or args.intrinsics is None or args.extrinsics is None:
+            missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
+            raise ValueError(f"give {missing}; or --episode, which holds them all")
+        frame, actions, name = _picture(args.frame), _array(args.actions, "--actions"), f"--actions {args.actions}"
+        height, width = frame.shape[:2]
+        camera = Camera(intrinsics(args.intrinsics), extrinsics(args.extrinsics), height, width, args.mirrored)
+        state = None if args.state is None else _array(args.state, "--state")
+    if actions.ndim == 2 and actions.shape[1] == 16 and robot is AGIBOT_G1:
+        if extra := [f"--{flag}" for flag in ("state", "controller") if getattr(args, flag) is not None]:
+            raise ValueError(f"{extra[0]}: poses (T, 16) say where the arms are at every step; leave it away")
+        try:
+            pose, gripper, arms = agibot_g1.states(actions)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return Motion(frame, pose, gripper, arms, camera, robot)
+    if actions.ndim != 2 or actions.shape[1] not in (ACTION_DIM, 16) or not len(actions):
+        raise ValueError(f"{name}: {actions.shape}, want poses (T, 16) of agibot_g1 or commands (T, 7) of panda or tabletop")
+    if actions.shape[1] == 16 or robot is AGIBOT_G1:
+        kind, fits = ("poses (T, 16)", "agibot_g1") if actions.shape[1] == 16 else ("commands (T, 7)", "panda or tabletop")
+        raise ValueError(f"{name}: {kind} are no actions of --robot {args.robot}; give --robot {fits}")
+    if np.abs(actions).max() > 1.0:
+        row, column = np.unravel_index(np.abs(actions).argmax(), actions.shape)
+        raise ValueError(f"{name}: row {row}, column {column} is {actions[row, column]:.4g}, want commands in -1 .. 1")
+    if state is None:
+        raise ValueError("commands (T, 7) start somewhere: give --state, .npy (8,) of x y z, quaternion x y z w, gripper 0 .. 1")
+    if state.shape != (8,) or abs(float(np.linalg.norm(state[3:7])) - 1.0) > _TURN_TOLERANCE or not 0.0 <= state[7] <= 1.0:
+        raise ValueError(f"--state: {state.tolist()}, want (8,): x y z [m], unit quaternion x y z w, gripper 0 .. 1")
+    pose, gripper = _follow(actions, state, _controller(args.controller, robot))
+    return Motion(frame, pose, gripper, robot.arms[-1:], camera, robot)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _simulator(args: ImagineArgs) -> Evac:
+    if args.clip is not None and (args.checkpoint is None or weights.is_ours(args.checkpoint)):
+        raise ValueError(f"--clip {args.clip}: is for a released --checkpoint that lacks its image tower; leave it away")
+    if args.checkpoint is None:
+        return Evac.initialised(MODELS[args.model], args.seed).eval()
+    return weights.load(args.checkpoint, MODELS[args.model], args.clip)
+
+
+def _set_statistics(simulator: Evac, args: ImagineArgs, deltas: torch.Tensor, arms: Sequence[ArmDrawing]) -> str:
+    """Give `simulator` the mean and deviation of deltas where its file has none; returns where they come from."""
+    if args.statistics is not None:
+        given = _array(args.statistics, "--statistics")
+        if given.shape != (2, DELTA_DIM) or (given[1] <= 0).any():
+            raise ValueError(f"--statistics {args.statistics}: {given.shape}, want (2, 14): mean, then deviation above 0")
+        source = str(args.statistics)
+        mean, deviation = (torch.from_numpy(row.astype(np.float32)) for row in given)
+    elif args.checkpoint is not None and weights.is_ours(args.checkpoint):
+        return "checkpoint"
+    else:
+        source = "these actions"
+        mean, deviation = deltas.mean(0), deltas.std(0, correction=0).clamp_min(_LEAST_STD)
+        console.say("no --statistics: deltas are normalised by mean and deviation of these very actions, not by those of the training data")
+    absent = torch.ones(DELTA_DIM, dtype=torch.bool)
+    for arm in arms:
+        side = 0 if arm.side == "left" else DELTA_DIM // 2
+        absent[side : side + DELTA_DIM // 2] = False
+    simulator.delta_mean.copy_(torch.where(absent, 0.0, mean))  # so that the deltas of an absent arm are 0 after normalisation too
+    simulator.delta_std.copy_(deviation)
+    return source
+
+
+def _banner(text: str, width: int) -> NDArray[np.uint8]:
+    strip = np.full((_BANNER, width, 3), 22, np.uint8)
+    cv2.putText(strip, text, (6, _BANNER - 9), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 150, 70), 1, cv2.LINE_AA)
+    return strip
+
+
+def _shown(chunks: Iterator[torch.Tensor], maps: list[NDArray[np.uint8]], total: int, random: bool) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of the video: each imagined frame beside its action map, under a banner where the weights are random."""
+    done = 0
+    for _ in (bar := console.track(0, total, "imagine")):
+        frames = next(chunks).cpu().numpy()
+        for frame, drawn in zip(frames, maps.pop(0), strict=True):
+            whole = videos.side_by_side([frame, drawn])
+            yield videos.even(np.concatenate([_banner("RANDOM WEIGHTS: this shows nothing", whole.shape[1]), whole]) if random else whole)
+        done += len(frames)
+        bar.note(frames=done)
+
+
+def imagine(args: ImagineArgs) -> dict[str, Any]:
+    """Write the video that `args` ask for; returns what there is to say of it, JSON-ready."""
+    if args.out.exists() and not args.force:
+        raise ValueError(f"--out {args.out} exists; --force overwrites it")
+    if args.out.suffix != ".mp4" or args.fps < 1:
+        raise ValueError(f"--out {args.out} --fps {args.fps}: want a name that ends in .mp4, and at least 1 picture per second")
+    if (args.checkpoint is None) != args.random_weights:
+        both = "--checkpoint and --random-weights: choose one"
+        raise ValueError(both if args.random_weights else "give --checkpoint; or --random-weights, whose video shows nothing but that it runs")
+    device, seen = _device(args.device), motion(args)
+    simulator = _simulator(args)
+    simulator.sample_with(args.denoise_steps, args.eta, args.guidance)
+    settings = simulator.config
+    camera = action_map.resized(seen.camera, settings.height, settings.width)
+    names = [arm.side for arm in seen.arms]
+    arms = tuple(arm for arm in seen.robot.arms_at(settings.height) if arm.side in names)
+    deltas = torch.from_numpy(action_map.deltas(seen.pose, seen.gripper, arms).astype(np.float32))
+    statistics = _set_statistics(simulator, args, deltas, arms)
+    simulator, drawn = simulator.to(device), list[NDArray[np.uint8]]()
+    draws, *shape = simulator.noise_shape()
+
+    def maps(first: int, end: int) -> torch.Tensor:
+        states = slice(first + 1, end + 1)  # the state after each step
+        made = action_map.pictures(seen.pose[states], seen.gripper[states], camera, seen.robot, arms)
+        drawn.append(made.numpy())
+        return made.to(device)
+
+    def noises(chunk: int) -> torch.Tensor:
+        rows = [noise.normal(args.seed, 0, chunk, step, noise.Stream.SIMULATOR, shape) for step in range(draws)]
+        return torch.from_numpy(np.stack(rows)).to(device)
+
+    rays = action_map.rays(camera, settings.latent).to(device)
+    chunks = -(-len(deltas) // settings.chunk)
+    began = time.monotonic()
+    with checkpoint.atomic(args.out) as temporary, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+        frames = simulator.imagine_path(torch.from_numpy(seen.frame).to(device), maps, rays, deltas.to(device), noises)
+        count, width, height = videos.write_mp4(temporary, _shown(frames, drawn, chunks, args.random_weights), args.fps)
+    seconds = time.monotonic() - began
+    return {
+        "out": str(args.out),
+        "frames": count,
+        "chunks": chunks,
+        "size": [width, height],
+        "weights": "random" if args.random_weights else "checkpoint",
+        "checkpoint": None if args.checkpoint is None else str(args.checkpoint),
+        "robot": args.robot,
+        "arms": names,
+        "delta_statistics": statistics,
+        "sampler": {name: getattr(settings, name) for name in ("denoise_steps", "eta", "guidance")},
+        "seed": args.seed,
+        "device": str(device),
+        "precision": args.precision,
+        "seconds": round(seconds, 3),
+        "frames_per_second": round(count / seconds, 3),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 where imagining failed, 2 where the arguments or the files are no good."""
+    try:
+        result = imagine(parse("worldenv-imagine", ImagineArgs, ImagineArgs(), sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        print(f"worldenv-imagine: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("worldenv-imagine: stopped; nothing was written", file=sys.stderr)
+        return 130
+    except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"worldenv-imagine: {str(error).splitlines()[0] if str(error) else 'out of memory'}", file=sys.stderr)
+        return 1
+    if result["weights"] == "random":
+        console.say("random weights: the video shows that everything runs, and nothing else")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -30,18 +30,29 @@ def test_below_the_floor_beta_has_no_gradient() -> None:
 
 @pytest.mark.parametrize(("factor", "floor"), [(0.0, 0.1), (-1.0, 0.1), (1.0, -0.1), (float("nan"), 0.0)])
 def test_refuses_what_is_no_scale(factor: float, floor: float) -> None:
-    with pytest.raises(ValueError, match="want factor > 0, floor >= 0"):
+    with pytest.raises(ValueError, match="want factor > 0, 0 <= floor < ceiling"):
         laplace.scale(BETA, factor, floor)
 
 
-@pytest.mark.parametrize(("factor", "floor"), [(1.0, 0.0), (3.0, 0.02), (0.5, 0.2)])
-def test_draws_follow_the_density_that_scores_them(factor: float, floor: float) -> None:
-    """The share of draws below a point is the integral of exp(log_density) up to it, for every factor and floor.
+def test_a_ceiling_holds_from_above() -> None:
+    beta = BETA.clone().requires_grad_()
+    log_scale = laplace.scale(beta, 2.0, 0.01, 0.5)
+    torch.testing.assert_close(log_scale.detach().exp(), 2.0 * BETA.exp().clamp(0.01, 0.5), rtol=1e-14, atol=0)
+    log_scale.sum().backward()
+    assert beta.grad is not None
+    assert beta.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match=r"ceiling 0\.01"):
+        laplace.scale(BETA, 1.0, 0.01, 0.01)
+
+
+@pytest.mark.parametrize(("factor", "floor", "ceiling"), [(1.0, 0.0, None), (3.0, 0.02, None), (0.5, 0.2, None), (2.0, 0.0, 0.03)])
+def test_draws_follow_the_density_that_scores_them(factor: float, floor: float, ceiling: float | None) -> None:
+    """The share of draws below a point is the integral of exp(log_density) up to it, for every factor, floor and ceiling.
 
     Fails where sampling knows another factor or floor than scoring (off by 0.05 or more here; the tolerance is that of the integral).
     """
     mu, beta = torch.tensor(0.3, dtype=torch.float64), torch.tensor(-2.5, dtype=torch.float64)
-    log_scale = laplace.scale(beta, factor, floor)
+    log_scale = laplace.scale(beta, factor, floor, ceiling)
     n = 200_001
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     draws = laplace.sample(mu, log_scale, uniform)

@@ -19,8 +19,9 @@ from worldenv.config import LoopConfig
 from worldenv.learning.loop import update as update_module
 from worldenv.learning.loop.advantage import baseline, leave_one_out
 from worldenv.learning.loop.loss import surrogate
-from worldenv.learning.loop.update import Learner, RatioError, lora_targets
+from worldenv.learning.loop.update import Learner, RatioError
 from worldenv.nouns import Rollout
+from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.weights import fill
 
@@ -294,7 +295,7 @@ def test_state_of_another_rank_is_refused() -> None:
 
 
 def test_lora_is_where_the_module_says() -> None:
-    targets = lora_targets(Network(SMALL))
+    targets = lora.targets(Network(SMALL))
     assert "vision_backbone.featurizer.blocks.0.attn.qkv" in targets
     assert "projector.fc3" in targets
     assert "language_model.model.layers.1.mlp.down_proj" in targets

@@ -11,6 +11,7 @@ import torch
 from small_policy import INSTRUCTIONS, statistics
 from tokenizers import Tokenizer, models
 
+from worldenv.config import TINY
 from worldenv.policy.processing import (
     BOS,
     IDLE_RANGE,
@@ -194,7 +195,7 @@ def test_rotation_turns_both_axes() -> None:
 
 def test_pixels_are_dinos_then_siglips() -> None:
     frame = torch.tensor([124, 116, 104], dtype=torch.uint8).expand(1, 2, 2, 3)
-    pixels = normalise_pixels(frame)
+    pixels = normalise_pixels(frame, TINY.policy.dino_mean, TINY.policy.dino_std)
     assert pixels.shape == (1, 6, 2, 2)
     assert pixels[0, :3].abs().max() < 0.01  # ImageNet's mean colour
     assert pixels[0, 3:, 0, 0].tolist() == pytest.approx([124 / 127.5 - 1, 116 / 127.5 - 1, 104 / 127.5 - 1], abs=1e-6)

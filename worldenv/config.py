@@ -108,6 +108,12 @@ class PolicyConfig:
     """Factor on the Laplace scale, inside the density (1 is the paper)."""
     scale_floor: float = 0.02
     """Least Laplace scale before the factor [normalised action]; 0 is the paper. Idle dimensions fit a scale near 0."""
+    scale_ceiling: float | None = None
+    """Greatest Laplace scale before the factor [normalised action]; None, no limit, is the paper."""
+    dino_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """What DINOv2's pixels in [0, 1] are reduced by: ImageNet's means; published checkpoints have them rounded to bfloat16."""
+    dino_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """And then divided by."""
 
 
 @dataclass(frozen=True)
@@ -581,6 +587,26 @@ camera, one arm in both places) is not reproduced."""
 
 RELEASED: dict[str, SimulatorConfig] = {"evac": EVAC, "evac-rlinf": EVAC_RLINF}
 """Settings of released files, which do not hold them."""
+
+OPENVLA_OFT = PolicyConfig(
+    image=224,
+    dino=VisionConfig(width=1024, depth=24, heads=16, mlp=4096, patch=14, registers=4),
+    siglip=VisionConfig(width=1152, depth=27, heads=16, mlp=4304, patch=14),
+    llama=LlamaConfig(width=4096, layers=32, heads=32, ffn=11008, vocab=32064),
+    head_width=4096,
+    scale_floor=0.0,
+    dino_mean=(0.484375, 0.455078125, 0.40625),
+    dino_std=(0.228515625, 0.2236328125, 0.224609375),
+)
+"""The released OpenVLA-OFT for LIBERO with one view and proprio (moojink/openvla-oft), and the paper's density."""
+
+LLAVA_ONEVISION = ReflectorConfig(
+    image=384, patch=14, vision_width=1152, vision_layers=26, vision_heads=16, vision_mlp=4304,
+    width=3584, layers=28, heads=28, kv_heads=4, ffn=18944,
+)  # fmt: skip
+"""The released LLaVA-OneVision-Qwen2-7B (llava-hf/llava-onevision-qwen2-7b-ov-hf), shown frames as the paper shows them."""
+LLAVA_VOCAB = 152128
+"""Rows of its embedding table."""
 
 TINY = RunConfig(
     policy=PolicyConfig(

@@ -1,7 +1,7 @@
 """Stage scale: the scale head learns how far mu is off, by the Laplace likelihood; everything else is frozen (paper, appendix B.1, Eq. 8).
 
-The trunk is frozen, so its hiddens and mu are computed once. The density is the one that acts later, floor included and factor 1: below the
-floor beta has nothing to gain.
+The trunk is frozen, so its hiddens and mu are computed once. The density is the one that acts later, floor and ceiling included and factor 1:
+beyond them beta has nothing to gain.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fit_scale_head(
     not finite.
     """
     hidden, mu, target = _seen(policy, Chunks(episodes, robot, policy.statistics, policy.chunk))
-    head, floor = policy.network.scale_head, policy.config.scale_floor
+    head, limits = policy.network.scale_head, (policy.config.scale_floor, policy.config.scale_ceiling)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr)
     begin, first = 0, float("nan")
     if (kept := savepoint.load()) is not None:
@@ -54,7 +54,7 @@ def fit_scale_head(
         optimizer.load_state_dict(kept["optimizer"])
 
     def loss(rows: torch.Tensor | slice) -> torch.Tensor:
-        return laplace.nll(target[rows], mu[rows], laplace.scale(head(hidden[rows]), 1.0, floor))
+        return laplace.nll(target[rows], mu[rows], laplace.scale(head(hidden[rows]), 1.0, *limits))
 
     if begin == 0:
         with torch.no_grad():
@@ -71,5 +71,5 @@ def fit_scale_head(
         optimizer.step()
         bar.note(nll=float(value.detach()))
     with torch.no_grad():
-        scale = laplace.scale(head(hidden), 1.0, floor).exp()
+        scale = laplace.scale(head(hidden), 1.0, *limits).exp()
         return {"nll_before": first, "nll": float(loss(slice(None))), "scale_median": float(scale.median()), "steps": config.steps}

@@ -19,6 +19,20 @@ LOG_SCALE_START = -3.0
 """The scale head's bias before training: b = 0.05."""
 
 
+@torch.no_grad()
+def begin(module: nn.Module, generator: torch.Generator) -> None:
+    """Random weights of the policy's networks, all from `generator`: matrices and tokens truncated normal, norms 1, biases 0."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            token = name.endswith(("pos_embed", "cls_token", "reg_token", "embed_tokens.weight"))
+            std = 0.02 if token else parameter[0].numel() ** -0.5
+            parameter.copy_(nn.init.trunc_normal_(torch.empty(parameter.shape), std=std, a=-2 * std, b=2 * std, generator=generator))
+
+
 class _ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,6 +98,12 @@ class ScaleHead(nn.Module):
     def last(self) -> nn.Linear:
         """The layer that puts out beta."""
         return self.model.fc2 if self.form == "mlp" else self.log_b_head
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """The published start, on random weights: b = exp(-3), a small last layer."""
+        self.last.weight.mul_(0.01)
+        self.last.bias.fill_(LOG_SCALE_START)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """See the class."""

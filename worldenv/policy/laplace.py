@@ -1,9 +1,9 @@
 """The policy's density: independent Laplace over the action dimensions (paper, section 4.3; Eq. 8).
 
-    log p(a) = -|a - mu| / b - log(2 b)        b = factor * max(exp(beta), floor)
+    log p(a) = -|a - mu| / b - log(2 b)        b = factor * min(max(exp(beta), floor), ceiling)
 
-`factor` and `floor` are part of the density: what is drawn and what is scored is one and the same distribution. factor 1 and floor 0 are
-the paper. Every function works in the dtype that it is given; the policy gives float32 and draws in float64.
+`factor`, `floor` and `ceiling` are part of the density: what is drawn and what is scored is one and the same distribution. Factor 1, floor 0
+and no ceiling are the paper. Every function works in the dtype that it is given; the policy gives float32 and draws in float64.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import math
 import torch
 
 
-def scale(beta: torch.Tensor, factor: float, floor: float) -> torch.Tensor:
-    """log b of the density, like `beta`; where the floor holds, beta gets no gradient.
+def scale(beta: torch.Tensor, factor: float, floor: float, ceiling: float | None = None) -> torch.Tensor:
+    """log b of the density, like `beta`; where floor or ceiling hold, beta gets no gradient.
 
-    ValueError unless factor > 0 and floor >= 0.
+    ValueError unless factor > 0 and 0 <= floor < ceiling.
     """
-    if not factor > 0 or not floor >= 0:
-        raise ValueError(f"Laplace scale: factor {factor}, floor {floor}: want factor > 0, floor >= 0")
+    if not factor > 0 or not 0 <= floor < (math.inf if ceiling is None else ceiling):
+        raise ValueError(f"Laplace scale: factor {factor}, floor {floor}, ceiling {ceiling}: want factor > 0, 0 <= floor < ceiling")
     held = beta.clamp_min(math.log(floor)) if floor else beta
+    held = held if ceiling is None else held.clamp_max(math.log(ceiling))
     return held + math.log(factor)
 
 

@@ -13,6 +13,7 @@ Source: Kim et al. 2025 (arXiv:2502.19645), the published code's behaviour.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,9 +24,9 @@ from torch import nn
 from worldenv.config import PolicyConfig
 from worldenv.nouns import ACTION_DIM, ActionChunk, Observation
 from worldenv.policy import laplace
-from worldenv.policy.heads import LOG_SCALE_START, L1Head, ProprioProjector, ScaleHead
+from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead, begin
 from worldenv.policy.llama import LanguageModel
-from worldenv.policy.processing import STOP, PromptTokenizer, Statistics, normalise_pixels, picture
+from worldenv.policy.processing import STOP, PromptTokenizer, Statistics, centre_crop, normalise_pixels, resized
 from worldenv.policy.vision import VisionBackbone
 
 
@@ -75,17 +76,8 @@ class Network(nn.Module):
         Matrices and tokens truncated normal (0.02 where tokens or positions, else by fan-in), norms 1, biases 0; the scale head at
         b = exp(-3) with a small last layer.
         """
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                token = name.endswith(("pos_embed", "cls_token", "reg_token", "embed_tokens.weight"))
-                std = 0.02 if token else parameter[0].numel() ** -0.5
-                parameter.copy_(nn.init.trunc_normal_(torch.empty(parameter.shape), std=std, a=-2 * std, b=2 * std, generator=generator))
-        self.scale_head.last.weight.mul_(0.01)
-        self.scale_head.last.bias.fill_(LOG_SCALE_START)
+        begin(self, generator)
+        self.scale_head.begin()
 
     def image_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 6 V, S, S) to projected patch tokens (B, V N, width)."""
@@ -159,12 +151,16 @@ class OpenVLAOFT:
         """Where the weights are."""
         return self.network.language_model.model.embed_tokens.weight.device
 
-    def query(self, observation: Observation) -> Query:
-        """Observations as the network takes them. ValueError for words or values that it was not built for."""
+    def query(self, observation: Observation, augment: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Query:
+        """Observations as the network takes them. ValueError for words or values that it was not built for.
+
+        `augment`, in training, takes the place of the centre crop: (B, S, S, 3) uint8 to the same.
+        """
         ids, lengths = self.tokenizer.batch(observation.instruction)
-        pictures = picture(observation.frame.to(self.device), self.config.image, self.config.jpeg, self.config.crop_area)
+        config, frames = self.config, observation.frame.to(self.device)
+        whole = resized(frames, config.image, config.jpeg)
         return Query(
-            normalise_pixels(pictures),
+            normalise_pixels(augment(whole) if augment else centre_crop(whole, config.crop_area), config.dino_mean, config.dino_std),
             ids.to(self.device),
             None if lengths is None else lengths.to(self.device),
             self.statistics.proprio.normalise(observation.proprio.to(self.device)).float(),
@@ -176,9 +172,9 @@ class OpenVLAOFT:
         return hidden.float()
 
     def density(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu and log-scale (B, K, 7) float32 of the Laplace density, factor and floor included."""
+        """mu and log-scale (B, K, 7) float32 of the Laplace density: factor, floor and ceiling included."""
         beta = self.network.scale_head(hidden)
-        return self.network.action_head(hidden), laplace.scale(beta, self.scale_factor, self.config.scale_floor)
+        return self.network.action_head(hidden), laplace.scale(beta, self.scale_factor, self.config.scale_floor, self.config.scale_ceiling)
 
     @torch.no_grad()
     def act(self, observation: Observation, uniform: torch.Tensor | None = None) -> ActionChunk:

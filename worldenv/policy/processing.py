@@ -283,19 +283,18 @@ def centre_crop(frames: torch.Tensor, area: float) -> torch.Tensor:
     return (cropped * 255.5).to(torch.uint8)  # TensorFlow's convert_image_dtype: truncation of x * (255 + 1/2)
 
 
+def resized(frames: torch.Tensor, size: int, jpeg: bool) -> torch.Tensor:
+    """The published chain up to the crop: frames (B, H, W, 3) uint8 to (B, size, size, 3) uint8."""
+    return resize_lanczos3(jpeg_round_trip(frames) if jpeg else frames, size)
+
+
 def picture(frames: torch.Tensor, size: int, jpeg: bool, crop_area: float) -> torch.Tensor:
     """The published chain: frames (B, H, W, 3) uint8 to what the policy looks at, (B, size, size, 3) uint8."""
-    if jpeg:
-        frames = jpeg_round_trip(frames)
-    return centre_crop(resize_lanczos3(frames, size), crop_area)
+    return centre_crop(resized(frames, size, jpeg), crop_area)
 
 
-_DINO_MEAN, _DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's."""
-
-
-def normalise_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """(B, S, S, 3) uint8 to (B, 6, S, S) float32: channels 0..2 for DINOv2 (ImageNet's statistics), 3..5 for SigLIP ([-1, 1])."""
+def normalise_pixels(pictures: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(B, S, S, 3) uint8 to (B, 6, S, S) float32: channels 0..2 for DINOv2 (minus `mean`, by `std`), 3..5 for SigLIP ([-1, 1])."""
     unit = pictures.permute(0, 3, 1, 2).float() / 255.0
-    mean, std = (torch.tensor(three, device=unit.device)[:, None, None] for three in (_DINO_MEAN, _DINO_STD))
-    return torch.cat([(unit - mean) / std, (unit - 0.5) / 0.5], dim=1)
+    low, spread = (torch.tensor(tuple(three), device=unit.device)[:, None, None] for three in (mean, std))
+    return torch.cat([(unit - low) / spread, (unit - 0.5) / 0.5], dim=1)

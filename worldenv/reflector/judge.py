@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from worldenv.config import ReflectorConfig
-from worldenv.reflector.cache import Geometry, Row, Watch, layout, plan, shared_length, single
+from worldenv.reflector.cache import Geometry, Layout, Row, Watch, layout, plan, shared_length, single
 from worldenv.reflector.frames import needed, shown
 from worldenv.reflector.head import RewardHead
 from worldenv.reflector.llava import Llava
@@ -164,19 +164,8 @@ class LlavaReflector:
         for batch in _batches(order, [tuple(one.allowed.shape) for one in layouts]):
             new = max(layouts[i].allowed.shape[0] for i in batch)
             old = max(layouts[i].allowed.shape[1] - layouts[i].allowed.shape[0] for i in batch)
-            first = readings[batch[0]]
             embedding = pad_sequence([readings[i].embedding for i in batch], batch_first=True)
-            past = first.watch.past.new_zeros(*first.watch.past.shape[:2], len(batch), first.watch.past.shape[2], old, first.watch.past.shape[4])
-            position = torch.zeros(len(batch), new, dtype=torch.int64)
-            allowed = torch.zeros(len(batch), new, old + new, dtype=torch.bool)
-            allowed[:, range(new), range(old, old + new)] = True  # padding sees itself: a row of nothing but -inf would be nan
-            for b, i in enumerate(batch):
-                plain = layouts[i]
-                fresh, known = plain.allowed.shape[0], plain.allowed.shape[1] - plain.allowed.shape[0]
-                past[:, :, b, :, :known] = readings[i].watch.past[..., :known, :]
-                position[b, :fresh] = plain.position
-                allowed[b, :fresh, :known] = plain.allowed[:, :known]
-                allowed[b, :fresh, old : old + fresh] = plain.allowed[:, known:]
+            position, allowed, past = _alike(readings, layouts, batch) or _padded(readings, layouts, batch, new, old)
             hidden, keys = self.llava.read(embedding, allowed.to(embedding.device), position.to(embedding.device), past)
             for b, i in enumerate(batch):
                 fresh = layouts[i].allowed.shape[0]
@@ -233,6 +222,34 @@ class LlavaReflector:
             total = torch.cat((opening, self._frame_sums(row, geometry, hidden)[new]))
         feature = {f: tensor if f in before.feature else tensor.clone() for f, tensor in watch.feature.items() if needed(sampler, time, limit, f)}
         return replace(watch, feature=feature, trunk=trunk, past=torch.cat(pieces, dim=-2), total=total)
+
+
+def _alike(readings: Sequence[_Reading], layouts: Sequence[Layout], batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Position, visibility (one for all rows) and past of a pass whose rows are laid out alike, as those of a group that grows in step; else None."""
+    first = readings[batch[0]]
+    if any((readings[i].row, readings[i].geometry) != (first.row, first.geometry) for i in batch):
+        return None
+    plain, known = layouts[batch[0]], first.row.known(first.geometry)
+    return plain.position[None], plain.allowed[None], torch.stack([readings[i].watch.past[..., :known, :] for i in batch], dim=2)
+
+
+def _padded(
+    readings: Sequence[_Reading], layouts: Sequence[Layout], batch: Sequence[int], new: int, old: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_alike`, row by row, each with padding behind its old and its new tokens."""
+    like = readings[batch[0]].watch.past
+    past = like.new_zeros(*like.shape[:2], len(batch), like.shape[2], old, like.shape[4])
+    position = torch.zeros(len(batch), new, dtype=torch.int64)
+    allowed = torch.zeros(len(batch), new, old + new, dtype=torch.bool)
+    allowed[:, range(new), range(old, old + new)] = True  # padding sees itself: a row of nothing but -inf would be nan
+    for b, i in enumerate(batch):
+        plain = layouts[i]
+        fresh, known = plain.allowed.shape[0], plain.allowed.shape[1] - plain.allowed.shape[0]
+        past[:, :, b, :, :known] = readings[i].watch.past[..., :known, :]
+        position[b, :fresh] = plain.position
+        allowed[b, :fresh, :known] = plain.allowed[:, :known]
+        allowed[b, :fresh, old : old + fresh] = plain.allowed[:, known:]
+    return position, allowed, past
 
 
 def _batches(order: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:

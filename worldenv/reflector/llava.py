@@ -125,7 +125,7 @@ class Llava(nn.Module):
     def read(self, embedding: torch.Tensor, allowed: torch.Tensor, position: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The language model over B rows of S new tokens that follow P old ones.
 
-        embedding (B, S, width); allowed (B, S, P + S) bool: which tokens each new one sees, at least itself; position (B, S) int64;
+        embedding (B, S, width); allowed (B or 1, S, P + S) bool: which tokens each new one sees, at least itself; position (B or 1, S) int64;
         past (layers, 2, B, kv_heads, P, d): keys (rotated) and values of the old ones. Returns hiddens after the last norm (B, S, width) and the
         new tokens' keys and values, as `past` with S for P.
         """

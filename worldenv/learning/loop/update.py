@@ -1,8 +1,6 @@
 """One LOOP update: rollouts in, new LoRA and head weights out (paper, Algorithm 1, lines 23 to 32).
 
-LoRA sits on every linear layer of the vision towers, the projector and the language model: what the paper calls the vision-language
-backbone. Not on the patch convolutions and the output layer, which the published fine-tuning adapts by an accident of names, nor on the
-proprio projector, which is no part of the backbone. Both heads are trained in full; everything else stays as it was.
+LoRA sits on the backbone (`worldenv.policy.lora`). Both heads are trained in full; everything else stays as it was.
 
 Eq. 5 divides by the executed steps of all rollouts. A batch of 4 rollouts is one optimiser step on an unbiased estimate of that: its sum is
 divided by 4 times the mean length over the iteration, not by its own length, so that every executed step of an iteration weighs the same.
@@ -11,7 +9,6 @@ Where a batch is the whole iteration, that is Eq. 5 itself.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,33 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import nn
 
-from worldenv import checkpoint, noise
+from worldenv import noise
 from worldenv.config import LoopConfig
 from worldenv.learning.loop.advantage import leave_one_out
 from worldenv.learning.loop.loss import surrogate
 from worldenv.nouns import Observation, Rollout
-from worldenv.policy import laplace
+from worldenv.policy import laplace, lora
 from worldenv.policy.openvla_oft import OpenVLAOFT
 
 RATIO_TOLERANCE = 1e-3
 """Largest |ratio - 1| before the first update of an iteration: float32 rounding between batches of different sizes stays well below."""
-BACKBONE = ("vision_backbone", "projector", "language_model")
 HEADS = ("action_head", "scale_head")
-_ADAPTER = "default"
 
 
 class RatioError(ValueError):
     """The rollouts were not drawn by the policy that is to learn from them."""
-
-
-def lora_targets(network: nn.Module) -> list[str]:
-    """Names of the layers that get LoRA: every `nn.Linear` of the vision towers, the projector and the language model."""
-    return [name for name, module in network.named_modules() if name.startswith(BACKBONE) and isinstance(module, nn.Linear)]
 
 
 class Learner:
@@ -58,23 +45,10 @@ class Learner:
         self._fresh = True  # no update yet in this process: then all rollouts are checked, later the first few
         policy.scale_factor = config.scale_factor
         network = policy.network
-        self.lora_config = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=0.0,
-            init_lora_weights="gaussian",
-            target_modules=lora_targets(network),
-        )
-        with torch.random.fork_rng():  # PEFT draws from torch's global generator
-            torch.manual_seed(noise.torch_seed(seed, noise.Stream.LOOP))
-            inject_adapter_in_model(self.lora_config, network, adapter_name=_ADAPTER)
-        self._lora, self._heads = {}, {}
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(".lora_" in name or name.startswith(HEADS))
-            if ".lora_" in name:
-                self._lora[name] = parameter
-            elif name.startswith(HEADS):
-                self._heads[name] = parameter
+        self._lora = lora.attach(network, config.lora_rank, config.lora_alpha, noise.torch_seed(seed, noise.Stream.LOOP))
+        self._heads = {name: parameter for name, parameter in network.named_parameters() if name.startswith(HEADS)}
+        for parameter in self._heads.values():
+            parameter.requires_grad_(True)
         lora_lr, head_lr = (0.0, 0.0) if config.control == "frozen" else (config.lora_lr, config.head_lr)
         groups = [{"params": list(self._lora.values()), "lr": lora_lr}, {"params": list(self._heads.values()), "lr": head_lr}]
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
@@ -180,31 +154,13 @@ class Learner:
             parameter.copy_(stored[name])
         self._optimizer.load_state_dict(dict(tree["optimizer"]))
 
-    @torch.no_grad()
     def merged(self) -> dict[str, torch.Tensor]:
-        """The network's weights under their plain names, LoRA added in: W + alpha / rank B A from the pristine W, which stays as it is."""
-        layers = {name: module for name, module in self.policy.network.named_modules() if isinstance(module, LoraLayer)}
-        state = {}
-        for name, tensor in self.policy.network.state_dict().items():
-            if ".lora_" not in name:
-                owner, _, leaf = name.rpartition(".base_layer.")
-                if owner and leaf == "weight":
-                    delta = layers[owner].get_delta_weight(_ADAPTER)
-                    tensor = (tensor.float() + delta.float()).to(tensor.dtype)
-                state[name.replace(".base_layer.", ".")] = tensor.clone()
-        return state
+        """The network's weights under their plain names, LoRA added to the pristine ones, which stay as they are."""
+        return lora.merged(self.policy.network)
 
     def export_adapter(self, directory: Path) -> None:
-        """Write LoRA in PEFT's format: `adapter_model.safetensors` and `adapter_config.json` (the heads are in the policy's own file)."""
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {
-            f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": parameter.detach().cpu().contiguous()
-            for name, parameter in self._lora.items()
-        }
-        with checkpoint.atomic(directory / "adapter_model.safetensors") as file:
-            save_file(weights, file, metadata={"format": "pt"})
-        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in self.lora_config.to_dict().items()}
-        checkpoint.write_text(directory / "adapter_config.json", json.dumps(plain, indent=1, sort_keys=True))
+        """Write LoRA in PEFT's format (the heads are in the policy's own file)."""
+        lora.Adapter.of(self.policy.network).write(directory)
 
 
 class _Totals:

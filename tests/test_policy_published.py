@@ -1,0 +1,349 @@
+"""Published checkpoint directories at small sizes: what is written is read back, what is wrong is named; and the published counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_policy import INSTRUCTIONS, SMALL, observation, statistics, uniform
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from worldenv import noise
+from worldenv.checkpoint import CheckpointError
+from worldenv.config import OPENVLA_OFT, PolicyConfig
+from worldenv.policy import lora, published
+from worldenv.policy.openvla_oft import Network, OpenVLAOFT
+from worldenv.policy.processing import PUBLISHED_EMPTY, PUBLISHED_PAD, PromptTokenizer, prompt
+from worldenv.policy.published import adapted, open_directory, save_directory, shapes
+from worldenv.policy.weights import never_read
+
+CPU = torch.device("cpu")
+LIKE: PolicyConfig = dataclasses.replace(
+    SMALL, llama=dataclasses.replace(SMALL.llama, vocab=32064, rms_eps=1e-5, kv_heads=1), jpeg=True, crop_area=0.9, scale_floor=0.0,
+    dino_mean=OPENVLA_OFT.dino_mean, dino_std=OPENVLA_OFT.dino_std,
+)  # fmt: skip
+"""Everything that a published directory states is not what we would take by default."""
+
+
+def llama_like_tokenizer() -> PromptTokenizer:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": PUBLISHED_EMPTY, "<pad>": PUBLISHED_PAD}
+    split = pre_tokenizers.Whitespace()
+    for text in INSTRUCTIONS:
+        for word, _ in split.pre_tokenize_str(prompt(text)):
+            words.setdefault(word, 100 + len(words))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    return PromptTokenizer(tokenizer, PUBLISHED_EMPTY, PUBLISHED_PAD)
+
+
+def policy(config: PolicyConfig = LIKE, seed: int = 0) -> OpenVLAOFT:
+    made = OpenVLAOFT.create(config, llama_like_tokenizer(), statistics(), noise.torch_seed(seed, 9), CPU)
+    with torch.no_grad():
+        made.network.scale_head.last.weight.mul_(50.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("published")
+    save_directory(directory, policy(), 150000)
+    return directory
+
+
+def copied(source: Path, target: Path) -> Path:
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+# Counts
+
+
+def test_published_counts() -> None:
+    """What the published fine-tuning prints: 110,828,288 trainable of 7,652,065,472, on no memory at all."""
+    sizes = shapes(OPENVLA_OFT)
+    base = sum(math.prod(shape) for shape in sizes.values())
+    added = sum(32 * (math.prod(sizes[f"{name}.weight"][1:]) + sizes[f"{name}.weight"][0]) for name in adapted(OPENVLA_OFT))
+    assert (added, base + added, len(adapted(OPENVLA_OFT))) == (110_828_288, 7_652_065_472, 439)
+    with torch.device("meta"):
+        network = Network(OPENVLA_OFT)
+    own = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    heads = {part: sum(math.prod(shape) for name, shape in own.items() if name.startswith(part)) for part in ("action_head", "scale_head")}
+    assert heads == {"action_head": 151_117_831, "scale_head": 151_117_831}
+    read = {name for name in sizes if not never_read(name, OPENVLA_OFT)}
+    assert read == {name for name in own if not name.startswith(("action_head", "scale_head", "proprio_projector"))}
+    ours = lora.targets(network)
+    left_out = set(adapted(OPENVLA_OFT)) - set(ours)
+    assert set(ours) < set(adapted(OPENVLA_OFT))
+    assert all(never_read(f"{name}.weight", OPENVLA_OFT) or name.endswith("patch_embed.proj") for name in left_out)
+
+
+def test_ripts_scale_head_is_larger() -> None:
+    with torch.device("meta"):
+        network = Network(dataclasses.replace(OPENVLA_OFT, scale_form="trunk"))
+    assert sum(p.numel() for p in network.scale_head.parameters()) == pytest.approx(167.9e6, rel=1e-3)
+
+
+# There and back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_directory_comes_back(written: Path, dtype: torch.dtype) -> None:
+    again, seen = open_directory(written, dtype=dtype), observation(4)
+    assert again.config == LIKE
+    assert again.statistics.source == "drawn numbers"
+    types = {name.split(".")[0]: p.dtype for name, p in again.network.named_parameters()}
+    assert types == {name: torch.float32 if name.endswith("_head") else dtype for name in types}
+    want, got = policy().act(seen, uniform(4)), again.act(seen, uniform(4))
+    if dtype == torch.float32:
+        assert torch.equal(got.action, want.action)
+        assert torch.equal(got.command, want.command)
+    else:
+        assert got.mu.dtype == got.log_prob.dtype == torch.float32
+        assert float((got.mu - want.mu).norm() / want.mu.norm()) < 0.1  # 8 bits through some ten layers
+
+
+def test_shards_are_read_whole(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "_SHARD_BYTES", 600_000)
+    save_directory(tmp_path, policy(), 50000)
+    files = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one, other = open_directory(written, dtype=torch.float32), open_directory(tmp_path, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(one.network.state_dict().values(), other.network.state_dict().values(), strict=True))
+
+
+def test_what_is_written_holds_every_published_tensor(written: Path) -> None:
+    found: dict[str, torch.Size] = {}
+    for path in written.glob("model-*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            found |= {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    assert found == shapes(LIKE)
+    assert any(name.startswith("language_model.lm_head") for name in found)
+    head = torch.load(written / "action_head--150000_checkpoint.pt", weights_only=True)
+    assert {name.split(".")[0] for name in head} == {"module"}
+
+
+def test_an_unstated_norm_is_transformers_default(written: Path, tmp_path: Path) -> None:
+    """The published config.json states hardly anything of the language model: rms_norm_eps is 1e-6 then, not Llama-2's 1e-5."""
+    directory = copied(written, tmp_path)
+    stated = json.loads((directory / "config.json").read_text())
+    stated["text_config"].pop("rms_norm_eps")
+    (directory / "config.json").write_text(json.dumps(stated))
+    assert open_directory(directory).config.llama.rms_eps == 1e-6
+    assert open_directory(written).config.llama.rms_eps == 1e-5
+
+
+def test_scale_heads_ours_theirs_and_none(written: Path, tmp_path: Path) -> None:
+    directory = copied(written, tmp_path / "d")
+    (directory / "scale_head--150000_checkpoint.pt").unlink()
+    fresh, same = open_directory(directory, seed=3), open_directory(directory, seed=3)
+    assert float((fresh.act(observation(3)).log_scale + 3.0).abs().max()) < 0.1  # the paper's start
+    assert torch.equal(fresh.network.scale_head.last.weight, same.network.scale_head.last.weight)
+    theirs = policy(dataclasses.replace(LIKE, scale_form="trunk")).network.scale_head
+    torch.save({"scale_trunk": theirs.trunk.state_dict(), "log_b_head": theirs.log_b_head.state_dict()}, tmp_path / "goal_scale_header.pth")
+    opened = open_directory(directory, scale_head=tmp_path / "goal_scale_header.pth")
+    hidden = torch.randn(2, 56, LIKE.llama.width)
+    assert torch.equal(opened.network.scale_head(hidden), theirs(hidden))
+
+
+# LoRA
+
+
+def adapter(config: PolicyConfig = LIKE, rank: int = 4) -> lora.Adapter:
+    """As the published fine-tuning would write one: on all of its layers, convolutions and never-read ones among them."""
+    generator, sizes, factors = torch.Generator().manual_seed(1), shapes(config), {}
+    for name in adapted(config):
+        shape = sizes[f"{name}.weight"]
+        a, b = (rank, *shape[1:]), (shape[0], rank, *([1] * (len(shape) - 2)))
+        factors[name] = (0.1 * torch.randn(a, generator=generator), 0.1 * torch.randn(b, generator=generator))
+    return lora.Adapter(rank, 2 * rank, factors)
+
+
+def whole(config: PolicyConfig = LIKE) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes(config).items()}
+
+
+def test_merging_is_pefts(tmp_path: Path) -> None:
+    """Against PEFT's own merge, on linear layers and a convolution; the base stays as it was."""
+    plain = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Conv2d(3, 4, 2))
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"], init_lora_weights=False))
+    model.save_pretrained(str(tmp_path))
+    base = {name.replace(".base_layer", ""): tensor.clone() for name, tensor in plain.state_dict().items() if "lora" not in name}
+    kept = {name: tensor.clone() for name, tensor in base.items()}
+    ours = lora.merge(base, lora.Adapter.read(tmp_path))
+    theirs = model.merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+        assert torch.equal(base[name], kept[name])
+    assert float((ours["1.weight"] - base["1.weight"]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unmerging_gives_the_base_back_to_rounding(dtype: torch.dtype) -> None:
+    """One rounding of the merged weight, one of the difference: an ulp of the larger of the two each."""
+    base, added = {name: tensor.to(dtype) for name, tensor in whole().items()}, adapter()
+    back, merged = lora.unmerge(lora.merge(base, added), added), lora.merge(base, added)
+    for name, tensor in base.items():
+        bound = torch.finfo(dtype).eps * (merged[name].double().abs() + tensor.double().abs() + 1e-6)
+        assert bool(((back[name].double() - tensor.double()).abs() <= bound).all()), name
+    touched = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert touched == {f"{name}.weight" for name in adapted(LIKE)}
+
+
+def test_twice_merged_is_once_merged_from_the_pristine_base() -> None:
+    made = policy()
+    lora.attach(made.network, 4, 8, 0)
+    generator = torch.Generator().manual_seed(4)
+    for change in range(3):  # weights move on, as LoRA does from update to update; merged weights come from the base each time
+        with torch.no_grad():
+            for name, parameter in made.network.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        state = lora.merged(made.network)
+        want = lora.merge(policy().network.state_dict(), lora.Adapter.of(made.network))
+        assert all(torch.equal(state[name], want[name]) for name in want), change
+
+
+def test_a_directory_with_its_adapter_gives_the_base(written: Path, tmp_path: Path) -> None:
+    """Published weights are merged already: opened as they are, the adapter beside them is not added a second time."""
+    made, added = policy(), adapter()
+    base = {**dict.fromkeys(shapes(LIKE), torch.zeros(())), **made.network.state_dict()}
+    base |= {name: torch.zeros(shape) for name, shape in shapes(LIKE).items() if never_read(name, LIKE)}
+    merged = lora.merge(base, added)
+    with torch.no_grad():
+        for name, tensor in made.network.state_dict().items():
+            tensor.copy_(merged[name])
+    save_directory(tmp_path, made, 7, added)
+    as_it_is, before = open_directory(tmp_path, dtype=torch.float32), open_directory(tmp_path, dtype=torch.float32, base=True)
+    original = open_directory(written, dtype=torch.float32)
+    assert torch.equal(as_it_is.act(observation(2)).mu, made.act(observation(2)).mu)
+    torch.testing.assert_close(before.act(observation(2)).mu, original.act(observation(2)).mu, rtol=0, atol=1e-4)
+    assert float((as_it_is.act(observation(2)).mu - original.act(observation(2)).mu).abs().max()) > 1e-2
+
+
+def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path) -> None:
+    added = adapter()
+    added.write(tmp_path)
+    assert lora.Adapter.read(tmp_path).factors.keys() == added.factors.keys()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: use_dora=True: only plain LoRA is read"):
+        lora.Adapter.read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights.pop("base_model.model.projector.fc1.lora_B.weight")
+    save_file({**weights, "stray": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unknown \['stray'\], not whole or not of rank 4 \['projector.fc1'\]"):
+        lora.Adapter.read(tmp_path)
+    with pytest.raises(ValueError, match=r"projector.fc1: is \(96, 24\), the adapter \(96, 25\)"):
+        lora.merge(whole(), lora.Adapter(4, 4, {"projector.fc1": (torch.zeros(4, 25), torch.zeros(96, 4))}))
+    with pytest.raises(ValueError, match=r"projector.fc9: there is no such layer"):
+        lora.merge(whole(), lora.Adapter(4, 4, {"projector.fc9": (torch.zeros(4, 25), torch.zeros(96, 4))}))
+
+
+# What is wrong
+
+
+def _edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        content = json.loads((directory / name).read_text())
+        change(content)
+        (directory / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def _shard(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "model-00001-of-00001.safetensors"
+        content = load_file(path)
+        change(content)
+        save_file(content, path)
+
+    return edit
+
+
+def _head(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "action_head--150000_checkpoint.pt"
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return edit
+
+
+class _Harm:
+    """What a pickle could do on being read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.target), "w")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda d: (d / "config.json").unlink(), r"config\.json: .*No such file"),
+        (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer\.json: no such file"),
+        (lambda d: (d / "preprocessor_config.json").unlink(), r"preprocessor_config\.json: .*No such file"),
+        (lambda d: (d / "dataset_statistics.json").unlink(), r"dataset_statistics\.json: .*No such file"),
+        (lambda d: (d / "action_head--150000_checkpoint.pt").unlink(), r"action_head--N_checkpoint\.pt: no such file; there are none"),
+        (lambda d: (d / "proprio_projector--150000_checkpoint.pt").unlink(), r"proprio_projector--150000_checkpoint\.pt: no such file"),
+        (lambda d: (d / "proprio_projector--150000_checkpoint.pt").write_bytes(b"PK\x03\x04short"), r"proprio_projector.*damaged, or not"),
+        (lambda d: (d / "model-00001-of-00001.safetensors").unlink(), r"model-00001-of-00001\.safetensors: no such file; the index names it"),
+        (lambda d: (d / "model-00001-of-00001.safetensors").write_bytes(b"short"), r"model-00001-of-00001\.safetensors: truncated or damaged"),
+        (lambda d: (d / "model.safetensors.index.json").unlink(), r"model\.safetensors: no such file; the weights are there"),
+        (lambda d: (d / "vision_backbone--150000_checkpoint.pt").touch(), r"vision_backbone--150000_checkpoint\.pt: this policy has FiLM"),
+        (lambda d: (d / "action_head--50000_checkpoint.pt").touch(), r"action heads of steps 150000, 50000: say which"),
+        (_edit("config.json", lambda c: c.update(model_type="llava")), r"config\.json: model_type 'llava', want 'openvla'"),
+        (_edit("config.json", lambda c: c.pop("worldenv_towers")), r"timm_model_ids None, want .*DINOv2 first"),
+        (_edit("config.json", lambda c: c["worldenv_towers"].reverse()), r"missing vision_backbone.fused_featurizer"),
+        (_edit("config.json", lambda c: c["text_config"].update(rope_scaling={"factor": 2})), r"want a plain llama"),
+        (_edit("config.json", lambda c: c["text_config"].update(intermediate_size=48)), r"wrong shape language_model.model.layers.0.mlp.down_proj"),
+        (_edit("preprocessor_config.json", lambda c: c["tvf_normalize_params"].reverse()), r"preprocessor_config\.json: .*0.5 throughout for SigLIP"),
+        (_edit("dataset_statistics.json", lambda c: c.update(other={})), r"statistics of drawn numbers, other: say which data set"),
+        (_edit("dataset_statistics.json", lambda c: c["drawn numbers"]["proprio"].pop("q99")), r"drawn numbers.proprio lacks q99"),
+        (_edit("model.safetensors.index.json", lambda c: c["weight_map"].update({"a": "../b"})), r"\.\./b: no such file"),
+        (_shard(lambda t: t.pop("projector.fc2.bias")), r"1 tensors that the index promises are not there: \['projector.fc2.bias'\]"),
+        (_shard(lambda t: t.update(stray=torch.zeros(1))), r"unknown stray"),
+        (_head(lambda t: t.update({"module.model.fc3.weight": torch.zeros(1)})), r"unknown action_head.model.fc3.weight"),
+        (_head(lambda t: t.pop("module.model.fc2.bias")), r"missing action_head.model.fc2.bias"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(written: Path, tmp_path: Path, break_it: Callable[[Path], object], says: str) -> None:
+    directory = copied(written, tmp_path)
+    break_it(directory)
+    with pytest.raises(ValueError, match=says) as caught:
+        open_directory(directory)
+    assert str(directory) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_of_another_data_set_are_named(written: Path) -> None:
+    with pytest.raises(ValueError, match=r"dataset_statistics\.json: no statistics of 'libero_goal_no_noops'; there are drawn numbers"):
+        open_directory(written, dataset="libero_goal_no_noops")
+    with pytest.raises(CheckpointError, match=r"no such directory"):
+        open_directory(written / "nowhere")
+
+
+def test_nothing_is_executed(written: Path, tmp_path: Path) -> None:
+    directory, mark = copied(written, tmp_path / "d"), tmp_path / "executed"
+    torch.save({"module.model.fc1.weight": _Harm(mark)}, directory / "action_head--150000_checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"action_head--150000_checkpoint\.pt: damaged, or not a file of tensors alone"):
+        open_directory(directory)
+    assert not mark.exists()

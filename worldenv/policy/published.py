@@ -1,0 +1,286 @@
+"""Published checkpoint directories of OpenVLA-OFT, read and written; nothing of them is unpickled but tensors, and no code of theirs runs.
+
+    config.json, tokenizer.json, preprocessor_config.json    the model, its words, what its pixels are normalised by
+    model.safetensors, or shards and their index             the model's weights, LoRA merged
+    action_head--N_checkpoint.pt                             after N steps of fine-tuning
+    proprio_projector--N_checkpoint.pt
+    scale_head--N_checkpoint.pt                              ours; RIPT-VLA's `*_scale_header.pth` is read too, where it is named
+    dataset_statistics.json                                  of the data sets that it was fine-tuned on, by name
+    lora_adapter/                                            the LoRA that was merged, in PEFT's format
+
+The output layer, the last vision blocks, the final vision norms and SigLIP's pooling have no influence on actions: they are not read, and written
+as zeros, so that the published code finds every tensor that it looks for. Sizes of a model other than the released one, whose towers have a name
+in timm, stand in config.json under `worldenv_towers`.
+Source: the published code's behaviour (moojink/openvla-oft), Kim et al. 2025 (arXiv:2502.19645).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from worldenv import checkpoint, noise
+from worldenv.checkpoint import CheckpointError
+from worldenv.config import OPENVLA_OFT, PolicyConfig, VisionConfig
+from worldenv.policy import lora
+from worldenv.policy.heads import ScaleHead, begin
+from worldenv.policy.openvla_oft import Network, OpenVLAOFT
+from worldenv.policy.processing import Bounds, PromptTokenizer, Statistics
+from worldenv.policy.weights import fill, from_published, never_read
+
+_TIMM = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
+"""The released towers, DINOv2 first."""
+_HEADS = ("action_head", "scale_head")
+_SHARD_BYTES = 5 * 10**9
+_START = 1  # number of this draw in Stream.WEIGHTS; a whole policy's is 0
+
+
+class _Pooling(nn.Module):
+    """SigLIP's attention pooling, for its names and shapes alone."""
+
+    def __init__(self, width: int, mlp: int) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
+
+
+def shapes(config: PolicyConfig) -> dict[str, torch.Size]:
+    """Every tensor of a published model's files, those that are never read among them, by name; takes no memory."""
+    dino, siglip = (replace(tower, depth=tower.depth + 1) for tower in (config.dino, config.siglip))
+    with torch.device("meta"):
+        network = Network(replace(config, dino=dino, siglip=siglip))
+        vision = network.vision_backbone
+        vision.featurizer.norm, vision.fused_featurizer.norm = nn.LayerNorm(config.dino.width), nn.LayerNorm(config.siglip.width)
+        vision.fused_featurizer.attn_pool = _Pooling(config.siglip.width, config.siglip.mlp)
+        network.language_model.lm_head = nn.Linear(config.llama.width, config.llama.vocab, bias=False)
+    parts = ("vision_backbone.", "projector.", "language_model.")
+    return {name: tensor.shape for name, tensor in network.state_dict().items() if name.startswith(parts)}
+
+
+def adapted(config: PolicyConfig) -> list[str]:
+    """The layers that the published fine-tuning puts LoRA on: all that multiply by a matrix, patch convolutions and output layer included."""
+    wide = {name: shape for name, shape in shapes(config).items() if name.endswith(".weight") and len(shape) > 1}
+    return [name.removesuffix(".weight") for name in wide if not name.endswith("embed_tokens.weight")]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; an OpenVLA-OFT checkpoint directory holds it") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: want a JSON object")
+    return found
+
+
+def _towers(stated: Mapping[str, Any], where: Path) -> tuple[VisionConfig, VisionConfig]:
+    if "worldenv_towers" in stated:
+        dino, siglip = (VisionConfig(**one) for one in stated["worldenv_towers"])
+        return dino, siglip
+    if stated.get("timm_model_ids") != _TIMM:
+        raise CheckpointError(f"{where}: timm_model_ids {stated.get('timm_model_ids')}, want {_TIMM}: DINOv2 first, then SigLIP")
+    return OPENVLA_OFT.dino, OPENVLA_OFT.siglip
+
+
+def _model(directory: Path) -> PolicyConfig:
+    """What config.json and preprocessor_config.json state."""
+    where = directory / "config.json"
+    stated = _json(where)
+    if stated.get("model_type") != "openvla":
+        raise CheckpointError(f"{where}: model_type {stated.get('model_type')!r}, want 'openvla'")
+    dino, siglip = _towers(stated, where)
+    text, known = stated.get("text_config", {}), OPENVLA_OFT.llama  # what is not stated is transformers' LlamaConfig's default, Llama-2-7B's
+    if text.get("model_type") != "llama" or text.get("rope_scaling") is not None:
+        raise CheckpointError(f"{where}: text_config {text.get('model_type')!r}, rope_scaling {text.get('rope_scaling')}: want a plain llama")
+    names = {
+        "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", "ffn": "intermediate_size", "vocab": "vocab_size",
+        "kv_heads": "num_key_value_heads", "rms_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+    }  # fmt: skip
+    llama = replace(known, **{ours: text[theirs] for ours, theirs in names.items() if theirs in text})
+    where = directory / "preprocessor_config.json"
+    pixels = _json(where).get("tvf_normalize_params", [])
+    if len(pixels) != 2 or set(pixels[1].get("mean", [])) | set(pixels[1].get("std", [])) != {0.5}:
+        raise CheckpointError(f"{where}: tvf_normalize_params {pixels}: want DINOv2's mean and std, then 0.5 throughout for SigLIP")
+    return replace(
+        OPENVLA_OFT, image=stated.get("image_sizes", [OPENVLA_OFT.image])[0], dino=dino, siglip=siglip, llama=llama,
+        dino_mean=tuple(pixels[0]["mean"]), dino_std=tuple(pixels[0]["std"]),
+    )  # fmt: skip
+
+
+def _weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors by published name, from one file or from all shards of the index."""
+    index = directory / "model.safetensors.index.json"
+    place = _json(index).get("weight_map", {}) if index.is_file() else None
+    files = sorted(set(place.values())) if place is not None else ["model.safetensors"]
+    found: dict[str, torch.Tensor] = {}
+    for name in files:
+        path = directory / str(name)
+        if path.parent != directory or not path.is_file():
+            raise CheckpointError(f"{path}: no such file; {'the index names it' if place else 'the weights are there, or in shards with an index'}")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 -- not a dict
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: truncated or damaged ({error}); download it again") from error
+    if place and (lost := sorted(place.keys() - found.keys())):
+        raise CheckpointError(f"{directory / str(place[lost[0]])}: {len(lost)} tensors that the index promises are not there: {lost[:3]}")
+    return found
+
+
+def tensors_alone(path: Path) -> dict[str, Any]:
+    """A `.pt` file of tensors by name. CheckpointError where it is missing, damaged, or holds anything else: that is never executed."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: damaged, or not a file of tensors alone; nothing else is read from it") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a {type(found).__name__}, want tensors by name")
+    return found
+
+
+def _step(directory: Path, step: int | None) -> str:
+    """N of `action_head--N_checkpoint.pt`: the one that is there, or `step`."""
+    there = sorted(path.name.removeprefix("action_head--").removesuffix("_checkpoint.pt") for path in directory.glob("action_head--*_checkpoint.pt"))
+    if not there or (step is not None and str(step) not in there):
+        raise CheckpointError(f"{directory}/action_head--{'N' if step is None else step}_checkpoint.pt: no such file; there are {there or 'none'}")
+    if step is None and len(there) > 1:
+        raise CheckpointError(f"{directory}: action heads of steps {', '.join(there)}: say which")
+    return there[0] if step is None else str(step)
+
+
+def _scale_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A scale head of either form under our names."""
+    found = tensors_alone(path)
+    if found.keys() == {"scale_trunk", "log_b_head"}:  # RIPT-VLA's
+        return {f"{ours}.{name}": t for ours, theirs in (("trunk", "scale_trunk"), ("log_b_head", "log_b_head")) for name, t in found[theirs].items()}
+    return found
+
+
+def open_directory(
+    directory: Path, dataset: str | None = None, step: int | None = None, scale_head: Path | None = None, dtype: torch.dtype = torch.bfloat16,
+    base: bool = False, seed: int = 0,
+) -> OpenVLAOFT:  # fmt: skip
+    """The policy in a published directory, on the CPU: backbone in `dtype`, heads in float32.
+
+    `dataset` and `step` choose where the directory holds several. Without a scale head, in the directory or at `scale_head`, there is the published
+    start of one, a function of `seed`. `base` takes the LoRA in `lora_adapter/` out again, to rounding. CheckpointError or ValueError with one line
+    names a file that is missing, damaged or foreign, and tensors that are missing, unknown or of another shape.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give an OpenVLA-OFT checkpoint's")
+    if film := sorted(directory.glob("vision_backbone--*_checkpoint.pt")):
+        raise CheckpointError(f"{film[0]}: this policy has FiLM layers, which are not built here; use a checkpoint without")
+    config, number = _model(directory), _step(directory, step)
+    tokenizer = PromptTokenizer.published(directory / "tokenizer.json")
+    statistics = _statistics(directory / "dataset_statistics.json", dataset)
+    head, proprio = (tensors_alone(directory / f"{name}--{number}_checkpoint.pt") for name in ("action_head", "proprio_projector"))
+    own = directory / f"scale_head--{number}_checkpoint.pt"
+    scale = _scale_tensors(scale_head or own) if scale_head or own.is_file() else {}
+    weights = _weights(directory)
+    if base:
+        weights = lora.unmerge(weights, lora.Adapter.read(directory / "lora_adapter"))
+    config = replace(
+        config,
+        proprio=len(statistics.proprio.q01),
+        head_width=_length(head, "fc1.bias", config.head_width),
+        head_blocks=len({name.split("mlp_resnet_blocks.")[1].split(".")[0] for name in head if "mlp_resnet_blocks." in name}),
+        scale_form="trunk" if "log_b_head.weight" in scale else "mlp",
+    )
+    with torch.device("meta"):
+        network = Network(config)
+    if not scale:
+        fresh = ScaleHead(config.llama.width, config.head_width, config.head_blocks, config.scale_form)
+        begin(fresh, torch.Generator().manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _START)))
+        fresh.begin()
+        scale = fresh.state_dict()
+    state = from_published(weights, head, proprio, scale, config)
+    fill(network, {name: t.to(torch.float32 if name.startswith(_HEADS) else dtype) for name, t in state.items()}, str(directory), assign=True)
+    return OpenVLAOFT(config, network, tokenizer, statistics)
+
+
+def _length(tensors: Mapping[str, torch.Tensor], ending: str, otherwise: int) -> int:
+    return next((len(tensor) for name, tensor in tensors.items() if name.endswith(ending)), otherwise)
+
+
+def _statistics(file: Path, dataset: str | None) -> Statistics:
+    names = sorted(_json(file))
+    if dataset is None and len(names) != 1:
+        raise CheckpointError(f"{file}: statistics of {', '.join(names)}: say which data set")
+    return Statistics.published(file, names[0] if dataset is None else dataset)
+
+
+def _stated(bounds: Bounds) -> dict[str, Any]:
+    return {"q01": bounds.q01.tolist(), "q99": bounds.q99.tolist(), "mask": bounds.mask.tolist()}
+
+
+def save_directory(directory: Path, policy: OpenVLAOFT, step: int, adapter: lora.Adapter | None = None) -> None:
+    """Write `policy` as a directory that `open_directory` and the published code read; `adapter`, if given, is the LoRA in its merged weights.
+
+    Statistics are those that normalise, quantiles and masks; ValueError for a chunk that the published code does not know.
+    """
+    if policy.chunk != OPENVLA_OFT.chunk:
+        raise ValueError(f"{directory}: chunks of {policy.chunk}; the published layout has {OPENVLA_OFT.chunk}")
+    directory.mkdir(parents=True, exist_ok=True)
+    config, state = policy.config, {name: tensor.detach().cpu() for name, tensor in lora.merged(policy.network).items()}
+    for name in ("action_head", "proprio_projector", "scale_head"):
+        part = {f"module.{key.removeprefix(f'{name}.')}": t for key, t in state.items() if key.startswith(f"{name}.")}
+        with checkpoint.atomic(directory / f"{name}--{step}_checkpoint.pt") as file:
+            torch.save(part, file)
+    dtype = state["projector.fc1.weight"].dtype
+    whole = {name: torch.zeros(shape, dtype=dtype) if never_read(name, config) else state[name] for name, shape in shapes(config).items()}
+    _write_shards(directory, whole)
+    policy.tokenizer.tokenizer.save(str(directory / "tokenizer.json"))
+    norm = {"mean": [config.dino_mean, (0.5,) * 3], "std": [config.dino_std, (0.5,) * 3]}
+    pixels = [{"inplace": False, "mean": list(norm["mean"][i]), "std": list(norm["std"][i])} for i in range(2)]
+    text = {
+        "model_type": "llama", "hidden_size": config.llama.width, "num_hidden_layers": config.llama.layers, "num_attention_heads": config.llama.heads,
+        "intermediate_size": config.llama.ffn, "vocab_size": config.llama.vocab, "num_key_value_heads": config.llama.kv_heads or config.llama.heads,
+        "rms_norm_eps": config.llama.rms_eps, "rope_theta": config.llama.rope_theta, "pad_token_id": policy.tokenizer.pad,
+    }  # fmt: skip
+    released = (config.dino, config.siglip) == (OPENVLA_OFT.dino, OPENVLA_OFT.siglip)
+    towers = {"timm_model_ids": _TIMM} if released else {"worldenv_towers": [asdict(config.dino), asdict(config.siglip)]}
+    statistics = {"action": _stated(policy.statistics.action), "proprio": _stated(policy.statistics.proprio)}
+    files = {
+        "preprocessor_config.json": {"tvf_normalize_params": pixels, "input_sizes": [[3, config.image, config.image]] * 2},
+        "dataset_statistics.json": {policy.statistics.source: statistics},
+        "config.json": {
+            "model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"], "text_config": text, "use_fused_vision_backbone": True,
+            "image_sizes": [config.image, config.image], "norm_stats": {policy.statistics.source: statistics}, **towers,
+        },
+    }  # fmt: skip
+    if adapter is not None:
+        adapter.write(directory / "lora_adapter")
+    for name, content in files.items():
+        checkpoint.write_text(directory / name, json.dumps(content, indent=2))
+
+
+def _write_shards(directory: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """In the order of names, a file of at most 5 GB after another, the index last."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name in sorted(state):
+        size += state[name].nbytes
+        if size > _SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = state[name].nbytes
+        shards[-1][name] = state[name].contiguous()
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        with checkpoint.atomic(directory / name) as file:
+            save_file(shard, file, metadata={"format": "pt"})
+    place = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
+    checkpoint.write_text(directory / "model.safetensors.index.json", json.dumps({"metadata": total, "weight_map": place}, indent=2))

@@ -1,0 +1,209 @@
+"""`python -m benchmarks.learns`: does post-training in the imagined world raise true success, and what of the method does it?
+
+    python -m benchmarks.learns --seed S [--control shuffle|frozen|true-simulator] [--no-extra-data] [--no-reward-head] [--no-termination]
+    python -m benchmarks.learns --seed S --instead more-sft|exploration-demos
+    python -m benchmarks.learns --table
+
+The first form is a whole run of `worldenv-train` with one part taken out by name, in its own folder below --runs; stages that another run
+there has done with the same settings are taken over. The second trains what a user would try first instead of LOOP: fine-tuning for
+twice as long, on the demonstrations or on these and the successes of the exploration. Every form pairs the result with the fine-tuned policy
+on the same test states, and adds one row to benchmarks/results/learns.jsonl. --table prints all rows, and pools seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from worldenv import checkpoint, config, evaluation, report, train
+from worldenv.cli.arguments import parse
+from worldenv.config import RunConfig
+from worldenv.data.episode import Episode
+from worldenv.evaluation import Outcomes
+from worldenv.learning import sft
+from worldenv.policy import weights as policies
+from worldenv.run import Run
+
+RESULTS = Path(__file__).parent / "results" / "learns.jsonl"
+
+
+@dataclass(frozen=True)
+class LearnsArgs:
+    """One run of the method, of a control or of an ablation; or the table of all."""
+
+    seed: int = 0
+    """Seed of the whole run."""
+    control: Literal["none", "shuffle", "frozen", "true-simulator"] = "none"
+    """What is put in the method's place (loop.control)."""
+    no_extra_data: bool = False
+    """The world model is trained on demonstrations alone."""
+    no_reward_head: bool = False
+    """Scores are the probability of "Yes"."""
+    no_termination: bool = False
+    """No rollout is ended by the reflector."""
+    instead: Literal["more-sft", "exploration-demos"] | None = None
+    """What a user might try instead of LOOP."""
+    preset: str = "tiny"
+    """Preset of the run."""
+    fast: bool = False
+    """Cut every stage short: shows that the command works, and is not written to the results."""
+    runs: Path = Path("runs/learns")
+    """Folder of the runs."""
+    results: Path = RESULTS
+    """Where rows are added."""
+    table: bool = False
+    """Print the rows that there are, and nothing else."""
+
+
+def variant(args: LearnsArgs) -> str:
+    """The name of what is run: `method`, or what was taken out or put in."""
+    switches = {"no-extra-data": args.no_extra_data, "no-reward-head": args.no_reward_head, "no-termination": args.no_termination}
+    parts: list[str] = [args.instead] if args.instead else []
+    parts += [args.control] if args.control != "none" else []
+    parts += [name for name, on in switches.items() if on]
+    return "+".join(parts) or "method"
+
+
+def settings_for(args: LearnsArgs) -> RunConfig:
+    """The preset with what `args` take out."""
+    chosen = config.preset(args.preset)
+    chosen = config.fast(chosen) if args.fast else chosen
+    return dataclasses.replace(
+        chosen,
+        seed=args.seed,
+        world=dataclasses.replace(chosen.world, extra_data=not args.no_extra_data),
+        reward=dataclasses.replace(chosen.reward, head=not args.no_reward_head),
+        loop=dataclasses.replace(chosen.loop, control=args.control, termination=not args.no_termination),
+    )
+
+
+def _siblings(folder: Path, out: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*")) if path != out and (path / "run.json").is_file()]
+
+
+def until_first_success(episode: Episode) -> Episode:
+    """A successful episode up to the first observation at which the predicate holds: what a demonstration would be."""
+    end = int(np.argmax(episode.success))
+    cut = {name: getattr(episode, name)[: end + 1] for name in ("frame", "pose", "gripper", "success")}
+    return dataclasses.replace(episode, **cut, command=episode.command[:end])
+
+
+def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
+    """Fine-tune for twice as many steps, from scratch as stage sft does, and pair it with stage sft's policy on stage eval's test states."""
+    settings = settings_for(dataclasses.replace(args, instead=None))
+    desk = train.Desk(Run(base, settings))
+    episodes = list(desk.episodes("demos"))
+    if args.instead == "exploration-demos":
+        episodes += [until_first_success(e) for e in desk.episodes("explore") if e.success.any() and not e.success[0]]
+    before = Outcomes.from_tree(checkpoint.load(base / "stages" / "eval" / "outcomes.safetensors")["sft"])
+    policy = sft.untrained(desk.settings.policy, episodes, desk.env.tasks, desk.env.robot, desk.seed, desk.device)
+    folder = args.runs / f"seed-{args.seed}" / f"{args.instead}-policy"
+    folder.mkdir(parents=True, exist_ok=True)
+    longer = dataclasses.replace(settings.sft, steps=2 * settings.sft.steps)
+    fitted = sft.sft(policy, episodes, desk.env.robot, longer, desk.seed, checkpoint.Savepoint(folder / "fit.savepoint"))
+    policies.save(folder / "policy.safetensors", policy)
+    reflector = desk.reflector()
+    after = evaluation.evaluate(policy, desk.env, before.start, settings.env.steps, reflector, reflector.config.threshold, desk.device)
+    return {
+        "episodes_used": len(episodes),
+        "fit": fitted,
+        "eval": {"sft": before.tally(desk.env.tasks), "loop": after.tally(desk.env.tasks)},
+        "paired": evaluation.paired(before.by("oracle"), after.by("oracle")),
+    }
+
+
+def _from_report(out: Path) -> dict[str, Any]:
+    record = report.read(out)
+    return {
+        "eval": {name: record["eval"][name] for name in ("sft", "loop")},
+        "paired": record["eval"]["paired"],
+        "world": record["world"],
+        "reward": record["reward"],
+        "loop": {name: record["loop"][name] for name in ("returns", "curve", "seconds_per_iteration")},
+        "clip_fraction": float(np.mean([row["clip_fraction"] for row in record["loop"]["metrics"]])),
+        "seconds": {name: stage["seconds"] for name, stage in record["stages"].items()},
+    }
+
+
+def measure(args: LearnsArgs) -> dict[str, Any]:
+    """Run what `args` ask for, or go on with it, and return its row."""
+    folder = args.runs / f"seed-{args.seed}"
+    method = dataclasses.replace(args, instead=None)
+    settings, out = settings_for(method), folder / variant(method)
+    train.train(out, settings, reuse=_siblings(folder, out))
+    return {
+        "benchmark": "learns",
+        "variant": variant(args),
+        "seed": args.seed,
+        "preset": args.preset,
+        "commit": report.commit(),
+        "settings": config.fingerprint(settings),
+        **(_alternative(args, out) if args.instead else _from_report(out)),
+    }
+
+
+def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of several rows added up, with the paired test on the sums: successes by policy, episodes, and what `evaluation.paired` gives."""
+    count = {name: sum(row["eval"][name]["oracle"]["successes"] for row in rows) for name in ("sft", "loop")}
+    episodes = sum(row["eval"]["sft"]["oracle"]["episodes"] for row in rows)
+    wins, losses = (sum(row["paired"][name] for row in rows) for name in ("wins", "losses"))
+    both = count["sft"] - losses
+    before = np.repeat([True, True, False, False], [both, losses, wins, episodes - both - losses - wins])
+    after = np.repeat([True, False, True, False], [both, losses, wins, episodes - both - losses - wins])
+    return {**count, "episodes": episodes, **evaluation.paired(before, after)}
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """All rows as Markdown, newest of each (variant, settings, seed), and a pooled line where a variant has several seeds."""
+    newest = {(row["variant"], row["settings"], row["seed"]): row for row in rows}
+    by_variant: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in newest.values():
+        by_variant[row["variant"]].append(row)
+    lines = ["| what | seed | fine-tuned | after | points (95 %) | gained, lost | p | commit |", "|---|---|---|---|---|---|---|---|"]
+    for name, some in by_variant.items():
+        some.sort(key=lambda row: row["seed"])
+        lines += [_line(name, str(row["seed"]), pool([row]), row["commit"][:7]) for row in some]
+        lines += [_line(f"**{name}**", "pooled", pool(some), "")] if len(some) > 1 else []
+    return "\n".join(lines)
+
+
+def _line(name: str, seed: str, one: Mapping[str, Any], commit: str) -> str:
+    low, high = one["interval"]
+    n = one["episodes"]
+    points = f"{100 * one['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return (
+        f"| {name} | {seed} | {one['sft']}/{n} | {one['loop']}/{n} | {points} | {one['wins']}, {one['losses']} | {one['p_value']:.2g} | {commit} |"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when the row is written or the table printed, 2 for a bad command line."""
+    try:
+        args = parse("benchmarks.learns", LearnsArgs, LearnsArgs(), sys.argv[1:] if argv is None else argv)
+        if args.instead and args.control != "none":
+            raise ValueError("--instead and --control: choose one")
+    except ValueError as error:
+        print(f"benchmarks.learns: {error}", file=sys.stderr)
+        return 2
+    if args.table:
+        print(table(json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()))
+        return 0
+    row = measure(args)
+    if not args.fast:
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    print(table([row]))
+    print(json.dumps(row))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+"""The learning benchmark: what its switches mean, and how rows are pooled. Whole runs are in tests/flow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from worldenv import config, evaluation
+from worldenv.benchmarks import learns
+from worldenv.benchmarks.learns import LearnsArgs
+
+
+def row(seed, before, after, variant="method"):
+    def tally(hit):
+        return {"oracle": {"successes": int(hit.sum()), "episodes": len(hit), "interval": [0.0, 1.0]}}
+
+    return {
+        "variant": variant, "settings": "s", "seed": seed, "commit": "abcdef0123", "eval": {"sft": tally(before), "loop": tally(after)},
+        "paired": evaluation.paired(before, after),
+    }  # fmt: skip
+
+
+def drawn(seed, n=80):
+    draw = np.random.default_rng(seed)
+    return draw.random(n) < 0.5, draw.random(n) < 0.7
+
+
+def test_pooling_is_the_paired_test_on_all_episodes_together():
+    parts = [drawn(0), drawn(1, 60), drawn(2)]
+    rows = [row(i, *part) for i, part in enumerate(parts)]
+    before, after = (np.concatenate(some) for some in zip(*parts, strict=True))
+    got, want = learns.pool(rows), evaluation.paired(before, after)
+    assert got.pop("interval") == pytest.approx(want.pop("interval"))
+    assert {name: got[name] for name in want} == pytest.approx(want)
+    assert (got["sft"], got["loop"], got["episodes"]) == (before.sum(), after.sum(), 220)
+
+
+def test_the_table_keeps_every_seed_and_the_newest_row_of_each():
+    first, again = row(0, *drawn(0)), row(0, *drawn(5))
+    text = learns.table([first, row(1, *drawn(1)), row(0, *drawn(3), variant="shuffle"), again])
+    lines = text.splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["method", "method", "**method**", "shuffle"]
+    assert f"{again['eval']['loop']['oracle']['successes']}/80" in lines[0]
+
+
+def test_switches_reach_the_settings_and_name_the_variant():
+    args = LearnsArgs(seed=4, control="shuffle", no_extra_data=True, no_termination=True)
+    settings = learns.settings_for(args)
+    assert learns.variant(args) == "shuffle+no-extra-data+no-termination"
+    assert (settings.seed, settings.loop.control, settings.loop.termination, settings.world.extra_data) == (4, "shuffle", False, False)
+    assert learns.settings_for(LearnsArgs()) == config.TINY
+    assert dataclasses.replace(settings, loop=config.TINY.loop, world=config.TINY.world, seed=0) == config.TINY
+
+
+def test_a_bad_command_line_is_refused(capsys):
+    assert learns.main(["--control", "shufle"]) == 2
+    assert learns.main(["--instead", "more-sft", "--control", "frozen"]) == 2
+    assert "choose one" in capsys.readouterr().err

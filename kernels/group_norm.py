@@ -18,16 +18,16 @@ def group_norm_ref(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: tor
 def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise `x` (N, P, C); `weight`, `bias` (C,). Returns a tensor like `x`; statistics in float32 or wider.
 
-    Sums over pixels run along whole rows of channels: with 2 channels a group, torch's own channels-last kernel takes 5 to 10 times as
-    long on a CPU. Raises ValueError where `groups` does not divide C.
+    Sums over pixels run along whole rows of channels: with 32 groups of 2 to 10 channels, torch's own channels-last kernel takes 2 to 4 times
+    as long on a CPU. Small pictures cost as much as there are operations, so there are few.
+    Raises ValueError where `groups` does not divide C.
     """
-    count, pixels, channels = x.shape
+    count, _, channels = x.shape
     if channels % groups:
         raise ValueError(f"group_norm: {channels} channels in {groups} groups")
     wide = x if x.dtype == torch.float64 else x.float()
-    size = pixels * channels // groups
-    mean = wide.sum(1).view(count, groups, -1).sum(-1, keepdim=True) / size
-    square = (wide * wide).sum(1).view(count, groups, -1).sum(-1, keepdim=True) / size
-    scale = torch.rsqrt((square - mean * mean).clamp_min(0.0) + eps) * weight.view(groups, -1)
-    shift = bias.view(groups, -1) - mean * scale
+    moments = torch.stack((wide.mean(1), (wide * wide).mean(1))).view(2, count, groups, -1).mean(-1, keepdim=True)
+    mean, square = moments.unbind()
+    scale = torch.rsqrt(torch.addcmul(square, mean, mean, value=-1.0).clamp_min(0.0).add_(eps)) * weight.view(groups, -1)
+    shift = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1.0)
     return torch.addcmul(shift.view(count, 1, channels), wide, scale.view(count, 1, channels)).to(x.dtype)

@@ -24,7 +24,7 @@ from worldenv.nouns import ActionMap
 from worldenv.simulator.conditioning import ClipTower, Resampler
 from worldenv.simulator.schedule import Sampler, latent_scales, rescale_guidance
 from worldenv.simulator.unet import KeysValues, UNet
-from worldenv.simulator.vae import VAE
+from worldenv.simulator.vae import VAE, Posterior
 
 DELTA_DIM = 14
 _GRIPPERS = (6, 13)
@@ -120,6 +120,11 @@ class Evac(nn.Module):
         return simulator
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, which may be bfloat16. What is remembered, sampled and scaled stays in the type of `latent_scale`."""
+        return next(self.unet.parameters()).dtype
+
+    @property
     def chunk(self) -> int:
         """See `Simulator`."""
         return self.config.chunk
@@ -155,11 +160,15 @@ class Evac(nn.Module):
     def encode(self, pictures: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled latents (N, z, h, w) of `pictures` (N, 3, H, W) in [-1, 1]: the posterior's mean, or its sample at `noise` like the result."""
         count = self._pictures_per_call(pictures.device)
-        posteriors = [self.vae.encode(some) for some in torch.split(pictures, count)]
+        posteriors = [self._posterior(some) for some in torch.split(pictures, count)]
         if noise is None:
             return torch.cat([posterior.mean for posterior in posteriors]) * self.latent_scale
         drawn = [posterior.sample(some) for posterior, some in zip(posteriors, torch.split(noise, count), strict=True)]
         return torch.cat(drawn) * self.latent_scale
+
+    def _posterior(self, pictures: torch.Tensor) -> Posterior:
+        posterior = self.vae.encode(pictures.to(self.dtype))
+        return Posterior(posterior.mean.to(self.latent_scale.dtype), posterior.logvar.to(self.latent_scale.dtype))
 
     def _pictures_per_call(self, device: torch.device) -> int:
         """How many pictures the autoencoder takes at once: what fits a CPU's cache, or is enough to fill a GPU."""
@@ -169,16 +178,16 @@ class Evac(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in about [-1, 1], not clamped, of scaled `latents` (N, z, h, w)."""
         parts = torch.split(latents / self.latent_scale, self._pictures_per_call(latents.device))
-        return torch.cat([self.vae.decode(some) for some in parts])
+        return torch.cat([self.vae.decode(some.to(self.dtype)).to(self.latent_scale.dtype) for some in parts])
 
     def image_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, queries, context) of `pictures` (N, 3, H, W) in [-1, 1]."""
-        tokens: torch.Tensor = self.image_resampler(self.clip(pictures))
+        tokens: torch.Tensor = self.image_resampler(self.clip(pictures.to(self.dtype)))
         return tokens
 
     def action_tokens(self, deltas: torch.Tensor) -> torch.Tensor:
         """(B, queries, context) of normalised `deltas` (B, rows, 14), any number of rows."""
-        tokens: torch.Tensor = self.action_resampler(deltas)
+        tokens: torch.Tensor = self.action_resampler(deltas.to(self.dtype))
         return tokens
 
     def normalise(self, deltas: torch.Tensor) -> torch.Tensor:
@@ -237,15 +246,15 @@ class Evac(nn.Module):
         batch, _, remembered = condition.memory.shape[:3]
         levels = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(sampler.timesteps)]).to(device)
         rows = self.unet.time_rows(levels, torch.full_like(levels, config.fps_token), torch.full_like(levels, config.domain))
-        at_rest = [row[:1] for row in rows]
         scales = latent_scales(config.scale_memory)[sampler.timesteps]
 
         def predict(x: torch.Tensor, index: int) -> torch.Tensor:
-            now = [row[index + 1 : index + 2] for row in rows]
+            now = rows[index + 1 : index + 2]
             noisy = torch.cat([condition.memory * float(scales[index]), x], dim=2)
-            v = self.unet.denoise(torch.cat([noisy, condition.fixed], dim=1), at_rest, now, condition.pairs, remembered)
+            v = self.unet.denoise(torch.cat([noisy, condition.fixed], dim=1).to(self.dtype), rows[:1], now, condition.pairs, remembered)
             if unconditional is not None and config.guidance != 1.0:
-                other = self.unet.denoise(torch.cat([noisy, unconditional.fixed], dim=1), at_rest, now, unconditional.pairs, remembered)
+                given = torch.cat([noisy, unconditional.fixed], dim=1).to(self.dtype)
+                other = self.unet.denoise(given, rows[:1], now, unconditional.pairs, remembered)
                 guided = other + config.guidance * (v - other)
                 v = rescale_guidance(guided, v, config.guidance_rescale) if config.guidance_rescale > 0 else guided
             return v[:, :, remembered:]
@@ -262,7 +271,7 @@ class Evac(nn.Module):
     def begin(self, frame: torch.Tensor) -> list[Memory]:
         """See `Simulator`. Frames of another size than the simulator's are resized."""
         pictures = self.picture(frame)
-        posterior, tokens = self.vae.encode(pictures), self.image_tokens(pictures)
+        posterior, tokens = self._posterior(pictures), self.image_tokens(pictures)
         mean = posterior.mean * self.latent_scale
         deviation = torch.exp(0.5 * posterior.logvar) * self.latent_scale
         sampled = self.config.posterior == "sample"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from worldenv.kernels.group_norm import group_norm
@@ -44,6 +45,25 @@ def upsample(x: torch.Tensor) -> torch.Tensor:
     *lead, height, width, channels = x.shape
     wide = x[..., :, None, :, None, :].expand(*lead, height, 2, width, 2, channels)
     return wide.reshape(*lead, 2 * height, 2 * width, channels)
+
+
+class UpsampleConv(nn.Conv2d):
+    """Nearest neighbour to twice the height and width, then a 3x3 convolution, of (..., H, W, C): as the one transposed convolution that it is.
+
+    Each output pixel sees 2 x 2 different input pixels, so 4 products do for 9, and the large picture is never made.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 2 H, 2 W, C)."""
+        taps = F.pad(self.weight, (1, 1, 1, 1))
+        rows = taps[:, :, 1:] + taps[:, :, :-1]
+        kernel = (rows[..., 1:] + rows[..., :-1]).flip(2, 3).transpose(0, 1)  # 3x3 taps spread by the 2x2 pixels of nearest neighbour
+        pictures = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
+        y = F.conv_transpose2d(pictures, kernel, self.bias, stride=2, padding=1).permute(0, 2, 3, 1)
+        return y.reshape(*x.shape[:-3], *y.shape[1:])
 
 
 def zero(layer: Layer) -> Layer:

@@ -10,6 +10,7 @@ DynamiCrafter (arXiv:2310.12190) for the dynamic rescale.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,24 +106,32 @@ class Sampler:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @functools.cached_property
+    def _coefficients(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """(steps, 6) float32, kept on `device`: a step copies nothing to it and waits for nothing."""
+        if device not in self._coefficients:
+            # In exact arithmetic the radicand is 0 on the first step with eta = 1; rounded, it can be below.
+            towards = np.sqrt(np.maximum(1.0 - self.alphas_prev - self.sigmas**2, 0.0))
+            signal, rest, signal_prev = np.sqrt(self.alphas), np.sqrt(1.0 - self.alphas), np.sqrt(self.alphas_prev)
+            columns = (signal, rest, self.scales_prev / self.scales, towards, signal_prev, self.sigmas)
+            self._coefficients[device] = torch.from_numpy(np.stack(columns, axis=1)).to(device, torch.float32)
+        return self._coefficients[device]
+
     def step(self, x: torch.Tensor, v: torch.Tensor, index: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_prev, x_0) of latents `x` and predictions `v` (B, ...), each sample at its own `index` (B,) of the tables.
 
         `noise` is standard normal, like x; None where every sigma is 0. Arithmetic in float32.
         """
-
-        def of(table: Table) -> torch.Tensor:
-            values = torch.from_numpy(table).to(x.device)[index].to(torch.float32)
-            return values.view(-1, *[1] * (x.dim() - 1))
-
-        signal, rest = of(np.sqrt(self.alphas)), of(np.sqrt(1.0 - self.alphas))
+        rows = self._on(x.device)[index].view(-1, 6, *[1] * (x.dim() - 1))
+        signal, rest, rescale, towards, signal_prev, sigma = rows.unbind(1)
         x, v = x.float(), v.float()
-        x_0 = (signal * x - rest * v) * of(self.scales_prev / self.scales)
+        x_0 = (signal * x - rest * v) * rescale
         epsilon = signal * v + rest * x
-        # In exact arithmetic the radicand is 0 on the first step with eta = 1; rounded, it can be below.
-        towards = of(np.sqrt(np.maximum(1.0 - self.alphas_prev - self.sigmas**2, 0.0)))
-        x_prev = of(np.sqrt(self.alphas_prev)) * x_0 + towards * epsilon
-        return (x_prev if noise is None else x_prev + of(self.sigmas) * noise), x_0
+        x_prev = signal_prev * x_0 + towards * epsilon
+        return (x_prev if noise is None else x_prev + sigma * noise), x_0
 
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:

@@ -94,8 +94,8 @@ class ResBlock(nn.Module):
         self.temopral_conv = TemporalConvBlock(channels, dropout)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, W, C) of `x` (B, T, H, W, C_in) and `embedding` (B, T, C), the output of `emb_layers`."""
-        y = self.in_layers(x) + embedding[:, :, None, None, :]
+        """(B, T, H, W, C) of `x` (B, T, H, W, C_in) and `embedding` (B, T, 1, 1, C), the output of `emb_layers`."""
+        y = self.in_layers(x) + embedding
         y = self.skip_connection(x) + self.out_layers(y)
         out: torch.Tensor = self.temopral_conv(y)
         return out
@@ -364,6 +364,7 @@ class UNet(nn.Module):
                     rate //= 2
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = _head(channels, latent)
+        self._widths = [block.emb_layers[1].out_features for block in self._residuals()]
         channels_last(self)
 
     def _residuals(self) -> list[ResBlock]:
@@ -372,8 +373,8 @@ class UNet(nn.Module):
     def _attentions(self) -> list[SpatialTransformer]:
         return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
 
-    def time_rows(self, timesteps: torch.Tensor, fps: torch.Tensor, domain: torch.Tensor) -> list[torch.Tensor]:
-        """What each residual block adds at `timesteps` (N,): its (N, C), in the order of the blocks; `fps`, `domain` (N,) int64.
+    def time_rows(self, timesteps: torch.Tensor, fps: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
+        """What all residual blocks add at `timesteps` (N,): (N, sum of their C), in the order of the blocks; `fps`, `domain` (N,) int64.
 
         Constant over frames and pixels, so a sampler computes it once for its levels and for level 0, that of memory frames.
         """
@@ -383,7 +384,7 @@ class UNet(nn.Module):
             return timestep_embedding(values, self.config.model_channels).to(weight.dtype)
 
         embedding = self.time_embed(sinusoids(timesteps)) + self.fps_embedding(sinusoids(fps)) + self.domain_embedding(domain)
-        return [block.emb_layers(embedding) for block in self._residuals()]
+        return torch.cat([block.emb_layers(embedding) for block in self._residuals()], dim=-1)
 
     def keys_values(self, image: torch.Tensor, action: torch.Tensor) -> list[KeysValues]:
         """Keys and values of every attention block, of `image` (B, L, context) and `action` (B, M, context) tokens.
@@ -395,17 +396,19 @@ class UNet(nn.Module):
     def denoise(
         self,
         x: torch.Tensor,
-        memory_rows: Sequence[torch.Tensor],
-        chunk_rows: Sequence[torch.Tensor],
+        memory_row: torch.Tensor,
+        chunk_row: torch.Tensor,
         pairs: Sequence[KeysValues],
         memory: int,
     ) -> torch.Tensor:
         """v (B, latent, T, H, W) of `x` (B, 3 latent + 7, T, H, W), whose first `memory` frames are memory.
 
-        `memory_rows`, `chunk_rows`: for each residual block (B or 1, C), from `time_rows`; `pairs` from `keys_values`.
+        `memory_row`, `chunk_row` (B or 1, .) from `time_rows`; `pairs` from `keys_values`.
         """
         batch, _, frames, _, _ = x.shape
-        rows = iter(zip(memory_rows, chunk_rows, strict=True))
+        counts = ((memory_row, memory), (chunk_row, frames - memory))
+        embedding = torch.cat([row.expand(batch, -1)[:, None].expand(-1, count, -1) for row, count in counts], dim=1)
+        embeddings = iter(embedding[:, :, None, None].split(self._widths, dim=-1))
         views = iter(pairs)
 
         def run(layers: nn.Module, h: torch.Tensor) -> torch.Tensor:
@@ -413,8 +416,7 @@ class UNet(nn.Module):
             for layer in layers:
                 given: tuple[torch.Tensor | KeysValues, ...] = ()
                 if isinstance(layer, ResBlock):
-                    before, now = (row.expand(batch, -1)[:, None] for row in next(rows))
-                    given = (torch.cat([before.expand(-1, memory, -1), now.expand(-1, frames - memory, -1)], dim=1),)
+                    given = (next(embeddings),)
                 elif isinstance(layer, SpatialTransformer):
                     given = (next(views),)
                 h = checkpoint(layer, h, *given, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(h, *given)
@@ -451,5 +453,5 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: x {tuple(x.shape)}, memory={memory}: want (B, {3 * self.latent + 7}, T, H, W) and memory < T")
         at_rest = torch.zeros_like(timesteps)
         rows = self.time_rows(torch.cat([at_rest, timesteps]), fps.repeat(2), domain.repeat(2))
-        memory_rows, chunk_rows = zip(*(row.chunk(2) for row in rows), strict=True)
-        return self.denoise(x, memory_rows, chunk_rows, self.keys_values(image, action), memory)
+        memory_row, chunk_row = rows.chunk(2)
+        return self.denoise(x, memory_row, chunk_row, self.keys_values(image, action), memory)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from worldenv.config import VAEConfig
-from worldenv.simulator.layers import FrameConv, FrameNorm, channels_last, upsample
+from worldenv.simulator.layers import FrameConv, FrameNorm, UpsampleConv, channels_last
 
 _EPS = 1e-6
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
@@ -95,10 +95,10 @@ class _Downsample(nn.Module):
 class _Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = FrameConv(channels, channels, 3, padding=1)
+        self.conv = UpsampleConv(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.conv(upsample(x))
+        out: torch.Tensor = self.conv(x)
         return out
 
 

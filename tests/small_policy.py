@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from worldenv import noise
-from worldenv.config import LlamaConfig, PolicyConfig, VisionConfig
+from worldenv.config import OPENVLA_OFT, LlamaConfig, PolicyConfig, VisionConfig
 from worldenv.nouns import ActionChunk, Context, Observation, Rollout
 from worldenv.policy.openvla_oft import OpenVLAOFT
-from worldenv.policy.processing import PromptTokenizer, Statistics
+from worldenv.policy.processing import PUBLISHED_EMPTY, PUBLISHED_PAD, PromptTokenizer, Statistics, prompt
 
 INSTRUCTIONS = ("push the red block onto the strip", "lift the mug", "open the top drawer of the cabinet")
 SMALL = PolicyConfig(
@@ -36,6 +39,31 @@ def small_policy(config: PolicyConfig = SMALL, seed: int = 0) -> OpenVLAOFT:
     with torch.no_grad():
         policy.network.scale_head.last.weight.mul_(50.0)
     return policy
+
+
+LIKE: PolicyConfig = dataclasses.replace(
+    SMALL, llama=dataclasses.replace(SMALL.llama, vocab=32064, rms_eps=1e-5, kv_heads=1), jpeg=True, crop_area=0.9, scale_floor=0.0,
+    dino_mean=OPENVLA_OFT.dino_mean, dino_std=OPENVLA_OFT.dino_std,
+)  # fmt: skip
+"""As a published directory states it; nothing of it is what we would take by default."""
+
+
+def llama_like_tokenizer() -> PromptTokenizer:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": PUBLISHED_EMPTY, "<pad>": PUBLISHED_PAD}
+    split = pre_tokenizers.Whitespace()
+    for text in INSTRUCTIONS:
+        for word, _ in split.pre_tokenize_str(prompt(text)):
+            words.setdefault(word, 100 + len(words))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    return PromptTokenizer(tokenizer, PUBLISHED_EMPTY, PUBLISHED_PAD)
+
+
+def published_policy(config: PolicyConfig = LIKE, seed: int = 0) -> OpenVLAOFT:
+    made = OpenVLAOFT.create(config, llama_like_tokenizer(), statistics(), noise.torch_seed(seed, 9), torch.device("cpu"))
+    with torch.no_grad():
+        made.network.scale_head.last.weight.mul_(50.0)
+    return made
 
 
 def observation(batch: int, seed: int = 0, instruction: str | None = None, size: int = 16) -> Observation:

@@ -15,7 +15,8 @@ import torch
 from small_policy import SMALL, observation, rollouts, small_policy, uniform
 
 from worldenv import checkpoint
-from worldenv.config import LoopConfig
+from worldenv.config import OPENVLA_OFT, LoopConfig
+from worldenv.learning.loop import memory
 from worldenv.learning.loop import update as update_module
 from worldenv.learning.loop.advantage import baseline, leave_one_out
 from worldenv.learning.loop.loss import surrogate
@@ -342,3 +343,51 @@ def test_adapter_is_pefts(tmp_path: Path) -> None:
     with torch.no_grad():
         got = adapted(query.pixels, query.ids, query.lengths, query.proprio)
     torch.testing.assert_close(got, made.policy.hidden(query).detach(), rtol=0, atol=1e-6)
+
+
+# Memory
+
+
+def test_computing_activations_again_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for attention in ("full", "prefix_lm"):
+        plain, again = (
+            learner(dataclasses.replace(FREE, gradient_checkpointing=on), small_policy(dataclasses.replace(SMALL, attention=attention)))
+            for on in (False, True)
+        )
+        given = rollouts(plain.policy)
+        calls: list[int] = []
+        layer = again.policy.network.language_model.model.layers[0]
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        for one, other in zip(gradients(plain, monkeypatch, given), gradients(again, monkeypatch, given), strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        forwards = len(calls)
+        calls.clear()
+        again.check_ratio(given)  # forward alone
+        assert forwards > 2 * len(calls)  # ratios, forward, and once more
+
+
+def test_memory_is_what_is_alive_at_once() -> None:
+    with torch.device("meta"), memory._Alive() as alive:
+        x = torch.empty(1000, requires_grad=True)  # 4000 bytes
+        y = (x * 2).sin()  # two more; the product is kept for the backward pass
+        assert alive.now == 12_000
+        del y
+        assert alive.now == 4_000
+        x.view(10, 100).t()  # no memory of their own
+        assert (alive.now, alive.peak) == (4_000, 12_000)
+
+
+def test_an_update_at_the_published_size_fits_96_gb() -> None:
+    """Counted: 26.1 GB with activations computed again; weights are 7.1 billion in bfloat16, heads and LoRA in float32."""
+    loop = LoopConfig(microbatch=16, gradient_checkpointing=True)
+    found = memory.count(OPENVLA_OFT, loop)
+    with torch.device("meta"):
+        network = Network(OPENVLA_OFT)
+    trained = 2 * 151_117_831 + sum(32 * sum(network.get_submodule(name).weight.shape) for name in lora.targets(network))
+    assert found.gradients == 4 * trained
+    assert found.optimizer == 2 * found.gradients
+    assert 16.0e9 < found.weights < 17.0e9
+    assert found.total < 30e9 < 96e9
+    small = [memory.count(SMALL, dataclasses.replace(loop, gradient_checkpointing=on)).activations for on in (True, False)]
+    assert small[0] < small[1]

@@ -13,42 +13,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_policy import INSTRUCTIONS, SMALL, observation, statistics, uniform
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_policy import LIKE, observation, uniform
+from small_policy import published_policy as policy
 
-from worldenv import noise
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import OPENVLA_OFT, PolicyConfig
 from worldenv.policy import lora, published
-from worldenv.policy.openvla_oft import Network, OpenVLAOFT
-from worldenv.policy.processing import PUBLISHED_EMPTY, PUBLISHED_PAD, PromptTokenizer, prompt
+from worldenv.policy.openvla_oft import Network
 from worldenv.policy.published import adapted, open_directory, save_directory, shapes
 from worldenv.policy.weights import never_read
-
-CPU = torch.device("cpu")
-LIKE: PolicyConfig = dataclasses.replace(
-    SMALL, llama=dataclasses.replace(SMALL.llama, vocab=32064, rms_eps=1e-5, kv_heads=1), jpeg=True, crop_area=0.9, scale_floor=0.0,
-    dino_mean=OPENVLA_OFT.dino_mean, dino_std=OPENVLA_OFT.dino_std,
-)  # fmt: skip
-"""Everything that a published directory states is not what we would take by default."""
-
-
-def llama_like_tokenizer() -> PromptTokenizer:
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": PUBLISHED_EMPTY, "<pad>": PUBLISHED_PAD}
-    split = pre_tokenizers.Whitespace()
-    for text in INSTRUCTIONS:
-        for word, _ in split.pre_tokenize_str(prompt(text)):
-            words.setdefault(word, 100 + len(words))
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
-    return PromptTokenizer(tokenizer, PUBLISHED_EMPTY, PUBLISHED_PAD)
-
-
-def policy(config: PolicyConfig = LIKE, seed: int = 0) -> OpenVLAOFT:
-    made = OpenVLAOFT.create(config, llama_like_tokenizer(), statistics(), noise.torch_seed(seed, 9), CPU)
-    with torch.no_grad():
-        made.network.scale_head.last.weight.mul_(50.0)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +75,7 @@ def test_a_directory_comes_back(written: Path, dtype: torch.dtype) -> None:
     assert again.config == LIKE
     assert again.statistics.source == "drawn numbers"
     types = {name.split(".")[0]: p.dtype for name, p in again.network.named_parameters()}
-    assert types == {name: torch.float32 if name.endswith("_head") else dtype for name in types}
+    assert types == {name: torch.float32 if name.endswith(("_head", "proprio_projector")) else dtype for name in types}
     want, got = policy().act(seen, uniform(4)), again.act(seen, uniform(4))
     if dtype == torch.float32:
         assert torch.equal(got.action, want.action)

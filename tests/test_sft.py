@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from small_policy import INSTRUCTIONS, SMALL
+from small_policy import INSTRUCTIONS, SMALL, published_policy
 
 from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ScaleConfig, SftConfig
 from worldenv.data.episode import Episode
 from worldenv.learning import sft as sft_module
+from worldenv.learning.augment import crop, published, recolour, shift
 from worldenv.learning.chunks import Chunks
 from worldenv.learning.scale_head import fit_scale_head
-from worldenv.learning.sft import augment, l1, one_cycle, recolour, sft, shift, untrained
+from worldenv.learning.sft import l1, one_cycle, pretrained, query_at, sft, untrained
 from worldenv.nouns import Observation
-from worldenv.policy import laplace
-from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.policy import laplace, lora
+from worldenv.policy.openvla_oft import Network, OpenVLAOFT
+from worldenv.policy.processing import centre_crop
+from worldenv.policy.published import save_directory
+from worldenv.policy.weights import fill
 from worldenv.robots.tabletop import TABLETOP
 
 CONFIG = SftConfig(steps=6, batch=4, lr=3e-3, stop_l1=0.0)
+LORA = dataclasses.replace(CONFIG, lora_rank=4, lora_alpha=4)
 
 
 def episodes(lengths: tuple[int, ...] = (12, 9)) -> list[Episode]:
@@ -104,14 +111,58 @@ def test_recolour_is_brightness_contrast_saturation() -> None:
     assert recolour(frame, torch.tensor([[0.0, -1.0, -1.0]])).flatten().tolist() == [100] * 6
 
 
-def test_augmentation_is_a_function_of_seed_and_step() -> None:
-    seen, _ = Chunks(episodes(), TABLETOP, policy_for(episodes()).statistics, 8).take(np.arange(4))
-    one, same, next_step = (augment(seen, CONFIG, 0, step).frame for step in (3, 3, 4))
+@pytest.mark.parametrize("kind", ["shift", "published"])
+def test_augmentation_is_a_function_of_seed_and_step(kind: Literal["shift", "published"]) -> None:
+    policy = policy_for(episodes())
+    seen, _ = Chunks(episodes(), TABLETOP, policy.statistics, 8).take(np.arange(4))
+    config = dataclasses.replace(CONFIG, augmentation=kind)
+    rows = np.arange(4)
+    one, same, next_step = (query_at(policy, seen, config, 0, step, rows).pixels for step in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, next_step)
-    assert not torch.equal(one, seen.frame)
+    assert not torch.equal(one, policy.query(seen).pixels)
+    part = Observation(seen.frame[2:], seen.proprio[2:], seen.instruction[2:])
+    few = query_at(policy, part, config, 0, 3, rows[2:])  # rows of the batch are what they are in the whole batch
+    torch.testing.assert_close(few.pixels, one[2:], rtol=0, atol=1e-6)
+    assert few.proprio is not None
+    assert torch.equal(few.proprio, query_at(policy, seen, config, 0, 3, rows).proprio[2:])  # type: ignore[index]
     off = dataclasses.replace(CONFIG, shift_px=0, colour=0.0)
-    assert torch.equal(augment(seen, off, 0, 3).frame, seen.frame)
+    assert torch.equal(query_at(policy, seen, off, 0, 3, rows).pixels, policy.query(seen).pixels)
+
+
+def test_a_crop_in_the_middle_is_the_centre_crop() -> None:
+    draw = np.random.default_rng(0)
+    frames = torch.from_numpy(draw.integers(0, 256, (3, 40, 40, 3), dtype=np.uint8))
+    middle = crop(frames, 0.9, torch.full((3, 2), 0.5, dtype=torch.float64))
+    assert int((middle.int() - centre_crop(frames, 0.9).int()).abs().max()) <= 1
+    corners = crop(frames, 0.25, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+    assert torch.equal(corners[0, 0, 0], frames[0, 0, 0])
+    assert torch.equal(corners[1, -1, 0], frames[1, -1, 0])
+    assert torch.equal(corners[2, 0, -1], frames[2, 0, -1])
+    assert torch.equal(crop(frames, 1.0, torch.full((3, 2), 0.3, dtype=torch.float64)), frames)
+
+
+def test_published_colours_are_those_of_hsv() -> None:
+    """One change at a time, against the standard library's HSV; the draw 0.5 changes nothing."""
+    draw = np.random.default_rng(1)
+    frames = torch.from_numpy(draw.integers(30, 200, (1, 6, 6, 3), dtype=np.uint8))
+    still = [0.5] * 6
+    assert int((published(frames, 1.0, torch.tensor([still])).int() - frames.int()).abs().max()) <= 1
+    unit = frames[0].numpy() / 255.0
+    for at, value in ((2, 0.9), (3, 0.1), (4, 0.2), (5, 0.95), (5, 0.02)):
+        given = torch.tensor([[*still[:at], value, *still[at + 1 :]]])
+        change = 2 * value - 1
+        want = unit.copy()
+        if at == 2:
+            want = want + 0.2 * change
+        elif at == 3:
+            want = (want - want.mean((0, 1))) * (1 + 0.2 * change) + want.mean((0, 1))
+        else:
+            for i in np.ndindex(6, 6):
+                h, s, v = colorsys.rgb_to_hsv(*unit[i])
+                want[i] = colorsys.hsv_to_rgb((h + 0.05 * change * (at == 5)) % 1.0, min(1.0, s * (1 + 0.2 * change * (at == 4))), v)
+        got = published(frames, 1.0, given)[0].numpy()
+        assert np.abs(got - np.clip(want, 0, 1) * 255).max() < 1.01, at
 
 
 def test_it_learns_and_leaves_the_scale_head_alone(tmp_path: Path) -> None:
@@ -137,23 +188,24 @@ class _Killed(Exception):
     pass
 
 
-def test_killed_sft_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [CONFIG, LORA], ids=["whole", "LoRA"])
+def test_killed_sft_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: SftConfig) -> None:
     given = episodes()
     straight, again = policy_for(given), policy_for(given)
-    want = sft(straight, given, TABLETOP, CONFIG, 0, savepoint(tmp_path / "a"))
+    want = sft(straight, given, TABLETOP, config, 0, savepoint(tmp_path / "a"))
     right = sft_module.loss_at
 
-    def die(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int) -> torch.Tensor:
+    def die(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int, rows: np.ndarray) -> torch.Tensor:
         if step == 5:
             raise _Killed
-        return right(policy, chunks, config, seed, step)
+        return right(policy, chunks, config, seed, step, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(sft_module, "loss_at", die)
         with pytest.raises(_Killed):
-            sft(again, given, TABLETOP, CONFIG, 0, savepoint(tmp_path / "b", every_s=0.0))
-    again = policy_for(given, seed=3)  # whatever it was before, the savepoint counts
-    assert sft(again, given, TABLETOP, CONFIG, 0, savepoint(tmp_path / "b")) == want
+            sft(again, given, TABLETOP, config, 0, savepoint(tmp_path / "b", every_s=0.0))
+    again = policy_for(given, seed=0 if config.lora_rank else 3)  # whatever was trained before, the savepoint counts
+    assert sft(again, given, TABLETOP, config, 0, savepoint(tmp_path / "b")) == want
     ours, theirs = straight.network.state_dict(), again.network.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if not name.startswith("scale_head"))
 
@@ -211,3 +263,75 @@ def test_observations_are_not_changed_by_training(tmp_path: Path) -> None:
     sft(policy_for(given), given, TABLETOP, CONFIG, 0, savepoint(tmp_path))
     assert all(np.array_equal(a, e.frame) for a, e in zip(kept, given, strict=True))
     assert isinstance(Chunks(given, TABLETOP, policy_for(given).statistics, 8).take(np.array([0]))[0], Observation)
+
+
+# The published recipe
+
+
+def test_parts_of_a_batch_give_the_whole_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accumulated over microbatches, one of them smaller, and with activations computed again."""
+    given, caught = episodes(), []
+    for config in (CONFIG, dataclasses.replace(CONFIG, microbatch=3), dataclasses.replace(CONFIG, gradient_checkpointing=True)):
+        policy = policy_for(given)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+            sft(policy, given, TABLETOP, dataclasses.replace(config, steps=1), 0, savepoint(tmp_path))
+        caught.append({name: p.grad.clone() for name, p in policy.network.named_parameters() if p.grad is not None})
+    whole, parts, again = caught
+    assert whole.keys() == parts.keys() == again.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+        assert torch.equal(again[name], gradient), name
+
+
+def test_lora_trains_itself_head_and_proprio_alone(tmp_path: Path) -> None:
+    given = episodes((24, 24))
+    policy, before = policy_for(given), policy_for(given).network.state_dict()
+    start = l1(policy, Chunks(given, TABLETOP, policy.statistics, 8), 8)
+    metrics = sft(policy, given, TABLETOP, dataclasses.replace(LORA, steps=120, batch=16, lr=5e-3), 0, savepoint(tmp_path))
+    assert metrics["l1"] < 0.7 * start
+    after = lora.merged(policy.network)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    full = {name for name in before if name.startswith(("action_head.", "proprio_projector."))}
+    assert changed <= full | {f"{name}.weight" for name in lora.targets(Network(SMALL))}
+    assert {name.split(".")[0] for name in changed} == {"action_head", "proprio_projector", "vision_backbone", "projector", "language_model"}
+    sizes = sum(before[name].numel() for name in full) + sum(4 * sum(before[f"{name}.weight"].shape) for name in lora.targets(Network(SMALL)))
+    assert metrics["trained"] == sizes
+    plain = policy_for(given)
+    fill(plain.network, after, "merged")
+    seen = Chunks(given, TABLETOP, policy.statistics, 8).take(np.arange(4))[0]
+    torch.testing.assert_close(plain.act(seen).mu, policy.act(seen).mu, rtol=0, atol=1e-5)
+
+
+def test_a_published_directory_is_a_start(tmp_path: Path) -> None:
+    """The published recipe in bfloat16: backbone as it was in half precision, statistics of these demonstrations, fresh heads."""
+    given = episodes((24, 24))
+    source = published_policy()
+    save_directory(tmp_path / "base", source, 5)
+    for name in ("action_head", "proprio_projector", "scale_head"):  # as OpenVLA's own directories are
+        (tmp_path / "base" / f"{name}--5_checkpoint.pt").unlink()
+    recipe = dataclasses.replace(
+        LORA, start=str(tmp_path / "base"), precision="bfloat16", augmentation="published", schedule="steps", beta2=0.999, proprio_noise=0.0,
+        steps=20, batch=16, microbatch=8, lr=1e-2, gradient_checkpointing=True,
+    )  # fmt: skip
+    policy = pretrained(dataclasses.replace(SMALL, scale_floor=0.3), recipe, given, TABLETOP, 0, torch.device("cpu"))
+    assert policy.statistics.source == "2 demonstrations"
+    assert (policy.config.scale_floor, policy.config.crop_area, policy.config.jpeg) == (0.3, 0.9, True)
+    base = {name: tensor.clone() for name, tensor in policy.network.state_dict().items() if not name.startswith(("action", "proprio", "scale"))}
+    for name, tensor in base.items():
+        assert torch.equal(tensor, source.network.state_dict()[name].bfloat16()), name
+    start = l1(policy, Chunks(given, TABLETOP, policy.statistics, 8), 8)
+    metrics = sft(policy, given, TABLETOP, recipe, 0, savepoint(tmp_path))
+    assert metrics["l1"] < 0.85 * start
+    types = {name: p.dtype for name, p in policy.network.named_parameters()}
+    assert {types[name] for name in types if ".lora_" in name or name.startswith(("action", "proprio"))} == {torch.float32}
+    assert types["projector.fc1.base_layer.weight"] == torch.bfloat16
+    kept = {name.replace(".base_layer.", "."): t for name, t in policy.network.state_dict().items() if ".lora_" not in name}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in base.items())  # pristine
+
+
+def test_rates_of_the_published_schedule() -> None:
+    config = dataclasses.replace(CONFIG, schedule="steps", steps=150, lr=5e-4)
+    assert [sft_module._rate(step, config) for step in (0, 99, 100, 149)] == pytest.approx([5e-4, 5e-4, 5e-5, 5e-5])
+    with pytest.raises(ValueError, match=r"sft\.microbatch=0"):
+        SftConfig(microbatch=0)

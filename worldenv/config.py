@@ -340,6 +340,28 @@ class SftConfig:
     """Normal noise on the normalised proprio, so that the picture counts [1 = half its range]."""
     stop_l1: float = 0.01
     """Stop when the mean L1 of the last epoch is below this [normalised action]."""
+    start: str = ""
+    """Directory of a published OpenVLA or OpenVLA-OFT checkpoint to begin from; empty: random weights."""
+    lora_rank: int = 0
+    """Train LoRA of this rank on the backbone (published: 32); 0 trains everything."""
+    lora_alpha: int = 16
+    """LoRA's alpha; the update is scaled by alpha / rank."""
+    augmentation: Literal["shift", "published"] = "shift"
+    """How pictures are changed: shift_px and colour, or OpenVLA-OFT's random crop and colours."""
+    schedule: Literal["one_cycle", "steps"] = "one_cycle"
+    """Learning rate: up and down once, or constant and a tenth of it in the last third of the steps (published)."""
+    beta2: float = 0.95
+    """AdamW's second beta (published: 0.999)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the backbone's arithmetic; heads, LoRA and optimiser are float32."""
+    microbatch: int = 32
+    """Queries per forward and backward pass of a process: a step accumulates the gradients of as many as its batch needs."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, which saves memory and changes no result."""
+
+    def __post_init__(self) -> None:
+        if self.microbatch < 1 or self.lora_rank < 0:
+            raise ValueError(f"sft.microbatch={self.microbatch}, sft.lora_rank={self.lora_rank}: want at least 1 and 0")
 
 
 @dataclass(frozen=True)
@@ -490,6 +512,8 @@ class LoopConfig:
     """Factor on the Laplace scale during rollouts and updates, inside the density (1 is the paper)."""
     microbatch: int = 16
     """Queries per forward and backward pass; the gradient does not depend on it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, which saves memory and changes no result."""
     control: Literal["none", "shuffle", "frozen", "true-simulator"] = "none"
     """What is taken out of the method to see what it does: shuffle (advantages permuted within each iteration), frozen (learning rates 0),
     true-simulator (rollouts in the true environment, judged by its predicate)."""

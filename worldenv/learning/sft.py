@@ -1,6 +1,8 @@
 """Stage sft: the policy learns to imitate demonstrations, by L1 on normalised chunks (paper, appendix B.1, Eq. 6; OpenVLA-OFT's recipe).
 
-At the published sizes this fine-tunes a pretrained model; a small policy is trained here from random weights, all of it.
+A small policy is trained from random weights, all of it. A published one (`start`) gets LoRA on its backbone (`worldenv.policy.lora` says where and
+why), with its action head and proprio projector trained in full; what comes out has LoRA merged. Several processes (worldenv.distributed) take their
+rows of the very batch that one would take, and sum gradients: their number changes results by rounding only.
 """
 
 from __future__ import annotations
@@ -9,20 +11,23 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from worldenv import console, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import PolicyConfig, SftConfig
 from worldenv.data.episode import Episode
+from worldenv.learning import augment, processes
 from worldenv.learning.chunks import Chunks
 from worldenv.nouns import ACTION_DIM, Observation
-from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.policy import lora, published
+from worldenv.policy.openvla_oft import OpenVLAOFT, Query
 from worldenv.policy.processing import PromptTokenizer, Statistics
-from worldenv.policy.weights import fill
 from worldenv.robots.contract import Robot
 
 _PICTURE, _PROPRIO = 1, 2
@@ -34,9 +39,26 @@ def untrained(
     config: PolicyConfig, episodes: Sequence[Episode], instructions: Sequence[str], robot: Robot, seed: int, device: torch.device
 ) -> OpenVLAOFT:
     """A policy with random weights for these demonstrations: their statistics, and a tokenizer of the environment's `instructions`."""
+    tokenizer, torch_seed = PromptTokenizer.build(instructions), noise.torch_seed(seed, noise.Stream.WEIGHTS)
+    return OpenVLAOFT.create(config, tokenizer, _statistics(episodes, robot), torch_seed, device)
+
+
+def _statistics(episodes: Sequence[Episode], robot: Robot) -> Statistics:
     proprio = [robot.proprio(episode.pose[:-1], episode.gripper[:-1]) for episode in episodes]
-    statistics = Statistics.of([episode.command for episode in episodes], proprio, f"{len(episodes)} demonstrations")
-    return OpenVLAOFT.create(config, PromptTokenizer.build(instructions), statistics, noise.torch_seed(seed, noise.Stream.WEIGHTS), device)
+    return Statistics.of([episode.command for episode in episodes], proprio, f"{len(episodes)} demonstrations")
+
+
+def pretrained(config: PolicyConfig, sft: SftConfig, episodes: Sequence[Episode], robot: Robot, seed: int, device: torch.device) -> OpenVLAOFT:
+    """The policy in `sft.start` with the statistics of these demonstrations; sizes come from there, density and attention from `config`.
+
+    In bfloat16 where LoRA leaves its weights alone and the precision is that; what is trained is float32.
+    """
+    dtype = torch.bfloat16 if sft.lora_rank and sft.precision == "bfloat16" else torch.float32
+    opened = published.open_base(Path(sft.start), _statistics(episodes, robot), dtype, seed)
+    ours = {name: getattr(config, name) for name in ("attention", "scale_factor", "scale_floor", "scale_ceiling")}
+    settings = dataclasses.replace(opened.config, **ours)
+    opened.network.config = settings
+    return OpenVLAOFT(settings, opened.network.to(device), opened.tokenizer, opened.statistics)
 
 
 def one_cycle(step: int, steps: int, peak: float, rise: float = 0.1) -> float:
@@ -45,43 +67,42 @@ def one_cycle(step: int, steps: int, peak: float, rise: float = 0.1) -> float:
     return peak * (done / rise if done < rise else 0.5 * (1.0 + math.cos(math.pi * (done - rise) / (1.0 - rise))))
 
 
-def shift(frames: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Frames (B, H, W, 3) moved by `offset` (B, 2) int64 [px, down and right]; what comes in repeats the edge."""
-    height, width = frames.shape[1:3]
-    rows = (torch.arange(height) - offset[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width) - offset[:, 1:]).clamp(0, width - 1)
-    return frames[torch.arange(len(frames))[:, None, None], rows[:, :, None], columns[:, None, :]]
+def _rate(step: int, config: SftConfig) -> float:
+    if config.schedule == "one_cycle":
+        return one_cycle(step, config.steps, config.lr)
+    return config.lr if 3 * step < 2 * config.steps else 0.1 * config.lr
 
 
-def recolour(frames: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Frames (B, H, W, 3) uint8 with brightness, contrast and saturation multiplied by 1 + `change` (B, 3)."""
-    brightness, contrast, saturation = (1.0 + change).float()[:, :, None, None, None].unbind(1)
-    wide = frames.float()
-    grey = wide.mean(dim=3, keepdim=True)
-    mean = wide.mean(dim=(1, 2, 3), keepdim=True)
-    return (((wide - grey) * saturation + grey - mean) * contrast + mean * brightness).round().clamp(0, 255).to(torch.uint8)
-
-
-def augment(observation: Observation, config: SftConfig, seed: int, step: int) -> Observation:
-    """Moved and recoloured pictures. The target stays: an action says where to go from here, and all that is seen moves together."""
-    batch = len(observation.instruction)
-    u = torch.from_numpy(noise.uniform(seed, 0, _PICTURE, step, noise.Stream.SFT, (batch, 5)))
+def moved(observation: Observation, config: SftConfig, draw: torch.Tensor) -> Observation:
+    """Moved and recoloured frames, by `draw` (B, 5) in (0, 1)."""
     frames = observation.frame
     if config.shift_px:
-        frames = shift(frames, (u[:, :2] * (2 * config.shift_px + 1)).floor().long() - config.shift_px)
+        frames = augment.shift(frames, (draw[:, :2] * (2 * config.shift_px + 1)).floor().long() - config.shift_px)
     if config.colour:
-        frames = recolour(frames, config.colour * (2.0 * u[:, 2:] - 1.0))
+        frames = augment.recolour(frames, config.colour * (2.0 * draw[:, 2:] - 1.0))
     return dataclasses.replace(observation, frame=frames)
 
 
-def loss_at(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int) -> torch.Tensor:
-    """L1 of the batch of `step`: a function of (seed, step) and the weights."""
-    observation, target = chunks.take(noise.integers(seed, noise.Stream.SFT, step, len(chunks), config.batch))
-    query = policy.query(augment(observation, config, seed, step))
+def query_at(policy: OpenVLAOFT, observation: Observation, config: SftConfig, seed: int, step: int, rows: NDArray[np.int64]) -> Query:
+    """What the network is shown at `step`: `rows` of the batch, whose observations these are, with pictures and proprio changed."""
+    draw = torch.from_numpy(noise.uniform(seed, 0, _PICTURE, step, noise.Stream.SFT, (config.batch, augment.DRAWS[config.augmentation]))[rows])
+    if config.augmentation == "published":
+        query = policy.query(observation, lambda pictures: augment.published(pictures, policy.config.crop_area, draw))
+    else:
+        query = policy.query(moved(observation, config, draw))
     if config.proprio_noise and query.proprio is not None:
-        drawn = noise.normal(seed, 0, _PROPRIO, step, noise.Stream.SFT, tuple(query.proprio.shape))
-        query = dataclasses.replace(query, proprio=query.proprio + config.proprio_noise * torch.from_numpy(drawn).to(query.proprio))
-    mu: torch.Tensor = policy.network.action_head(policy.hidden(query))
+        push = torch.from_numpy(noise.normal(seed, 0, _PROPRIO, step, noise.Stream.SFT, (config.batch, query.proprio.shape[1]))[rows])
+        query = dataclasses.replace(query, proprio=query.proprio + config.proprio_noise * push.to(query.proprio))
+    return query
+
+
+def loss_at(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int, rows: NDArray[np.int64]) -> torch.Tensor:
+    """L1 of `rows` of the batch of `step`: a function of (seed, step, rows) and the weights."""
+    observation, target = chunks.take(noise.integers(seed, noise.Stream.SFT, step, len(chunks), config.batch)[rows])
+    query = query_at(policy, observation, config, seed, step, rows)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        hidden = policy.hidden(query)
+    mu: torch.Tensor = policy.network.action_head(hidden)
     return (mu - target.to(mu.device)).abs().mean()
 
 
@@ -98,42 +119,54 @@ def l1(policy: OpenVLAOFT, chunks: Chunks, batch: int) -> float:
 def sft(
     policy: OpenVLAOFT, episodes: Sequence[Episode], robot: Robot, config: SftConfig, seed: int, savepoint: Savepoint
 ) -> dict[str, Any]:
-    """Train `policy` in place on `episodes`, all of it but the scale head; a killed stage goes on from `savepoint`, to the same bits.
+    """Train `policy` in place on `episodes`; a killed stage goes on from `savepoint`, to the same bits.
 
-    Returns JSON-ready metrics: `l1` over all chunk starts, `l1_train` of the last epoch, `steps` taken, `chunks`, `parameters`.
-    FloatingPointError where the loss is not finite.
+    Returns JSON-ready metrics: `l1` over all chunk starts, `l1_train` of the last epoch, `steps` taken, `chunks`, `parameters`, how many of them were
+    `trained`. FloatingPointError where the loss is not finite; ValueError where the batch cannot be divided among the processes.
     """
     chunks = Chunks(episodes, robot, policy.statistics, policy.chunk)
-    network = policy.network
-    trained = {name: parameter for name, parameter in network.named_parameters() if not name.startswith("scale_head.")}
+    trained = _trained(policy, config, seed)
+    rank, count = processes.rank(), processes.count()
+    if config.batch % count:
+        raise ValueError(f"sft.batch={config.batch} queries over {count} processes: make it a multiple")
+    processes.share(trained.values())
+    mine = np.arange(config.batch)[rank::count]
+    parts = [mine[start : start + config.microbatch] for start in range(0, len(mine), config.microbatch)]
     matrices, vectors = ([p for p in trained.values() if (p.dim() > 1) is wide] for wide in (True, False))
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=config.lr,
-        betas=(0.9, 0.95),
+        betas=(0.9, config.beta2),
         fused=True,
     )
     begin, losses = 0, deque[float](maxlen=math.ceil(len(chunks) / config.batch))
     if (kept := savepoint.load()) is not None:
         begin = kept["step"]
         losses.extend(kept["losses"])
-        fill(network, kept["network"], "savepoint of stage sft")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(kept["trained"][name])
         optimizer.load_state_dict(kept["optimizer"])
     step = begin
     for step in (bar := console.track(begin, config.steps, "sft")):
         if len(losses) == losses.maxlen and sum(losses) / len(losses) < config.stop_l1:
             break
-        if savepoint.due():
-            kept = {"step": step, "losses": list(losses), "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            savepoint.save(kept)
-        loss = loss_at(policy, chunks, config, seed, step)
-        losses.append(float(loss.detach()))
+        if rank == 0 and savepoint.due():
+            weights = {name: parameter.detach() for name, parameter in trained.items()}
+            savepoint.save({"step": step, "losses": list(losses), "trained": weights, "optimizer": optimizer.state_dict()})
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step, config)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for rows in parts:
+            loss = loss_at(policy, chunks, config, seed, step, rows)
+            share = len(rows) / config.batch
+            total += float(loss.detach()) * share
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        losses.append(processes.total(total, policy.device))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"sft: loss is {losses[-1]} at step {step}; lower sft.lr")
-        for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, config.steps, config.lr)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        processes.sum_up(p.grad for p in trained.values() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(trained.values(), _GRAD_CLIP)
         optimizer.step()
         bar.note(l1=sum(losses) / len(losses))
@@ -144,5 +177,18 @@ def sft(
         "l1_train": sum(losses) / len(losses) if losses else None,
         "steps": step,
         "chunks": len(chunks),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": sum(parameter.numel() for parameter in policy.network.parameters()),
+        "trained": sum(parameter.numel() for parameter in trained.values()),
     }
+
+
+def _trained(policy: OpenVLAOFT, config: SftConfig, seed: int) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name: everything but the scale head; or fresh LoRA, put in here, with action head and proprio projector."""
+    network, kept = policy.network, "scale_head."
+    network.recompute = config.gradient_checkpointing
+    if not config.lora_rank:
+        return {name: parameter for name, parameter in network.named_parameters() if not name.startswith(kept)}
+    lora.attach(network, config.lora_rank, config.lora_alpha, noise.torch_seed(seed, noise.Stream.SFT))
+    for part in (network.action_head, network.proprio_projector):
+        part.requires_grad_(True)
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}

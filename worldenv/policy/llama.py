@@ -12,6 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from worldenv.config import LlamaConfig
 
@@ -107,6 +108,16 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.rms_eps)
+        self.recompute = False
+        """Compute a layer again in the backward pass instead of remembering what is inside it."""
+
+    def _run(
+        self, layer: nn.Module, x: torch.Tensor, rotation: Rotation, visible: torch.Tensor | None, last: int, past: KeyValue | None = None
+    ) -> torch.Tensor:
+        """What one layer puts out for the `last` tokens of x."""
+        if self.recompute and torch.is_grad_enabled():
+            return cast(torch.Tensor, checkpoint(layer, x, rotation, visible, last, past, use_reentrant=False, preserve_rng_state=False)[0])
+        return cast(torch.Tensor, layer(x, rotation, visible, last, past)[0])
 
     def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
         head = self.config.width // self.config.heads
@@ -122,7 +133,7 @@ class LlamaModel(nn.Module):
         """
         rotation = self._rotation(positions, x.dtype)
         for i, layer in enumerate(self.layers):
-            x, _ = layer(x, rotation, visible, last if i == len(self.layers) - 1 else x.shape[1])
+            x = self._run(layer, x, rotation, visible, last if i == len(self.layers) - 1 else x.shape[1])
         return cast(torch.Tensor, self.norm(x))
 
     def prefix_lm(self, x: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor | None, last: int) -> torch.Tensor:
@@ -143,7 +154,7 @@ class LlamaModel(nn.Module):
                 pasts.append(past)
         y = x[:, begin:]
         for layer, past in zip(self.layers, pasts, strict=True):
-            y, _ = layer(y, after, visible, last, past)
+            y = self._run(layer, y, after, visible, last, past)
         return cast(torch.Tensor, self.norm(y))
 
 

@@ -79,6 +79,16 @@ class Network(nn.Module):
         begin(self, generator)
         self.scale_head.begin()
 
+    @property
+    def recompute(self) -> bool:
+        """Whether blocks and layers are computed again in the backward pass instead of being remembered."""
+        return self.language_model.model.recompute
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        for part in (self.language_model.model, self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
+            part.recompute = on
+
     def image_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 6 V, S, S) to projected patch tokens (B, V N, width)."""
         return cast(torch.Tensor, self.projector(self.vision_backbone(pixels)))
@@ -94,7 +104,8 @@ class Network(nn.Module):
         with torch.set_grad_enabled(full and torch.is_grad_enabled()):  # the prefix of prefix_lm carries no gradient
             first = [text[:, :1], self.image_tokens(pixels.to(text.dtype))]
             if proprio is not None:
-                first.append(self.proprio_projector(proprio.to(text.dtype))[:, None])
+                projector = self.proprio_projector  # may be wider than the backbone
+                first.append(projector(proprio.to(projector.fc1.weight.dtype)).to(text.dtype)[:, None])
         seen = sum(part.shape[1] for part in first) - 1
         last = text[:, -1:] if lengths is None else text[torch.arange(batch, device=ids.device), lengths - 1][:, None]
         stop = llama.embed_tokens(ids.new_full((batch, 1), STOP))

@@ -32,14 +32,15 @@ from worldenv import checkpoint, noise
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import OPENVLA_OFT, PolicyConfig, VisionConfig
 from worldenv.policy import lora
-from worldenv.policy.heads import ScaleHead, begin
+from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead, begin
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.processing import Bounds, PromptTokenizer, Statistics
 from worldenv.policy.weights import fill, from_published, never_read
 
 _TIMM = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
 """The released towers, DINOv2 first."""
-_HEADS = ("action_head", "scale_head")
+_SMALL = ("action_head", "proprio_projector", "scale_head")
+"""What is not the backbone."""
 _SHARD_BYTES = 5 * 10**9
 _START = 1  # number of this draw in Stream.WEIGHTS; a whole policy's is 0
 
@@ -173,7 +174,7 @@ def open_directory(
     directory: Path, dataset: str | None = None, step: int | None = None, scale_head: Path | None = None, dtype: torch.dtype = torch.bfloat16,
     base: bool = False, seed: int = 0,
 ) -> OpenVLAOFT:  # fmt: skip
-    """The policy in a published directory, on the CPU: backbone in `dtype`, heads in float32.
+    """The policy in a published directory, on the CPU: backbone in `dtype`, heads and proprio projector in float32.
 
     `dataset` and `step` choose where the directory holds several. Without a scale head, in the directory or at `scale_head`, there is the published
     start of one, a function of `seed`. `base` takes the LoRA in `lora_adapter/` out again, to rounding. CheckpointError or ValueError with one line
@@ -201,14 +202,44 @@ def open_directory(
     )
     with torch.device("meta"):
         network = Network(config)
-    if not scale:
-        fresh = ScaleHead(config.llama.width, config.head_width, config.head_blocks, config.scale_form)
-        begin(fresh, torch.Generator().manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _START)))
-        fresh.begin()
-        scale = fresh.state_dict()
-    state = from_published(weights, head, proprio, scale, config)
-    fill(network, {name: t.to(torch.float32 if name.startswith(_HEADS) else dtype) for name, t in state.items()}, str(directory), assign=True)
+    state = from_published(weights, head, proprio, scale or _fresh(config, seed)["scale_head"], config)
+    _assign(network, state, dtype, directory)
     return OpenVLAOFT(config, network, tokenizer, statistics)
+
+
+def open_base(directory: Path, statistics: Statistics, dtype: torch.dtype, seed: int = 0) -> OpenVLAOFT:
+    """The model in a published directory as a start of fine-tuning on the demonstrations of `statistics`, on the CPU, with fresh heads.
+
+    OpenVLA's own directories, which have no heads, are read too. Errors as in `open_directory`.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give an OpenVLA or OpenVLA-OFT checkpoint's")
+    config = _model(directory)
+    config = replace(config, proprio=len(statistics.proprio.q01), head_width=config.llama.width)  # the published heads are as wide as the model
+    with torch.device("meta"):
+        network = Network(config)
+    fresh = _fresh(config, seed)
+    _assign(network, from_published(_weights(directory), fresh["action_head"], fresh["proprio_projector"], fresh["scale_head"], config), dtype, directory)
+    return OpenVLAOFT(config, network, PromptTokenizer.published(directory / "tokenizer.json"), statistics)
+
+
+def _fresh(config: PolicyConfig, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Random heads and proprio projector, a function of `seed`, the scale head at the published start."""
+    generator = torch.Generator().manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _START))
+    scale = ScaleHead(config.llama.width, config.head_width, config.head_blocks, config.scale_form)
+    made: dict[str, nn.Module] = {
+        "scale_head": scale,
+        "action_head": L1Head(config.llama.width, config.head_width, config.head_blocks),
+        "proprio_projector": ProprioProjector(config.proprio, config.llama.width),
+    }
+    for module in made.values():
+        begin(module, generator)
+    scale.begin()
+    return {name: module.state_dict() for name, module in made.items()}
+
+
+def _assign(network: Network, state: Mapping[str, torch.Tensor], dtype: torch.dtype, directory: Path) -> None:
+    fill(network, {name: t.to(torch.float32 if name.startswith(_SMALL) else dtype) for name, t in state.items()}, str(directory), assign=True)
 
 
 def _length(tensors: Mapping[str, torch.Tensor], ending: str, otherwise: int) -> int:
@@ -235,7 +266,7 @@ def save_directory(directory: Path, policy: OpenVLAOFT, step: int, adapter: lora
         raise ValueError(f"{directory}: chunks of {policy.chunk}; the published layout has {OPENVLA_OFT.chunk}")
     directory.mkdir(parents=True, exist_ok=True)
     config, state = policy.config, {name: tensor.detach().cpu() for name, tensor in lora.merged(policy.network).items()}
-    for name in ("action_head", "proprio_projector", "scale_head"):
+    for name in _SMALL:
         part = {f"module.{key.removeprefix(f'{name}.')}": t for key, t in state.items() if key.startswith(f"{name}.")}
         with checkpoint.atomic(directory / f"{name}--{step}_checkpoint.pt") as file:
             torch.save(part, file)

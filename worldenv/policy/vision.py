@@ -15,6 +15,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from worldenv.config import VisionConfig
 
@@ -99,6 +100,8 @@ class VisionTower(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
             self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width))
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth - 1))
+        self.recompute = False
+        """Compute a block again in the backward pass instead of remembering what is inside it."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -106,8 +109,9 @@ class VisionTower(nn.Module):
         if self._prefix:
             first = torch.cat([self.cls_token, self.reg_token], dim=1).expand(x.shape[0], -1, -1)
             x = torch.cat([first, x], dim=1)
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
         return cast(torch.Tensor, x[:, self._prefix :])
 
 

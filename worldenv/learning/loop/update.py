@@ -45,6 +45,7 @@ class Learner:
         self._fresh = True  # no update yet in this process: then all rollouts are checked, later the first few
         policy.scale_factor = config.scale_factor
         network = policy.network
+        network.recompute = config.gradient_checkpointing
         self._lora = lora.attach(network, config.lora_rank, config.lora_alpha, noise.torch_seed(seed, noise.Stream.LOOP))
         self._heads = {name: parameter for name, parameter in network.named_parameters() if name.startswith(HEADS)}
         for parameter in self._heads.values():

@@ -14,5 +14,6 @@ using Array = py::array_t<T, py::array::c_style>;
 
 void bind_philox(py::module_& m);
 void bind_kinematics(py::module_& m);
+void bind_scheduler(py::module_& m);
 
 }  // namespace worldenv

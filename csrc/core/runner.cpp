@@ -60,6 +60,11 @@ bool Runner::idle() const {
   return reports_.empty() && scheduler_.idle();
 }
 
+bool Runner::stopped() const {
+  const std::lock_guard held(lock_);
+  return stopping_;
+}
+
 Statistics Runner::statistics() const {
   const std::lock_guard held(lock_);
   return scheduler_.statistics();

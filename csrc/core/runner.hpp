@@ -33,6 +33,7 @@ class Runner {
   // under way. When a rollout's ending is given out, none of its work runs any more.
   std::optional<Report> next(std::chrono::nanoseconds patience);
   bool idle() const;  // nothing under way and every report taken
+  bool stopped() const;
   // Lets running batches end, starts no more, and joins the threads; what is under way is lost.
   void stop();
   Statistics statistics() const;

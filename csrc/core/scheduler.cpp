@@ -209,7 +209,7 @@ const Commands& Scheduler::fail(BatchId id, std::string_view message, Nanosecond
                                ": " + std::string(message);
       leave(item.slot, Why::kFailed);
     } else {
-      if (config_.discipline == Discipline::kLockStep) ++phase_left_;
+      if (config_.discipline == Discipline::kLockStep) join_phase(batch.device, 1);
       enqueue(item.slot, at);
     }
   }
@@ -378,7 +378,7 @@ void Scheduler::leave(std::uint32_t slot, Why why) {
   rollout.spent.clear();
   for (const Lane at : {kFront, kJudge}) {
     if (rollout.line[at].state != State::kQueued) continue;
-    if (phase_left_ > 0 && rollout.line[at].at == phase_) --phase_left_;
+    if (phase_left_ > 0 && rollout.line[at].at == phase_) join_phase(rollout.route[phase_.stage], -1);
     unqueue(slot, at);
   }
   release(slot);
@@ -498,10 +498,10 @@ bool Scheduler::choose(std::uint32_t device, Choice& choice) {
     const Entry* oldest = front(here.track(Track::kCertain), at);
     if (oldest == nullptr) continue;
     const Line& line = rollouts_[oldest->slot].line[at];
-    if (lock_step && !(phase_left_ > 0 && line.at == phase_)) continue;
+    if (lock_step && !(devices_[device].phase_left > 0 && line.at == phase_)) continue;
     const std::uint32_t largest = config_.stages[stage].buckets.back();
-    const std::uint32_t ready =
-        lock_step ? std::min(here.track(Track::kCertain).live, phase_left_) : here.track(Track::kCertain).live;
+    const std::uint32_t live = here.track(Track::kCertain).live;
+    const std::uint32_t ready = lock_step ? std::min(live, devices_[device].phase_left) : live;
     const std::uint32_t count = std::min(ready, largest);
     const Nanoseconds age = now_ - line.since;
     if (count < largest && age < config_.linger && component_running_[devices_[device].component] > 0) {
@@ -579,7 +579,7 @@ void Scheduler::start(std::uint32_t device, const Choice& choice) {
     const auto left = room - static_cast<std::uint32_t>(batch.items.size());
     if (config_.overlap != Overlap::kOff) take(Track::kSpeculative, left);
   }
-  if (config_.discipline == Discipline::kLockStep) phase_left_ -= static_cast<std::uint32_t>(batch.items.size());
+  if (config_.discipline == Discipline::kLockStep) join_phase(device, -static_cast<int>(batch.items.size()));
   ++stage.batches;
   stage.items += batch.items.size();
   stage.padding += batch.shape - batch.items.size();
@@ -597,9 +597,14 @@ void Scheduler::open_phase() {
     if (!rollout.live) continue;
     const Line& line = rollout.line[rollout.line[kJudge].state == State::kQueued ? kJudge : kFront];
     phase_ = line.at;
-    ++phase_left_;
+    join_phase(rollout.route[line.at.stage], 1);
     touch(rollout.route[line.at.stage]);
   }
+}
+
+void Scheduler::join_phase(std::uint32_t device, int change) {
+  devices_[device].phase_left += static_cast<std::uint32_t>(change);
+  phase_left_ += static_cast<std::uint32_t>(change);
 }
 
 void Scheduler::close(Batch& batch, bool failed) {

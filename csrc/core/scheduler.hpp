@@ -193,6 +193,7 @@ class Scheduler {
   struct Device {
     std::vector<std::uint32_t> stages;
     std::uint32_t running = 0, component = 0;
+    std::uint32_t phase_left = 0;  // lock step: rollouts here that have not begun the phase
     bool touched = false;
     double certain = 0.0, span = 0.0;  // decayed: seconds of work that was needed, seconds that passed
     Nanoseconds last = 0;
@@ -234,6 +235,7 @@ class Scheduler {
   bool choose(std::uint32_t device, Choice& choice);
   void start(std::uint32_t device, const Choice& choice);
   void open_phase();
+  void join_phase(std::uint32_t device, int change);
   void close(Batch& batch, bool failed);
 
   SchedulerConfig config_;
@@ -258,7 +260,7 @@ class Scheduler {
   std::uint32_t live_ = 0, running_ = 0, unread_ = 0;
   bool admitting_ = false;
   Position phase_;                // lock step: what all are at
-  std::uint32_t phase_left_ = 0;  // and how many of them have not begun it
+  std::uint32_t phase_left_ = 0;  // and how many of them have not begun it, on all devices
 };
 
 }  // namespace worldenv

@@ -34,7 +34,40 @@ def answers(core: Any, number: int) -> list[np.ndarray]:
         pose = np.tile([0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 1.0], (rows, 1))
         law = (np.full(6, 0.1), np.full(6, 0.6), np.full(6, 0.5), 0.125, np.full(3, -0.5), np.full(3, 0.5))
         out += core.follow(pose, np.ones(rows), np.zeros((rows, 6)), command, *law)
-    return out
+    return out + scheduled(core, number)
+
+
+def scheduled(core: Any, number: int) -> list[np.ndarray]:
+    """Rollouts on two devices' worker threads, one executor of which raises now and then, and the same on a virtual clock."""
+    stages = [core.Stage("policy", [1, 2], 1, [0, 1]), core.Stage("denoise", [2], 3, [0, 1]), core.Stage("reflector", [1, 4], 1, [1])]
+    config = core.SchedulerConfig(stages, devices=2, slots=3, streams=2, overlap="always", linger=1e-4)
+    raised = set()
+
+    def draw(batch: Any) -> None:
+        if batch.step[0] == 2 and (key := int(batch.rollout[0])) % 3 == 0 and key not in raised:
+            raised.add(key)
+            raise RuntimeError("once")
+
+    def judge(batch: Any) -> list[tuple[bool, float]]:
+        return [(int(c) >= int(r) % 4, float(r)) for r, c in zip(batch.rollout, batch.chunk, strict=True)]
+
+    ended = {}
+    with core.Runner(config, [draw, draw, judge]) as runner:
+        runner.submit([(i, i // 4, 5) for i in range(number, number + 12)])
+        runner.submit([(1000, 1000, 5)])
+        runner.cancel(1000)
+        while (report := runner.next(30.0)) is not None:
+            if hasattr(report, "rollout") and report.rollout < 1000:
+                ended[report.rollout] = (report.chunks, report.value)
+        runner.statistics()
+    forecast = core.simulate(config_of_one(core), [[(0.1, 0.2)], [(0.3, 0.1)]], [9 + number, 20, 3], chunk=8, limit=4, jitter=0.1, seed=number)
+    spent = core.measure_overhead(config, [(i, i, 3) for i in range(9)], [1, 2, 3])
+    return [np.array([ended[i] for i in sorted(ended)]), np.array(forecast["ended_at_s"]), np.array([len(spent) > 0 and spent.min() >= 0])]
+
+
+def config_of_one(core: Any) -> Any:
+    """Two stages on one device."""
+    return core.SchedulerConfig([core.Stage("policy", [1, 2]), core.Stage("reflector", [1, 2])], slots=2)
 
 
 def main() -> int:
@@ -43,7 +76,7 @@ def main() -> int:
     wrong = []
 
     def ask(number: int) -> None:
-        for _ in range(20):
+        for _ in range(5):
             got = answers(core, number)
             if not all(np.array_equal(a, b) for a, b in zip(got, want[number], strict=True)):
                 wrong.append(number)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 
 import numpy as np
 import pytest
 
 from worldenv import config, evaluation
-from worldenv.benchmarks import learns
+from worldenv.benchmarks import learns, learns_figures
 from worldenv.benchmarks.learns import LearnsArgs
 
 
@@ -58,3 +60,26 @@ def test_a_bad_command_line_is_refused(capsys):
     assert learns.main(["--control", "shufle"]) == 2
     assert learns.main(["--instead", "more-sft", "--control", "frozen"]) == 2
     assert "choose one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_controls_and_alternatives_run_whole_and_share_what_they_have_in_common(tmp_path, capsys):
+    base = ["--fast", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "rows.jsonl")]
+    rows = {}
+    for name, more in {
+        "method": [], "frozen": ["--control", "frozen"], "true-simulator": ["--control", "true-simulator"], "more-sft": ["--instead", "more-sft"],
+        "exploration-demos": ["--instead", "exploration-demos"],
+    }.items():  # fmt: skip
+        assert learns.main([*base, *more]) == 0
+        rows[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert rows[name]["variant"] == name
+    assert {row["eval"]["sft"]["oracle"]["successes"] for row in rows.values()} == {rows["method"]["eval"]["sft"]["oracle"]["successes"]}
+    assert (rows["frozen"]["paired"]["wins"], rows["frozen"]["paired"]["losses"]) == (0, 0)
+    assert rows["true-simulator"]["loop"]["returns"] != rows["method"]["loop"]["returns"]
+    assert rows["exploration-demos"]["episodes_used"] > rows["more-sft"]["episodes_used"] == 15
+    assert not (tmp_path / "rows.jsonl").exists()
+    shared = [tmp_path / "runs" / "seed-0" / name / "stages" / "world" / "simulator.safetensors" for name in ("method", "frozen")]
+    assert os.path.samefile(*shared)
+    assert learns_figures.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "figures" / "success_by_iteration.png").stat().st_size > 10_000
+    assert learns_figures.main(["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "figures")]) == 2

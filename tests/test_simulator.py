@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from worldenv import checkpoint, noise
-from worldenv.config import EVAC, PRESETS, ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
+from worldenv.config import EVAC, EVAC_RLINF, PRESETS, ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
 from worldenv.kernels.group_norm import group_norm, group_norm_ref
 from worldenv.nouns import ActionMap
 from worldenv.simulator import schedule, weights
@@ -510,7 +510,7 @@ def released(simulator: Evac, extra: bool = True) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("layout", ["lightning", "deepspeed", "deepspeed module", "safetensors"])
+@pytest.mark.parametrize("layout", ["lightning", "deepspeed", "deepspeed module", "data parallel", "both", "safetensors"])
 def test_released_layouts_load(tmp_path: Path, layout: str) -> None:
     source, target = trained(seed=1), trained(seed=2)
     state, path = released(source), tmp_path / "weights.pt"
@@ -520,10 +520,14 @@ def test_released_layouts_load(tmp_path: Path, layout: str) -> None:
         path = tmp_path / "weights.safetensors"
         save_file({name: value.contiguous() for name, value in state.items()}, path)
     else:
-        prefixed = {f"_forward_module.{name}": value for name, value in state.items()}
-        torch.save(
-            {"lightning": {"state_dict": state, "epoch": 3}, "deepspeed": prefixed, "deepspeed module": {"module": prefixed}}[layout], path
+        prefixed, parallel, both = (
+            {prefix + name: value for name, value in state.items()} for prefix in ("_forward_module.", "module.", "_forward_module.module.")
         )
+        layouts: dict[str, Any] = {
+            "lightning": {"state_dict": state, "epoch": 3}, "deepspeed": prefixed, "deepspeed module": {"module": prefixed},
+            "data parallel": parallel, "both": {"state_dict": both},
+        }  # fmt: skip
+        torch.save(layouts[layout], path)
     weights.load_published(target, weights.read(path), path.name)
     for name, value in target.named_parameters():
         assert torch.equal(value, source.get_parameter(name)), name
@@ -543,6 +547,83 @@ def test_misfits_are_named() -> None:
     assert torch.equal(before, simulator.unet.out[2].bias)  # type: ignore[union-attr, arg-type]
     with pytest.raises(checkpoint.CheckpointError, match="no known part: strange"):
         weights.load_published(simulator, {**released(simulator), "strange.weight": torch.zeros(1)}, "file.pt")
+
+
+def test_every_misfit_of_every_part_is_named_and_nothing_is_copied() -> None:
+    simulator = trained(seed=2)
+    state = released(trained(seed=1))
+    missing = [name for name in state if ".in_layers." in name]
+    for name in missing:
+        del state[name]
+    extra = [f"first_stage_model.extra.{i}" for i in range(12)]
+    state |= {name: torch.zeros(1) for name in extra}
+    state["image_proj_model.proj_in.bias"] = torch.zeros(3)
+    before = {name: value.clone() for name, value in simulator.state_dict().items()}
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        weights.load_published(simulator, state, "file.pt")
+    said = str(caught.value)
+    assert len(missing) > 8
+    for name in (*missing, *extra, "image_proj_model.proj_in.bias"):
+        assert any(name.removeprefix(prefix) in said for prefix in weights.PREFIXES.values() if name.startswith(prefix)), name
+    assert "image_resampler: mis-shaped: proj_in.bias (3,), want (32,)" in said
+    assert all(torch.equal(value, before[name]) for name, value in simulator.state_dict().items())
+
+
+def test_a_file_with_other_image_tokens_says_what_to_set(tmp_path: Path) -> None:
+    other = dataclasses.replace(SMALL, image_resampler=dataclasses.replace(SMALL.image_resampler, queries=3))
+    state = released(trained(other, seed=1))
+    with pytest.raises(checkpoint.CheckpointError, match=r"latents \(1, 3, 32\), want \(1, 6, 32\).* 3 image tokens, these settings 6.*EVAC_RLINF"):
+        weights.load_published(trained(), state, "file.pt")
+    torch.save(state, tmp_path / "file.pt")
+    assert weights.load(tmp_path / "file.pt", other).image_resampler.latents.shape == (1, 3, 32)
+    assert (EVAC_RLINF.image_resampler.queries, EVAC_RLINF.chunk, EVAC_RLINF.latent) == (128, 8, (32, 32))
+    with torch.device("meta"):
+        assert Resampler(EVAC_RLINF.image_resampler, 1280, 1024).latents.shape == (1, 128, 1024)
+
+
+def test_the_image_tower_may_be_an_open_clip_file(tmp_path: Path) -> None:
+    source, theirs = trained(seed=1), trained(seed=3)
+    state = {name: value for name, value in released(source).items() if not name.startswith("embedder.")}
+    torch.save(state, tmp_path / "evac.pt")
+    tower = {f"visual.{name}": value for name, value in theirs.clip.state_dict().items()}
+    text = {"logit_scale": torch.zeros(()), "transformer.resblocks.0.ln_1.bias": torch.zeros(2), "visual.proj": torch.zeros(2, 2)}
+    torch.save(tower | text, tmp_path / "clip.bin")
+    loaded = weights.load(tmp_path / "evac.pt", SMALL, tmp_path / "clip.bin")
+    for name, value in loaded.named_parameters():
+        assert torch.equal(value, (theirs if name.startswith("clip.") else source).get_parameter(name)), name
+    torch.save(tower | {"visual.more": torch.zeros(1)}, tmp_path / "clip.bin")
+    with pytest.raises(checkpoint.CheckpointError, match=r"clip\.bin: clip: too much: more"):
+        weights.load(tmp_path / "evac.pt", SMALL, tmp_path / "clip.bin")
+
+
+def test_a_file_of_something_else_is_no_simulator(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "policy.safetensors", {"config": {}, "backbone": {}})
+    with pytest.raises(checkpoint.CheckpointError, match=r"policy\.safetensors: not a simulator"):
+        weights.load(tmp_path / "policy.safetensors", SMALL)
+    tree = weights.to_tree(trained())
+    del tree["config"]["chunk"]
+    checkpoint.save(tmp_path / "old.safetensors", tree)
+    with pytest.raises(checkpoint.CheckpointError, match=r"old\.safetensors: SimulatorConfig: .*chunk"):
+        weights.load(tmp_path / "old.safetensors", SMALL)
+
+
+def test_an_unfilled_simulator_is_laid_out_as_any_other() -> None:
+    made, unfilled = trained(), Evac.unfilled(dataclasses.replace(SMALL, latent_scale=0.3))
+    assert float(unfilled.latent_scale) == pytest.approx(0.3)
+    assert unfilled.delta_std.tolist() == [1.0] * DELTA_DIM
+    for name, value in made.state_dict().items():
+        other = unfilled.state_dict()[name]
+        assert (value.shape, value.stride(), value.dtype, other.device.type) == (other.shape, other.stride(), other.dtype, "cpu"), name
+
+
+def test_sampling_may_be_changed() -> None:
+    simulator = trained()
+    simulator.sample_with(denoise_steps=5, eta=0.0)
+    assert (len(simulator.sampler), simulator.config.denoise_steps, simulator.config.eta, simulator.config.guidance) == (5, 5, 0.0, 1.0)
+    assert simulator.noise_shape()[0] == 1
+    with pytest.raises(ValueError, match="denoise_steps=61"):
+        simulator.sample_with(denoise_steps=61)
+    assert simulator.config.denoise_steps == 5
 
 
 def test_parts_may_come_from_elsewhere_where_that_is_said() -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.test_simulator import released
+from worldenv import checkpoint, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig, WorldConfig
 from worldenv.data.episode import Episode
-from worldenv.learning import world_model
+from worldenv.learning import processes, world_model
 from worldenv.nouns import Camera
 from worldenv.robots.tabletop import TABLETOP
+from worldenv.simulator import weights
 from worldenv.simulator.evac import DELTA_DIM, Evac, memory_indices
+from worldenv.simulator.unet import TemporalConvBlock
 
 SIDE, STEPS, CHUNK = 16, 12, 4
 CONFIG = SimulatorConfig(
@@ -291,3 +299,162 @@ def test_a_savepoint_of_another_network_is_refused(tmp_path: Path) -> None:
     clips = clips_of(simulator, EPISODES)
     with pytest.raises(ValueError, match="another network"):
         world_model.train_simulator(simulator, clips, clips, WORLD, 0, Kept(tmp_path / "savepoint"))
+
+
+# what the settings of the training mean
+
+
+def test_the_defaults_draw_what_they_always_drew() -> None:
+    windows = np.stack([np.repeat(np.arange(5), 9), np.tile(np.arange(9), 5)], axis=1)
+    drawn = world_model.draw_windows(windows, CHUNK, WORLD, 3, 17, 8, 0.4)
+    np.testing.assert_array_equal(drawn, windows[noise.integers(3, noise.Stream.WORLD, 17, len(windows), 8)])
+
+
+def test_curriculum_goes_from_short_and_early_to_every_clip_alike() -> None:
+    lengths = [12, 4, 1]  # clips of three episodes; the second of four has none
+    windows = np.array([[e, s] for e, n in zip((0, 2, 3), lengths, strict=True) for s in range(n)])
+    config = dataclasses.replace(WORLD, sampling="curriculum", curriculum_begin=(0.0, -1.0), curriculum_end=(1.0, 0.0))
+    first, last = (world_model.clip_weights(windows, CHUNK, config, progress) for progress in (0.0, 1.0))
+    np.testing.assert_allclose([first.sum(), last.sum()], 1.0)
+    np.testing.assert_allclose(last, 1 / 17)
+    for e in (0, 2, 3):
+        assert first[windows[:, 0] == e].sum() == pytest.approx(1 / 3), "power 0: every episode alike"
+    assert first[0] / first[4] == pytest.approx(2.0), "power -1: one chunk later, half as likely"
+    halfway = world_model.clip_weights(windows, CHUNK, config, 0.5)
+    assert halfway[windows[:, 0] == 0].sum() == pytest.approx(12**0.5 / (12**0.5 + 2 + 1))
+    assert halfway[0] / halfway[4] == pytest.approx(2**0.5)
+    drawn = world_model.draw_windows(windows, CHUNK, config, 0, 0, 20000, 0.0)
+    share = np.array([(drawn == window).all(1).mean() for window in windows])
+    np.testing.assert_allclose(share, first, atol=0.01)
+    np.testing.assert_array_equal(drawn, world_model.draw_windows(windows, CHUNK, config, 0, 0, 20000, 0.0))
+
+
+def test_curriculum_and_frozen_parts_train(tmp_path: Path) -> None:
+    before = Evac.initialised(dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, dropout=0.1)), 0).state_dict()
+    changes: dict[str, Any] = {"sampling": "curriculum", "frozen": ("vae", "clip", "action_resampler"), "steps": 2}
+    simulator, _ = trained_simulator(tmp_path / "savepoint", **changes)
+    changed = {name.split(".")[0] for name, value in simulator.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"unet", "image_resampler", "delta_mean", "delta_std"}
+    with pytest.raises(ValueError, match="vae must be among them"):
+        dataclasses.replace(WORLD, frozen=("clip",))
+
+
+def gradients(simulator: Evac, clips: world_model.Clips, config: WorldConfig) -> tuple[float, list[torch.Tensor]]:
+    batch = world_model.example(simulator, clips, clips.windows(CHUNK, aligned=True)[:3], config, 0, 0)
+    simulator.train()
+    simulator.zero_grad()
+    simulator.unet.recompute = config.gradient_checkpointing
+    torch.manual_seed(0)
+    loss = world_model.Objective(simulator, config)(batch, clips.rays)
+    torch.manual_seed(1)  # what is computed again must drop the same channels
+    loss.backward()
+    return float(loss), [p.grad.clone() for p in simulator.unet.parameters() if p.grad is not None]
+
+
+def stirred() -> Evac:
+    """With dropout, and without layers of zeros, which would hide gradients."""
+    simulator = Evac.initialised(dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, dropout=0.1)), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in simulator.unet.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.05, generator=generator)
+    return simulator
+
+
+def test_checkpointed_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulator = stirred()
+    clips = clips_of(simulator, EPISODES)
+    loss, want = gradients(simulator, clips, WORLD)
+    calls = []
+    forward = TemporalConvBlock.forward
+    monkeypatch.setattr(TemporalConvBlock, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
+    again, got = gradients(simulator, clips, dataclasses.replace(WORLD, gradient_checkpointing=True))
+    assert again == loss
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert len(calls) == 2 * sum(isinstance(module, TemporalConvBlock) for module in simulator.modules()), "every block ran twice"
+
+
+def test_bfloat16_is_near_and_leaves_the_weights_as_they_are() -> None:
+    simulator = stirred()
+    clips = clips_of(simulator, EPISODES)
+    loss, want = gradients(simulator, clips, WORLD)
+    rough, got = gradients(simulator, clips, dataclasses.replace(WORLD, precision="bfloat16", gradient_checkpointing=True))
+    assert rough != loss, "nothing was computed in bfloat16"
+    assert rough == pytest.approx(loss, rel=0.02)
+    assert {p.dtype for p in simulator.parameters()} == {torch.float32} == {g.dtype for g in got}
+    a, b = (torch.cat([g.flatten() for g in some]) for some in (want, got))
+    assert float((a @ b) / (a.norm() * b.norm())) > 0.99
+
+
+def test_without_action_maps_only_the_tokens_know_the_motion() -> None:
+    simulator = stirred()
+    clips = clips_of(simulator, EPISODES)
+    blind = stirred()
+    blind.config = dataclasses.replace(blind.config, action_maps=False)
+    other = dataclasses.replace(clips, maps=clips.maps + 1.0)
+    turned = dataclasses.replace(clips, deltas=clips.deltas + 1.0)
+
+    def loss(of: Evac, given: world_model.Clips) -> float:
+        with torch.no_grad():
+            return float(world_model.v_loss(of.eval(), world_model.example(of, given, np.array([[1, 4]]), WORLD, 0, 0, training=False), clips.rays))
+
+    assert loss(simulator, clips) != loss(simulator, other)
+    assert loss(blind, clips) == loss(blind, other)
+    assert loss(blind, clips) != loss(blind, turned)
+    assert loss(blind, clips) == loss(simulator, dataclasses.replace(clips, maps=0.0 * clips.maps))
+
+
+@pytest.mark.parametrize("kind", ["ours", "released", "dynamicrafter"])
+def test_training_begins_from_a_checkpoint(tmp_path: Path, kind: str) -> None:
+    """Its autoencoder and everything else that is frozen are what the file holds; what no file has is said."""
+    source, path = Evac.initialised(CONFIG, 9), tmp_path / f"{kind}.pt"
+    state = released(source)
+    if kind == "ours":
+        checkpoint.save(path, weights.to_tree(source))
+    elif kind == "dynamicrafter":
+        for name in [n for n in state if "domain_embedding" in n or "_tp." in n or n.startswith("cond_stage_model.")]:
+            del state[name]
+    if kind != "ours":
+        torch.save({"state_dict": state}, path)
+    config = dataclasses.replace(WORLD, initial=str(path), frozen=("vae", "clip"), steps=3, lr=1e-6)
+    simulator, metrics = world_model.train(
+        CONFIG, config, EPISODES, HELD_OUT, CAMERA, TABLETOP, 0, torch.device("cpu"), lambda part: Savepoint(tmp_path / part)
+    )
+    assert "autoencoder" not in metrics
+    assert bool(metrics["initial"]["not_in_it"]) == (kind == "dynamicrafter")
+    for name, value in source.state_dict().items():
+        if name.startswith(("vae.", "clip.", "latent_scale")):
+            assert torch.equal(value, simulator.state_dict()[name]), name
+    new = ("domain_embedding", "_tp.", "input_blocks.0.0")  # what DynamiCrafter lacks
+    given = {name: value for name, value in source.unet.named_parameters() if not any(part in name for part in new)}
+    moved = max(float((value - simulator.unet.get_parameter(name)).abs().max().detach()) for name, value in given.items())
+    assert 0 < moved < 1e-4, "trained, a little, from what the file holds"
+    assert not torch.equal(simulator.delta_std, source.delta_std), "statistics are of the episodes"
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Gradients of every step are those of one process on the whole batch, though each took half of it; both end with the same bits."""
+    from tests import two_processes
+
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.two_processes"]
+    done = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes.train(tmp_path / "one")
+    one, a, b = (load_file(tmp_path / name) for name in ("one/0.safetensors", "two/0.safetensors", "two/1.safetensors"))
+    assert {int(n) for n in one.pop("sizes")} >= {WORLD.batch}
+    halves = [some.pop("sizes").tolist() for some in (a, b)]
+    assert [half.count(WORLD.batch // 2) for half in halves] == [two_processes.STEPS] * 2
+    for name, value in one.items():
+        assert torch.equal(a[name], b[name]), name
+        torch.testing.assert_close(a[name], value, rtol=1e-4, atol=1e-6 if name.startswith("gradient") else 2e-5, msg=name)
+    assert any(name.startswith("gradient.2.") and value.any() for name, value in one.items())
+    assert (tmp_path / "two" / "savepoint").is_file()
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    with pytest.raises(ValueError, match=r"world\.batch=4 clips over 3 processes"):
+        trained_simulator(tmp_path / "savepoint")

@@ -13,6 +13,11 @@ _LINE_EVERY_S = 15.0
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def be_quiet() -> None:
+    """Print nothing from here on: of several processes one speaks."""
+    _console.quiet = True
+
+
 def say(line: str) -> None:
     """Print one line."""
     _console.print(line, markup=False)

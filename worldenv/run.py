@@ -60,7 +60,12 @@ class Stage:
 
     def savepoint(self, part: str) -> Savepoint:
         """Where `part` of the stage keeps what it has so far."""
-        return Savepoint(self.folder / f"{part}{_SAVEPOINT}", saved=self.keep_time)
+        return Savepoint(savepoint_path(self.folder, part), saved=self.keep_time)
+
+
+def savepoint_path(folder: Path, part: str) -> Path:
+    """Where `part` of the stage in `folder` keeps what it has so far."""
+    return folder / f"{part}{_SAVEPOINT}"
 
 
 def _read_json(path: Path, cure: str) -> dict[str, Any]:
@@ -84,9 +89,14 @@ def settings_of(out: Path) -> RunConfig:
 class Run:
     """A run's folder, held by one process at a time."""
 
-    def __init__(self, out: Path, settings: RunConfig) -> None:
-        """Open or make `out`. Raises RunError where it holds another run's settings, other files, or another process is at work."""
+    def __init__(self, out: Path, settings: RunConfig, leads: bool = True) -> None:
+        """Open or make `out`. Raises RunError where it holds another run's settings, other files, or another process is at work.
+
+        A process that does not lead only reads what the leading one wrote.
+        """
         self.out, self.settings = out, settings
+        if not leads:
+            return
         known = out / "run.json"
         if known.is_file():
             theirs, ours = config.to_dict(settings_of(out)), config.to_dict(settings)

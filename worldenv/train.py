@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from worldenv import audit, checkpoint, config, console, evaluation, noise, report
+from worldenv.checkpoint import Savepoint
 from worldenv.config import RunConfig
 from worldenv.data import collect as data
 from worldenv.data.episode import Episode, EpisodeSet
@@ -27,7 +28,7 @@ from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.kinematics import ControllerModel, fit
-from worldenv.learning import reward_head, scale_head, sft, world_model
+from worldenv.learning import processes, reward_head, scale_head, sft, world_model
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Context
 from worldenv.policy import weights as policies
@@ -36,7 +37,7 @@ from worldenv.reflector import weights as reflectors
 from worldenv.reflector.judge import LlavaReflector
 from worldenv.rollout.collect import Assignment, collect
 from worldenv.rollout.store import RolloutStore
-from worldenv.run import Run, Stage
+from worldenv.run import Run, Stage, savepoint_path
 from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
 from worldenv.world import ImaginedWorld, World
@@ -119,16 +120,26 @@ def explore(desk: Desk, stage: Stage) -> None:
     stage.metrics |= data.explore(desk.env, policy, steps, desk.settings.explore, desk.seed, stage.folder, desk.device)
 
 
-def world(desk: Desk, stage: Stage) -> None:
-    """Controller, autoencoder and simulator learn how the world moves and looks."""
+def _world_episodes(desk: Desk) -> tuple[list[Episode], list[Episode]]:
+    """What the world model learns from, and what it is judged by."""
     training, held_out = list(desk.episodes("demos")), desk.explored[1]
-    if desk.settings.world.extra_data:
-        training += desk.explored[0]
+    return training + (desk.explored[0] if desk.settings.world.extra_data else []), held_out
+
+
+def _fit_world(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[Evac, dict[str, Any]]:
+    training, held_out = _world_episodes(desk)
+    return world_model.train(
+        desk.settings.simulator, desk.settings.world, training, held_out, desk.env.camera, desk.env.robot, desk.seed, desk.device, savepoint
+    )
+
+
+def world(desk: Desk, stage: Stage) -> None:
+    """Controller, autoencoder and simulator learn how the world moves and looks; of several processes, all take part."""
+    training, _ = _world_episodes(desk)
     controller = fit([e.pose for e in training], [e.command for e in training], desk.env.robot, margin_m=0.0)
     checkpoint.write_text(stage.folder / "controller.json", json.dumps(controller.to_dict()))
-    simulator, metrics = world_model.train(
-        desk.settings.simulator, desk.settings.world, training, held_out, desk.env.camera, desk.env.robot, desk.seed, desk.device, stage.savepoint
-    )
+    processes.agreed("world")
+    simulator, metrics = _fit_world(desk, stage.savepoint)
     stage.metrics |= metrics
     checkpoint.save(stage.folder / "simulator.safetensors", simulators.to_tree(simulator))
 
@@ -407,14 +418,21 @@ STAGES: dict[str, Plan] = {
 }
 
 
-def train(out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = ()) -> None:
-    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone.
+def train(
+    out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = (), until: str | None = None
+) -> None:
+    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone; none comes after `until`.
 
+    Of several processes (worldenv.distributed) the first one does this, and the others join it in stage world.
     A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
     Raises RunError, CheckpointError, FloatingPointError or OSError with one line that names the thing and the cure.
     """
+    if processes.rank():
+        _follow(out, settings)
+        return
     run = Run(out, settings)
     names = list(STAGES)
+    names = names[: names.index(until) + 1] if until else names
     again = names[names.index(first) :] if first else [only] if only else []
     for name in again:
         run.forget(name)
@@ -430,5 +448,13 @@ def train(out: Path, settings: RunConfig, first: str | None = None, only: str | 
             continue
         with run.at_work(name, fingerprint) as stage:
             plan.work(desk, stage)
-    if not only or only == "report":
+    processes.agreed(None)
+    if "report" in ([only] if only else names):
         console.say(f"report: {out / 'report.html'}")
+
+
+def _follow(out: Path, settings: RunConfig) -> None:
+    """What every process but the first does: wait until that one begins to train the world, take part, and wait again."""
+    run = Run(out, settings, leads=False)
+    while processes.agreed(None) is not None:
+        _fit_world(Desk(run), lambda part: Savepoint(savepoint_path(run.folder("world"), part)))

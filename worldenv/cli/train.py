@@ -9,17 +9,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
-from worldenv import config, run, train
+from worldenv import config, distributed, run, train
 from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
 from worldenv.envs.offscreen import NoOpenGL
+from worldenv.learning import processes
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
+_STAGES = get_args(StageName)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class TrainArgs:
     """Do this stage and all later ones again."""
     only: StageName | None = None
     """Do this stage alone, again."""
+    until: StageName | None = None
+    """Stop after this stage."""
     resume: Path | None = None
     """Go on with the run in this folder, with the settings that it has stored."""
     reuse: tuple[Path, ...] = ()
@@ -73,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--resume {args.resume} and --out {args.out}: a run goes on in its own folder; leave --out away")
         if args.only and args.from_stage:
             raise ValueError("--only and --from: choose one")
+        if args.until and args.only:
+            raise ValueError("--only and --until: choose one")
+        if args.until and args.from_stage and _STAGES.index(args.from_stage) > _STAGES.index(args.until):
+            raise ValueError(f"--from {args.from_stage} --until {args.until}: there is nothing between them")
         if missing := [str(folder) for folder in args.reuse if not (folder / "run.json").is_file()]:
             raise ValueError(f"--reuse {missing[0]}: no run there (no run.json)")
         settings = _settings(args)
@@ -80,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"worldenv-train: {error}", file=sys.stderr)
         return 2
     try:
-        train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse)
+        with distributed.joined():
+            train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
+            speaks = processes.rank() == 0
     except KeyboardInterrupt:
         print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -92,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"worldenv-train: {error}", file=sys.stderr)
         return 1
-    if args.only in (None, "report"):
+    if speaks and args.only in (None, "report") and args.until in (None, "report"):
         print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))
     return 0
 

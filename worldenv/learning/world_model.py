@@ -5,35 +5,39 @@ The autoencoder learns frames and action maps, is frozen, and every episode is e
 
 Published recipe (EnerVerse-AC, arXiv:2505.09723, and its training code; DynamiCrafter, arXiv:2310.12190): noise on the memory, later
 frames noisier, at levels below a third; conditions dropped at random; AdamW; autoencoder, CLIP tower and action resampler frozen. A small
-simulator begins from random weights, so here CLIP tower and both resamplers are trained with the U-Net. Averaged weights (EMA) are kept,
-those of the best held-out loss.
+simulator begins from random weights, so by default CLIP tower and both resamplers are trained with the U-Net; `WorldConfig.initial` begins
+from published weights and `frozen` says what stays. Averaged weights (EMA) are kept, those of the best held-out loss.
+
+Several processes (worldenv.distributed) train one simulator: each takes its rows of the very batch that one process would take, and gradients
+are averaged, so the number of processes changes results by rounding and the network's own dropout masks only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from worldenv import action_map, console, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import SimulatorConfig, WorldConfig
 from worldenv.data.episode import Episode
+from worldenv.learning import processes
 from worldenv.learning.sft import one_cycle
 from worldenv.noise import Stream
 from worldenv.nouns import Camera
 from worldenv.robots.contract import Robot
 from worldenv.simulator import schedule
 from worldenv.simulator.evac import Evac, memory_indices
-from worldenv.simulator.weights import fill
-
-FROZEN = ("vae",)
-"""Parts that the simulator's training does not change. With published weights: "vae", "clip", "action_resampler"."""
+from worldenv.simulator.weights import begin_from, fill
 
 _FOREGROUND = 0.15  # a pixel differs from the median picture by more than this [of full range]
 _MEDIAN_FRAMES = 256
@@ -241,6 +245,36 @@ class Batch:
     noise: torch.Tensor
     """(B, z, K, h, w) standard normal."""
 
+    def rows(self, rank: int, count: int) -> Batch:
+        """Those of process `rank` of `count`: every count-th example, from its own number on."""
+        return Batch(**{field.name: getattr(self, field.name)[rank::count] for field in fields(self)})
+
+
+def clip_weights(windows: NDArray[np.int64], chunk: int, config: WorldConfig, progress: float) -> NDArray[np.float64]:
+    """(N,) chances, summing to 1, of drawing each of `windows` (N, 2) at `progress` 0 .. 1 through the stage.
+
+    Episode e of n_e clips has the chance n_e^p / sum, a clip at frame s of it (1 + s / chunk)^q / sum over e; p and q go linearly from
+    `curriculum_begin` to `curriculum_end`.
+    """
+    p, q = ((1.0 - progress) * begin + progress * end for begin, end in zip(config.curriculum_begin, config.curriculum_end, strict=True))
+    episode, at = windows[:, 0], (1.0 + windows[:, 1] / chunk) ** q
+    clips = np.bincount(episode).astype(np.float64)
+    ours = np.power(clips, p, out=np.zeros_like(clips), where=clips > 0)
+    weight: NDArray[np.float64] = (ours / ours.sum())[episode] * at / np.bincount(episode, weights=at)[episode]
+    return weight
+
+
+def draw_windows(
+    windows: NDArray[np.int64], chunk: int, config: WorldConfig, seed: int, draw: int, count: int, progress: float
+) -> NDArray[np.int64]:
+    """(count, 2) of `windows` (N, 2), with replacement, as `config.sampling` has it; a function of (seed, draw, progress)."""
+    if config.sampling == "uniform":
+        return windows[noise.integers(seed, Stream.WORLD, draw, len(windows), count)]
+    reached = np.cumsum(clip_weights(windows, chunk, config, progress))
+    chosen = np.searchsorted(reached, reached[-1] * noise.uniform(seed, 0, 1, draw, Stream.WORLD, (count,)), side="right")
+    drawn: NDArray[np.int64] = windows[np.minimum(chosen, len(windows) - 1)]
+    return drawn
+
 
 def _levels(simulator: Evac, config: WorldConfig, seed: int, step: int, count: int) -> NDArray[np.int64]:
     """(count,) noise levels: some of those that the sampler visits, the others uniform."""
@@ -320,24 +354,39 @@ def v_loss(simulator: Evac, batch: Batch, rays: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.mse_loss(predicted[:, :, remembered:], v)
 
 
+class Objective(nn.Module):
+    """`v_loss` of one simulator as a module, in the precision of the settings: what several processes wrap."""
+
+    def __init__(self, simulator: Evac, config: WorldConfig) -> None:
+        super().__init__()
+        self.simulator, self._bfloat16 = simulator, config.precision == "bfloat16"
+
+    def forward(self, batch: Batch, rays: torch.Tensor) -> torch.Tensor:
+        """The scalar loss of `batch`."""
+        with torch.autocast(rays.device.type, torch.bfloat16, enabled=self._bfloat16):
+            return v_loss(self.simulator, batch, rays)
+
+
 def train_simulator(
-    simulator: Evac,
-    clips: Clips,
-    held_out: Clips,
-    config: WorldConfig,
-    seed: int,
-    savepoint: Savepoint,
-    frozen: Iterable[str] = FROZEN,
+    simulator: Evac, clips: Clips, held_out: Clips, config: WorldConfig, seed: int, savepoint: Savepoint
 ) -> dict[str, Any]:
-    """Train everything of `simulator` but its `frozen` parts, in place; it ends with the averaged weights of the best held-out loss.
+    """Train everything of `simulator` but `config.frozen`, in place; it ends with the averaged weights of the best held-out loss.
 
     A killed stage goes on from `savepoint`, to the same bits. Returns JSON-ready metrics: `steps` taken, `loss` (mean of the last tenth),
-    `held_out` [[step, loss]], `best_step`. FloatingPointError where the loss is not finite.
+    `held_out` [[step, loss]], `best_step`. FloatingPointError where the loss is not finite; ValueError where the batch cannot be divided
+    among the processes.
     """
-    held = tuple(f"{part}." for part in frozen)
+    rank, count = processes.rank(), processes.count()
+    if config.batch % count:
+        raise ValueError(f"world.batch={config.batch} clips over {count} processes: make it a multiple")
+    held = tuple(f"{part}." for part in config.frozen)
     trained = {name: parameter for name, parameter in simulator.named_parameters() if not name.startswith(held)}
     for name, parameter in simulator.named_parameters():
         parameter.requires_grad_(name in trained)
+    simulator.unet.recompute = config.gradient_checkpointing
+    objective: nn.Module = Objective(simulator, config)
+    if count > 1:
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)
     averaged = {name: parameter.detach().clone() for name, parameter in trained.items()}
     best = {name: value.clone() for name, value in averaged.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, fused=True)
@@ -348,6 +397,8 @@ def train_simulator(
     begin, losses, checks, best_loss = 0, list[float](), list[list[float]](), math.inf
 
     def keep(step: int) -> None:
+        if rank:
+            return
         state = {name: parameter.detach() for name, parameter in trained.items()}
         savepoint.save({
             "step": step, "losses": losses, "checks": checks, "best_loss": best_loss, "trained": state, "averaged": averaged, "best": best,
@@ -373,13 +424,14 @@ def train_simulator(
         put(averaged)
         simulator.eval()
         parts = [judged[i : i + config.batch] for i in range(0, len(judged), config.batch)]
-        total = sum(
-            len(part) * float(v_loss(simulator, example(simulator, held_out, part, config, seed, _HELD_OUT_STEP + i, training=False), held_out.rays))
-            for i, part in enumerate(parts)
-        )
+        judge, total = Objective(simulator, config), 0.0
+        for i, part in enumerate(parts):
+            if i % count == rank:
+                batch = example(simulator, held_out, part, config, seed, _HELD_OUT_STEP + i, training=False)
+                total += len(part) * float(judge(batch, held_out.rays))
         put(now)
         simulator.train()
-        return total / len(judged)
+        return processes.total(total, clips.latents.device) / len(judged)
 
     step, waiting = begin, 0
     simulator.train()
@@ -395,17 +447,18 @@ def train_simulator(
             keep(step)
         few = round(config.aligned_starts * config.batch)
         starts = [
-            of[noise.integers(seed, Stream.WORLD, 2 * step + i, len(of), count)]
-            for i, (of, count) in enumerate(((aligned, few), (anywhere, config.batch - few)))
+            draw_windows(of, chunk, config, seed, 2 * step + i, many, step / config.steps)
+            for i, (of, many) in enumerate(((aligned, few), (anywhere, config.batch - few)))
         ]
+        batch = example(simulator, clips, np.concatenate(starts), config, seed, step)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(noise.torch_seed(seed, Stream.WORLD_DROPOUT, step))  # the network's own dropout layers
-            loss = v_loss(simulator, example(simulator, clips, np.concatenate(starts), config, seed, step), clips.rays)
+            torch.manual_seed(noise.torch_seed(seed, Stream.WORLD_DROPOUT, step) + rank)  # the network's own dropout layers
+            loss = objective(batch.rows(rank, count) if count > 1 else batch, clips.rays)
         losses.append(_finite(loss, "simulator", step, "world.lr"))
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, config.steps, config.lr)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
         optimizer.step()
         decay = min(config.ema, (1.0 + step) / (10.0 + step))  # early averages forget the random weights
@@ -444,12 +497,21 @@ def train(
     device: torch.device,
     savepoint: Callable[[str], Savepoint],
 ) -> tuple[Evac, dict[str, Any]]:
-    """A simulator from random weights, trained on `training` episodes, and its metrics; `held_out` decides when to stop.
+    """A simulator trained on `training` episodes, from `config.initial` or random weights, and its metrics; `held_out` decides when to stop.
 
-    `savepoint` gives the place of each part's savepoint. Errors as those of the two stages.
+    `savepoint` gives the place of each part's savepoint. Of several processes each returns the simulator; the metrics are the first one's.
+    Errors as those of the two stages; CheckpointError where `config.initial` does not fit.
     """
-    simulator = Evac.initialised(simulator_config, seed).to(device)
-    metrics: dict[str, Any] = {"autoencoder": train_vae(simulator, training, camera, robot, config, seed, savepoint("autoencoder"))}
+    simulator = Evac.initialised(simulator_config, seed)
+    metrics: dict[str, Any] = {}
+    if config.initial:
+        new = begin_from(simulator, Path(config.initial))
+        metrics["initial"] = {"file": config.initial, "not_in_it": len(new)}
+    simulator = simulator.to(device)
+    if not config.initial:
+        if processes.rank() == 0:
+            metrics["autoencoder"] = train_vae(simulator, training, camera, robot, config, seed, savepoint("autoencoder"))
+        processes.share(simulator.state_dict().values())
     clips, judged = (encode(simulator, episodes, camera, robot) for episodes in (training, held_out))
     set_delta_statistics(simulator, clips)
     metrics["simulator"] = train_simulator(simulator, clips, judged, config, seed, savepoint("simulator"))

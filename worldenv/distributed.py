@@ -1,0 +1,43 @@
+"""Several processes for one training stage, one per device, as `torchrun` starts them: joining, and leaving again.
+
+    torchrun --nproc-per-node 8 -m worldenv.cli.train --preset tiny --out runs/tiny --until world
+
+The processes share a disk. The first one runs the stages; the others wait for a stage that is trained together (worldenv.train) and join it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from worldenv import console
+
+_PATIENCE = timedelta(days=7)  # the others wait while the first one does whole stages alone
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within this block, the processes that torchrun started are one group (NCCL on GPUs, Gloo on CPUs); alone, nothing happens.
+
+    Only the first one speaks. Each gets its own GPU. Raises ValueError where there are fewer GPUs than processes on a machine that has any.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    cuda, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}; lower torchrun's --nproc-per-node")
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    if dist.get_rank():
+        console.be_quiet()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -173,6 +173,7 @@ def simulate(
     """The same scheduler on a virtual clock (csrc/core/virtual_clock.hpp).
 
     `cost` [stage][device of the stage] (fixed, per item) [s]; `lengths` [frames] of the rollouts, `chunk` frames per chunk, `limit` [chunks].
+    `work_s` [device]: what the useful items of the window take in the largest batches.
     """
 
 def measure_overhead(config: SchedulerConfig, jobs: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -237,8 +237,7 @@ py::dict forecast(const SchedulerConfig& config, const std::vector<std::vector<P
   py::dict out;
   out["seconds"] = made.seconds;
   out["window_s"] = made.window;
-  out["chunks"] = made.chunks;
-  out["frames"] = made.frames;
+  out["work_s"] = made.work;
   out["rollouts"] = made.rollouts;
   out["all_chunks"] = made.all_chunks;
   out["all_frames"] = made.all_frames;

@@ -65,6 +65,7 @@ void Scheduler::Fifo::push(Entry entry) {
 Scheduler::Scheduler(SchedulerConfig config)
     : config_(checked(std::move(config))), slots_(config_.stages[0].devices, config_.devices, config_.slots) {
   rollouts_.resize(slots_.count());
+  accounts_.resize(slots_.count());
   devices_.resize(config_.devices);
   queues_.resize(config_.stages.size() * config_.devices);
   statistics_.stages.assign(config_.stages.size(), std::vector<StageStatistics>(config_.devices));
@@ -180,7 +181,7 @@ const Commands& Scheduler::complete(BatchId id, std::span<const Verdict> verdict
     } else if (judges) {
       judged(item.slot, verdicts[i]);
     } else {
-      if (item.chunk > rollout.judged) rollout.spent.emplace_back(batch.stage, share);
+      if (item.chunk > rollout.judged) accounts_[item.slot].spent.emplace_back(batch.stage, share);
       advance(item.slot);
     }
   }
@@ -204,9 +205,10 @@ const Commands& Scheduler::fail(BatchId id, std::string_view message, Nanosecond
       line.state = State::kParked;  // perhaps nobody will ask for it
       line.attempts = 0;
     } else if (batch.items.size() == 1 && ++line.attempts >= config_.attempts) {
-      rollout.ending.message = "stage " + config_.stages[batch.stage].name + ", chunk " + std::to_string(item.chunk) +
-                               (config_.stages[batch.stage].steps > 1 ? ", step " + std::to_string(item.step) : "") +
-                               ": " + std::string(message);
+      accounts_[item.slot].ending.message =
+          "stage " + config_.stages[batch.stage].name + ", chunk " + std::to_string(item.chunk) +
+          (config_.stages[batch.stage].steps > 1 ? ", step " + std::to_string(item.step) : "") + ": " +
+          std::string(message);
       leave(item.slot, Why::kFailed);
     } else {
       if (config_.discipline == Discipline::kLockStep) join_phase(batch.device, 1);
@@ -263,8 +265,8 @@ void Scheduler::admit() {
     rollout.live = true;
     rollout.leaving = rollout.ended = false;
     rollout.judged = 0;
-    rollout.spent.clear();
-    rollout.ending = {rollout.job.rollout, rollout.job.group, 0, Why::kLimit, 0.0, {}};
+    accounts_[slot].spent.clear();
+    accounts_[slot].ending = {rollout.job.rollout, rollout.job.group, 0, Why::kLimit, 0.0, {}};
     for (std::uint32_t s = 0; s < config_.stages.size(); ++s) {
       const std::vector<std::uint32_t>& at = config_.stages[s].devices;
       std::uint32_t device = slots_.home(slot);
@@ -339,6 +341,7 @@ void Scheduler::hand_to_judge(std::uint32_t slot) {
 
 void Scheduler::judged(std::uint32_t slot, Verdict verdict) {
   Rollout& rollout = rollouts_[slot];
+  Account& account = accounts_[slot];
   Line& line = rollout.line[kFront];
   const double seen = static_cast<double>(std::min<std::uint64_t>(statistics_.verdicts + 1, 64));
   verdict_wait_ += (seconds(now_ - rollout.line[kJudge].since) - verdict_wait_) / seen;
@@ -347,19 +350,19 @@ void Scheduler::judged(std::uint32_t slot, Verdict verdict) {
   if (!rollout.ended) {
     ++statistics_.verdicts;
     statistics_.stops += verdict.ended;
-    rollout.ending.chunks = rollout.judged;
-    rollout.ending.value = verdict.value;
+    account.ending.chunks = rollout.judged;
+    account.ending.value = verdict.value;
     rollout.ended = verdict.ended;
   }
   const bool at_limit = rollout.judged == rollout.job.chunks;
-  const bool begun = !rollout.spent.empty() || line.state == State::kRunning;
+  const bool begun = !account.spent.empty() || line.state == State::kRunning;
   if (at_limit || (rollout.ended && config_.discipline == Discipline::kContinuous)) {
     statistics_.dropped += begun;
     leave(slot, rollout.ended ? Why::kStopped : Why::kLimit);
     return;
   }
   statistics_.confirmed += begun;
-  rollout.spent.clear();
+  account.spent.clear();
   if (line.state == State::kQueued) {
     unqueue(slot, kFront);
     enqueue(slot, kFront);
@@ -372,10 +375,11 @@ void Scheduler::judged(std::uint32_t slot, Verdict verdict) {
 
 void Scheduler::leave(std::uint32_t slot, Why why) {
   Rollout& rollout = rollouts_[slot];
+  Account& account = accounts_[slot];
   rollout.leaving = true;
-  rollout.ending.why = why;
-  for (const auto& [stage, share] : rollout.spent) waste(rollout, stage, share);
-  rollout.spent.clear();
+  account.ending.why = why;
+  for (const auto& [stage, share] : account.spent) waste(rollout, stage, share);
+  account.spent.clear();
   for (const Lane at : {kFront, kJudge}) {
     if (rollout.line[at].state != State::kQueued) continue;
     if (phase_left_ > 0 && rollout.line[at].at == phase_) join_phase(rollout.route[phase_.stage], -1);
@@ -402,7 +406,7 @@ void Scheduler::release(std::uint32_t slot) {
   rollout.live = false;
   --live_;
   slots_.release(slot);
-  report(std::move(rollout.ending));
+  report(std::move(accounts_[slot].ending));
   admitting_ = true;
 }
 

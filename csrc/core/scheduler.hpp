@@ -168,8 +168,10 @@ class Scheduler {
     Job job{};
     bool live = false, leaving = false, ended = false;  // leaving: as soon as nothing of it runs; ended: lock step
     std::array<Line, 2> line;
-    std::array<std::uint32_t, kMaxStages> route{};             // device by stage
-    std::uint32_t judged = 0;                                  // chunks with a verdict
+    std::array<std::uint32_t, kMaxStages> route{};  // device by stage
+    std::uint32_t judged = 0;                       // chunks with a verdict
+  };
+  struct Account {  // of one slot; apart from what every step of a rollout touches
     std::vector<std::pair<std::uint32_t, Nanoseconds>> spent;  // on speculation since the last verdict: stage, time
     Ending ending{};
   };
@@ -241,6 +243,7 @@ class Scheduler {
   SchedulerConfig config_;
   Slots slots_;
   std::vector<Rollout> rollouts_;  // by slot
+  std::vector<Account> accounts_;  // by slot
   std::vector<Queue> queues_;
   std::vector<Device> devices_;
   std::vector<std::uint32_t> component_running_;  // batches that run on devices which share rollouts

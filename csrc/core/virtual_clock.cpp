@@ -36,6 +36,7 @@ Forecast simulate(const Simulation& simulation) {
   }
 
   Forecast forecast;
+  forecast.work.resize(config.devices);
   using Event = std::tuple<Nanoseconds, std::uint64_t, BatchId>;  // when it is done, which was started first, which
   std::priority_queue<Event, std::vector<Event>, std::greater<>> running;
   std::vector<Verdict> verdicts;
@@ -72,6 +73,14 @@ Forecast simulate(const Simulation& simulation) {
     running.pop();
     now = std::max(now, done) + simulation.event_time;  // the scheduler was perhaps still at the event before
     const Batch& batch = scheduler.batch(id);
+    const Nanoseconds inside = std::min(done, shut) - std::max(batch.started, opened);
+    if (opened != kNever && inside > 0) {  // the part of the batch that lies in the window
+      std::uint32_t useful = 0;
+      for (const Item& item : batch.items) useful += item.chunk * simulation.chunk < simulation.lengths[item.rollout];
+      const std::uint32_t largest = config.stages[batch.stage].buckets.back();
+      const double part = static_cast<double>(inside) / static_cast<double>(done - batch.started);
+      forecast.work[batch.device] += part * useful * cost[batch.stage][batch.device].seconds(largest) / largest;
+    }
     verdicts.clear();
     if (batch.stage == judge) {
       for (const Item& item : batch.items) {
@@ -81,9 +90,6 @@ Forecast simulate(const Simulation& simulation) {
         const std::uint32_t frames = std::min(simulation.chunk, length - first);
         ++forecast.all_chunks;
         forecast.all_frames += frames;
-        if (opened == kNever || shut != kNever) continue;
-        ++forecast.chunks;
-        forecast.frames += frames;
       }
     }
     commands = &scheduler.complete(id, verdicts, now);

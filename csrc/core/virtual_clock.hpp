@@ -24,12 +24,13 @@ struct Simulation {
 };
 
 struct Forecast {
-  double seconds = 0.0;                                // to the last ending
-  double window = 0.0;                                 // [s]
-  std::uint64_t chunks = 0, frames = 0, rollouts = 0;  // in the window; frames: up to the end
-  std::uint64_t all_chunks = 0, all_frames = 0;        // of the whole run
-  std::vector<Ending> endings;                         // in their order
-  std::vector<double> ended_at;                        // [s], like endings
+  double seconds = 0.0;        // to the last ending
+  double window = 0.0;         // [s]
+  std::uint64_t rollouts = 0;  // that ended in the window
+  std::vector<double> work;    // by device: what the window's useful items take in the largest batches [s]
+  std::uint64_t all_chunks = 0, all_frames = 0;  // of the whole run, up to the ends
+  std::vector<Ending> endings;                   // in their order
+  std::vector<double> ended_at;                  // [s], like endings
   Statistics statistics;
 };
 

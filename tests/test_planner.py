@@ -1,0 +1,166 @@
+"""The planner: closed forms where there are some, the promises at the paper's sizes, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worldenv.benchmarks import bench_scheduler
+from worldenv.benchmarks.bench_plan import PlanArgs, Plant, best, ends, iteration, placements, plan, plant_of, steady
+from worldenv.benchmarks.plan_costs import GPUS, StageWork, Workload, fitted, on_gpu, paper, read_profile
+
+
+def test_the_paper_on_eight_h20() -> None:
+    """At least 95 % of the busiest resource's bound and 1.7 times lock step, over 4096 rollouts, by the same code."""
+    lines, row = plan(PlanArgs())
+    assert row["steady_rollouts"] >= 4096
+    assert 0.95 <= row["share_of_bound"] <= 1.0
+    assert row["speedup_over_lockstep"] >= 1.7
+    assert 0.9 <= row["iteration_share_of_bound"] <= 1.0
+    assert row["peak_memory_gb"] < 96
+    # what is printed hangs together: frames, rollouts and the bound, from FLOPs alone where the weights' bytes hardly count
+    mean = np.mean(ends(100_000, 220, 0.55, 1))
+    assert row["frames_per_s"] * 3600 / row["rollouts_per_h"] == pytest.approx(mean, rel=0.02)
+    flops = 27 * 9.49e12 + 8 * (0.690e12 + 1.5635e12) + 4.96e12 + 30.5e12
+    assert row["bound_frames_per_s"] == pytest.approx(8 * 148e12 * 0.5 / flops * 8 * 0.55 * 220 / 8 / 15.62, rel=0.03)
+    assert row["hours"] == pytest.approx(20 * (row["iteration_s"] + row["update_s"]) / 3600)
+    assert len(lines) == 8
+    json.dumps(row, allow_nan=False)
+
+
+def test_more_waste_after_the_end_makes_lock_step_worse() -> None:
+    ratio = {mean: plan(PlanArgs(gpus=2, mean_end=mean, rollouts=1024))[1]["speedup_over_lockstep"] for mean in (0.3, 0.55, 0.8)}
+    assert ratio[0.3] > ratio[0.55] > ratio[0.8] > 1.0
+    assert ratio[0.3] == pytest.approx(28 / np.mean(np.ceil(np.array(ends(100_000, 220, 0.3, 1)) / 8)), rel=0.05)
+
+
+def test_ends_have_the_stated_mean() -> None:
+    for mean in (0.3, 0.55, 0.9):
+        drawn = np.array(ends(100_000, 220, mean, 0))
+        assert drawn.min() >= 1
+        assert drawn.max() <= 220
+        assert drawn.mean() / 220 == pytest.approx(mean, abs=0.005)
+    assert ends(10, 220, 0.5, 3) == ends(10, 220, 0.5, 3) != ends(10, 220, 0.5, 4)
+
+
+def test_what_does_not_fit_on_each_gpu_is_split() -> None:
+    """An RTX 4090 has no room for all three networks; one GPU then is not enough, and the error says what is missing."""
+    args = PlanArgs(gpu="rtx4090", gpus=4, rollouts=512)
+    chosen = best(plant_of(args), args)
+    assert chosen.placement.name.startswith("reflector on 1")
+    assert 0.5 < chosen.share_of_bound <= 1.0
+    assert plant_of(args).peak_memory(chosen.placement, chosen.slots) <= 24e9
+    with pytest.raises(ValueError, match=r"needs .* GB on one GPU, which has 24"):
+        plan(PlanArgs(gpu="rtx4090", gpus=1))
+    with pytest.raises(ValueError, match="fewer --slots"):
+        plan(PlanArgs(slots=4000))
+
+
+def _plant(buckets: tuple[int, ...] = (1, 2, 4)) -> Plant:
+    stages = (
+        StageWork("policy", "policy", 0, 0, 3.0),
+        StageWork("denoise", "simulator", 0, 0, 5.0, 3),
+        StageWork("reflector", "reflector", 0, 0, 7.0),
+    )
+    weights, state = (dict(zip(("policy", "simulator", "reflector"), given, strict=True)) for given in ((100.0, 200.0, 400.0), (1.0, 10.0, 20.0)))
+    work = Workload(stages, weights, state, 8, 40, 0.0)
+    return Plant(work, ((0.2, 0.1), (0.4, 0.2), (0.8, 0.3)), (buckets,) * 3, math.inf)
+
+
+def test_bound_and_memory_by_hand() -> None:
+    plant = _plant()
+    full = (0.05 + 0.1) + 3 * (0.1 + 0.2) + (0.2 + 0.3)
+    assert plant.seconds_per_chunk() == pytest.approx(full)
+    assert plant.seconds_per_chunk(shape=1) == pytest.approx(0.3 + 3 * 0.6 + 1.1)
+    everywhere, *others = placements(plant.networks, 4)
+    assert plant.bound(everywhere) == pytest.approx(4 / full)
+    assert plant.peak_memory(everywhere, 3) == pytest.approx(700 + 3 * 31 + 3 * 7)  # weights, three rollouts, the reflector's batch of 3
+    split = next(one for one in others if one.name == "reflector on 1, policy and simulator on 3")
+    assert plant.bound(split) == pytest.approx(min(3 / (0.15 + 0.9), 1 / 0.5))
+    assert plant.peak_memory(split, 2) == pytest.approx(max(300 + 2 * 11 + 2 * 5, 400 + 6 * 20 + 4 * 7))
+    assert {one.name.split(",")[0] for one in others} == {f"{network} on {n}" for network in ("simulator", "reflector") for n in (1, 2, 3)}
+
+
+def test_no_schedule_beats_its_bound() -> None:
+    plant = _plant()
+    args = PlanArgs(gpus=4, limit=40)
+    for placement in placements(plant.networks, 4):
+        for slots in (1, 2, 8):
+            found = steady(plant, placement, slots, args, 300)
+            assert found.share_of_bound <= 1.0 + 1e-9
+            assert found.frames_per_s <= plant.bound(placement) * 8 * (1 + 1e-9)
+            once = iteration(plant, placement, slots, args)
+            assert once.seconds >= once.bound_s * (1 - 1e-9)
+    assert steady(plant, next(placements(plant.networks, 4)), 8, args, 300).share_of_bound > 0.95
+
+
+def test_a_profile_replaces_flops(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    stages = [
+        {"name": "policy", "steps": 1, "buckets": [1, 4], "seconds": {"1": 0.3, "4": 0.6}},
+        {"name": "denoise", "steps": 2, "buckets": [1, 4], "seconds": {"1": 0.2, "4": 0.8}},
+        {"name": "reflector", "steps": 1, "buckets": [4], "seconds": {"4": 0.5}},
+    ]
+    path.write_text(json.dumps({"chunk": 8, "limit": 32, "stages": stages}))
+    profile = read_profile(path)
+    assert profile.costs[0] == pytest.approx((0.2, 0.1))
+    assert profile.costs[1] == pytest.approx((0.0, 0.2))
+    assert profile.costs[2] == pytest.approx((0.0, 0.125))
+    _, row = plan(PlanArgs(preset="tiny", gpus=1, profile=path, rollouts=512, limit=32))
+    assert row["peak_memory_gb"] is None
+    assert row["gpu"] is None
+    assert row["share_of_bound"] > 0.95
+    for text in ("{", '{"chunk": 8}', json.dumps({"chunk": 8, "limit": 32, "stages": [{"name": "policy"}]})):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"profile\.json: no profile of stages"):
+            read_profile(path)
+
+
+def test_costs_are_fitted_and_never_negative() -> None:
+    assert fitted({1: 3.0, 2: 5.0, 8: 17.0}) == pytest.approx((1.0, 2.0))
+    fixed, per_item = fitted({1: 4.0, 8: 2.0})  # larger is not cheaper: what was seen is noise
+    assert per_item == 0.0
+    assert 2.0 <= fixed <= 4.0
+    assert fitted({1: 0.5, 4: 4.0})[0] == 0.0
+    for wrong in ({}, {0: 1.0}, {1: 0.0}):
+        with pytest.raises(ValueError, match="profile"):
+            fitted(wrong)
+
+
+def test_costs_from_a_data_sheet() -> None:
+    stage = StageWork("denoise", "simulator", 10e12, 2e9, 0.0)
+    fixed, per_item = on_gpu(stage, GPUS["h100"], 0.5)
+    assert fixed == pytest.approx(2e9 / 3.35e12)
+    assert per_item == pytest.approx(10 / 989 * 2)
+    assert paper(220, 27, "uniform").stages[-1].flops > 20 * paper(220, 27, "stable_dyadic").stages[-1].flops
+    assert paper(220, 5, "uniform").stages[2].steps == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"gpu": "tpu"}, {"preset": "tiny"}, {"mean_end": 1.0}, {"efficiency": 0.0}, {"gpus": 0}, {"iterations": 0}, {"slots": 0}],
+)
+def test_what_cannot_be_planned_is_said(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="--"):
+        dataclasses.replace(PlanArgs(), **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--sampler"):
+        plan(PlanArgs(sampler="random"))
+
+
+def test_what_scheduling_costs() -> None:
+    """The shape of the row and of the law; how long an event takes is measured by the bench, not asserted here."""
+    lines, row = bench_scheduler.measure(bench_scheduler.SchedulerArgs(slots=8, most_gpus=4, repeats=1))
+    assert [one["gpus"] for one in row["scaling"]] == [1, 2, 4]
+    assert all(0.9 < one["efficiency"] <= 1.0 for one in row["scaling"])
+    assert 0 < row["overhead_us_median"] <= row["overhead_us_p99"]
+    assert row["python_round_trip_us"] > row["overhead_us_median"]
+    assert len(lines) == 7
+    plant = bench_scheduler._plant("b200")
+    (slow,) = bench_scheduler.scaling(plant, [64], 8, 50_000.0)  # one scheduler of 50 ms per event cannot feed 64 GPUs
+    assert slow["efficiency"] < 0.5
+    assert slow["scheduler_busy"] > 0.95

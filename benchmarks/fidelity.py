@@ -65,7 +65,8 @@ def moving(frames: Frames, threshold: int, dilation: int) -> NDArray[np.bool_]:
     """(H, W): the pixels of an episode's true `frames` (T + 1, H, W, 3) that move, dilated by a square."""
     spread = (frames.max(axis=0) - frames.min(axis=0)).max(axis=-1) > threshold
     side = 2 * dilation + 1
-    return cv2.dilate(spread.astype(np.uint8), np.ones((side, side), np.uint8)).astype(bool)
+    grown: NDArray[np.bool_] = cv2.dilate(spread.astype(np.uint8), np.ones((side, side), np.uint8)).astype(bool)
+    return grown
 
 
 def psnr_table(drawn: Sequence[Frames], episodes: Sequence[Episode], masks: Sequence[NDArray[np.bool_]], chunk: int) -> NDArray[np.float64]:

@@ -156,6 +156,7 @@ def intrinsics(path: Path) -> Doubles:
 
 def extrinsics(path: Path) -> Doubles:
     """(4, 4) camera to world of an .npy file, or of EVAC's JSON. Raises ValueError where that is no rigid motion."""
+    matrix: Doubles
     if path.suffix == ".json":
         given = _json(path, "--extrinsics")
         try:

@@ -22,12 +22,15 @@ def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.T
     as long on a CPU. Small pictures cost as much as there are operations, so there are few.
     Raises ValueError where `groups` does not divide C.
     """
-    count, _, channels = x.shape
+    count, pixels, channels = x.shape
     if channels % groups:
         raise ValueError(f"group_norm: {channels} channels in {groups} groups")
-    wide = x if x.dtype == torch.float64 else x.float()
-    moments = torch.stack((wide.mean(1), (wide * wide).mean(1))).view(2, count, groups, -1).mean(-1, keepdim=True)
+    if x.element_size() < 4:  # read in its own type, summed in float32: no wide copy is made
+        sums = (x.mean(1, dtype=torch.float32), torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() / pixels)
+    else:
+        sums = (x.mean(1), (x * x).mean(1))
+    moments = torch.stack(sums).view(2, count, groups, -1).mean(-1, keepdim=True)
     mean, square = moments.unbind()
     scale = torch.rsqrt(torch.addcmul(square, mean, mean, value=-1.0).clamp_min(0.0).add_(eps)) * weight.view(groups, -1)
     shift = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1.0)
-    return torch.addcmul(shift.view(count, 1, channels), wide, scale.view(count, 1, channels)).to(x.dtype)
+    return torch.addcmul(shift.view(count, 1, channels), x, scale.view(count, 1, channels)).to(x.dtype)

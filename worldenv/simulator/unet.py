@@ -364,7 +364,7 @@ class UNet(nn.Module):
                     rate //= 2
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = _head(channels, latent)
-        self._widths = [block.emb_layers[1].out_features for block in self._residuals()]
+        self._widths = [last.out_features for block in self._residuals() if isinstance(last := block.emb_layers[-1], nn.Linear)]
         channels_last(self)
 
     def _residuals(self) -> list[ResBlock]:
@@ -408,7 +408,7 @@ class UNet(nn.Module):
         batch, _, frames, _, _ = x.shape
         counts = ((memory_row, memory), (chunk_row, frames - memory))
         embedding = torch.cat([row.expand(batch, -1)[:, None].expand(-1, count, -1) for row, count in counts], dim=1)
-        embeddings = iter(embedding[:, :, None, None].split(self._widths, dim=-1))
+        embeddings = iter(torch.split(embedding[:, :, None, None], self._widths, dim=-1))
         views = iter(pairs)
 
         def run(layers: nn.Module, h: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,39 @@
+"""What there is to measure, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from worldenv.benchmarks.bench_ceilings import copy, matmul
+from worldenv.benchmarks.bench_chunk_loop import chunk_loop
+from worldenv.benchmarks.bench_hoisting import hoisting
+from worldenv.benchmarks.bench_simulator_unet import simulator_unet
+from worldenv.benchmarks.bench_vae import vae
+from worldenv.benchmarks.harness import Case, Row, Setting
+
+CASES: dict[str, Case] = {
+    "copy": copy,
+    "matmul": matmul,
+    "simulator_unet": simulator_unet,
+    "vae": vae,
+    "chunk_loop": chunk_loop,
+    "hoisting": hoisting,
+}
+
+
+def run(names: Sequence[str], setting: Setting, only: Sequence[str] = ()) -> Iterator[Row]:
+    """Rows of the cases `names`, as they are measured; of their variants those whose name contains a word of `only`, all without one.
+
+    Raises ValueError, before anything is measured, for a case that there is not or where `only` leaves nothing.
+    """
+    for name in names:
+        if name not in CASES:
+            near = difflib.get_close_matches(name, CASES, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no case {name!r}; did you mean {near!r}? There are: {', '.join(CASES)}")
+    variants = {(name, variant): measure for name in names for variant, measure in CASES[name](setting).items()}
+    chosen = {key: measure for key, measure in variants.items() if not only or any(word in key[1] for word in only)}
+    if not chosen:
+        raise ValueError(f"--only {','.join(only)}: there are {', '.join(variant for _, variant in variants)}")
+    for measure in chosen.values():
+        yield measure()

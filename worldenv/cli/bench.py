@@ -1,0 +1,67 @@
+"""worldenv-bench: how fast, against what, and how far from the machine's limit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from worldenv import console
+from worldenv.benchmarks import cases, harness
+from worldenv.cli.arguments import parse
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """Measure cases against their baselines in one run: a table, then one line of JSON. Exit code 1 where something computes wrong numbers."""
+
+    case: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed)."""
+    device: str = "auto"
+    """auto takes cuda where there is one, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and activations; auto: bfloat16 on a GPU, else float32."""
+    size: Literal["auto", "tiny", "published"] = "auto"
+    """Networks of the tiny preset or of the published sizes, with random weights; auto: published on a GPU, else tiny."""
+    threads: int | None = None
+    """Threads of one operation on the CPU; as many as torch chooses where not given."""
+    only: Annotated[str, tyro.conf.arg(metavar="WORD,...")] = ""
+    """Of a case's variants, those whose name contains one of these words."""
+    pairs: int = 15
+    """Pairs of calls, at most."""
+    seconds: float = 30.0
+    """A measurement ends after this, and at least 3 pairs [s]."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 where a parity failed, 2 for a bad command line."""
+    try:
+        args = parse("worldenv-bench", BenchArgs, BenchArgs(), sys.argv[1:] if argv is None else argv)
+        if not args.case:
+            raise ValueError(f"name a case: {', '.join(cases.CASES)}")
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads {args.threads}: want at least 1")
+            torch.set_num_threads(args.threads)
+        setting = harness.Setting.on(
+            args.device, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), size=None if args.size == "auto" else args.size,
+            pairs=args.pairs, seconds=args.seconds,
+        )  # fmt: skip
+        rows = []
+        for row in cases.run(args.case, setting, [word for word in args.only.split(",") if word]):
+            console.say(f"{row.case}: {'wrong numbers, ' + row.note if row.value is None else f'{row.value:.4g} {row.unit}'}")
+            rows.append(row)
+    except ValueError as error:
+        print(f"worldenv-bench: {error}", file=sys.stderr)
+        return 2
+    print(*harness.table(rows), sep="\n")
+    print(harness.line(rows, setting))
+    return 1 if any(row.parity == "fail" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

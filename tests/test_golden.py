@@ -63,7 +63,7 @@ WRONG: dict[str, tuple[str, Any, str, str, str]] = {
         "evac_unet", unet.SpatialTransformer, "keys_values", "image if self.number % 2 else action", "action if self.number % 2 else image"),
     "GroupNorm over time per frame": (
         "evac_unet", layers.ClipNorm, "forward", "x.flatten(1, 3)", "x.flatten(0, 1).flatten(1, 2)"),
-    "GroupNorm epsilons 1e-5 and 1e-6 swapped": ("evac_unet", group_norm, "group_norm", "clamp_min(0.0) + eps", "clamp_min(0.0) + (1.1e-5 - eps)"),
+    "GroupNorm epsilons 1e-5 and 1e-6 swapped": ("evac_unet", group_norm, "group_norm", "add_(eps)", "add_(1.1e-5 - eps)"),
     "GroupNorm epsilon 1e-5 for 1e-6 in the autoencoder": ("evac_vae", layers.FrameNorm, "forward", "self.eps", "1e-5"),
     "tanh GELU": ("evac_unet", unet._Gated, "forward", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),
     "sines before cosines": ("evac_unet", unet, "timestep_embedding", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[str, Any, str, str, str]] = {
         "evac_chunk_loop", evac.Evac, "denoise", "noisy = torch.cat([condition.memory * float(scales[index]), x], dim=2)",
         "noisy = torch.cat([condition.memory if index == len(scales) - 1 else x[:, :, :remembered], x], dim=2)"),
     "last alpha is 1": ("evac_chunk_loop", schedule.Sampler, "ddim", "process[:1]", "[1.0]"),
-    "no dynamic rescale": ("evac_chunk_loop", schedule.Sampler, "step", " * of(self.scales_prev / self.scales)", ""),
+    "no dynamic rescale": ("evac_chunk_loop", schedule.Sampler, "step", " * rescale", ""),
     "guidance deviation over the chunk only": (
         "evac_sampler", schedule, "rescale_guidance", "conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)",
         "conditional[:, :, 4:].std(axes, keepdim=True) / guided[:, :, 4:].std(axes, keepdim=True)"),

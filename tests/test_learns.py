@@ -63,7 +63,7 @@ def test_a_bad_command_line_is_refused(capsys):
 
 
 @pytest.mark.slow
-def test_controls_and_alternatives_run_whole_and_share_what_they_have_in_common(tmp_path, capsys):
+def test_controls_and_alternatives_run_whole_and_share_equal_stages(tmp_path, capsys):
     base = ["--fast", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "rows.jsonl")]
     rows = {}
     for name, more in {

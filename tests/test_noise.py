@@ -218,6 +218,7 @@ def test_streams_keep_their_values() -> None:
         "LOOP": 23,
         "EVALUATION": 24,
         "REPORT": 25,
+        "SHUFFLE": 26,
     }
     assert {name: stream.value for name, stream in Stream.__members__.items()} == values
     assert len(Stream) == len(values)  # no two streams share a value

@@ -472,7 +472,7 @@ def test_rebuilt_page_is_the_written_one(a_copy: Path) -> None:
 
 def test_figures_lie_beside_the_page(run: Path) -> None:
     names = {path.stem for path in (run / "figures").glob("*.png")}
-    assert names == {"success", "returns", "psnr", "updates", "calibration", "curve-00-fine-tuning-l1"}
+    assert names == {"success", "returns", "psnr", "iterations", "updates", "calibration", "curve-00-fine-tuning-l1"}
     for name in names:
         assert (run / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (run / f"figures/{name}.svg").read_bytes()

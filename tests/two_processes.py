@@ -23,7 +23,7 @@ STEPS = 3
 
 
 def train(folder: Path) -> None:
-    """Write FOLDER/RANK.safetensors: gradients of every step before clipping, trained weights, sizes of batches, held-out losses."""
+    """Write FOLDER/RANK.safetensors: gradients of every step before clipping, trained weights, sizes of batches, losses."""
     simulator = Evac.initialised(CONFIG, 0)
     kept: dict[str, torch.Tensor] = {}
     sizes: list[int] = []
@@ -48,9 +48,9 @@ def train(folder: Path) -> None:
         settings = dataclasses.replace(WORLD, steps=STEPS, check_every=2)
         metrics = world_model.train_simulator(simulator, clips, held_out, settings, 0, Kept(folder / "savepoint"))
     weights = {f"weight.{name}": value.contiguous() for name, value in simulator.state_dict().items()}
-    losses = torch.tensor([loss for _, loss in metrics["held_out"]], dtype=torch.float64)
+    losses = torch.tensor([metrics["loss"], *(loss for _, loss in metrics["held_out"])], dtype=torch.float64)
     rank = processes.rank()
-    save_file({**kept, **weights, "sizes": torch.tensor(sizes), "held_out": losses}, folder / f"{rank}.safetensors")
+    save_file({**kept, **weights, "sizes": torch.tensor(sizes), "losses": losses}, folder / f"{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -454,7 +454,7 @@ def train_simulator(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise.torch_seed(seed, Stream.WORLD_DROPOUT, step) + rank)  # the network's own dropout layers
             loss = objective(batch.rows(rank, count) if count > 1 else batch, clips.rays)
-        losses.append(_finite(loss, "simulator", step, "world.lr"))
+        losses.append(processes.total(_finite(loss, "simulator", step, "world.lr"), clips.latents.device) / count)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, config.steps, config.lr)
         optimizer.zero_grad(set_to_none=True)

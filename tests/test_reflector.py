@@ -20,8 +20,8 @@ from torch import nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv.checkpoint import CheckpointError
-from worldenv.config import ReflectorConfig
-from worldenv.reflector import cache, frames, judge, llava, prompt, weights
+from worldenv.config import LLAVA_ONEVISION, LLAVA_VOCAB, ReflectorConfig
+from worldenv.reflector import cache, flops, frames, judge, llava, prompt, weights
 from worldenv.reflector.contract import Reflector
 from worldenv.reflector.head import RewardHead
 from worldenv.reflector.judge import LlavaReflector
@@ -348,6 +348,28 @@ def test_rows_reuse_what_is_known() -> None:
     assert len(cache.plan("stable_dyadic", 32, 150, 8, trunk, published)) < 8  # frame 152 is shared by what comes after it
 
 
+def test_operations_of_scoring_a_rollout_at_every_step() -> None:
+    """One layer of each kind at the published widths stands for all, which are alike: 220 steps, a score at each, 32 frames, counted by torch.
+
+    At the whole depth (`python -m benchmarks.bench_reflector`): 24.6 PF from scratch, 1.08 PF judged with stable_dyadic, a ratio of 22.8; the
+    tolerance, 8 %, is what the depths of tower and language model and the projector shift.
+    """
+    found = flops.count(replace(LLAVA_ONEVISION, sampler="stable_dyadic", layers=1, vision_layers=1), LLAVA_VOCAB, 220)
+    assert found.stretched_causal / found.judged == pytest.approx(22.8, rel=0.08)
+    assert found.judged < found.strict_causal < found.strict < found.stretched
+
+
+def test_a_whole_call_costs_what_its_architecture_says() -> None:
+    """32 frames at the published size, every layer: 112 TF where a causal kernel skips half the pairs, of 8.03 billion parameters."""
+    reflector = flops.on_meta(LLAVA_ONEVISION, LLAVA_VOCAB)
+    assert sum(p.numel() for p in reflector.llava.parameters()) == pytest.approx(8.03e9, rel=1e-3)
+    clip = torch.empty(32, 384, 384, 3, dtype=torch.uint8, device="meta")
+    with torch.no_grad():
+        whole = flops.counted(lambda: reflector.embed([flops.INSTRUCTION], [clip]))
+    tokens = 14 + 32 * 196 + 46
+    assert (whole - tokens * (tokens - 1) // 2 * reflector.llava.pair_flops) / 1e12 == pytest.approx(112, rel=0.01)
+
+
 def _everything_seen(plain: cache.Layout) -> cache.Layout:
     return replace(plain, allowed=torch.ones_like(plain.allowed))
 
@@ -374,7 +396,9 @@ def test_wrong_layouts_are_seen(monkeypatch: pytest.MonkeyPatch, sampler: frames
     assert error(reflector) <= TOLERANCE
     right = cache.layout
     monkeypatch.setattr(
-        judge, "layout", lambda row, geometry: right(row, geometry) if row.opens and len(row.times) == 1 else wrong(right(row, geometry))
+        judge,
+        "layout",
+        lambda row, *where: right(row, *where) if row.opens and len(row.times) == 1 else wrong(right(row, *where)),
     )
     assert error(reflector) > 100 * TOLERANCE
 
@@ -415,7 +439,7 @@ def test_wrong_readings_differ_from_transformers(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(llava.Llava, "newline", property(lambda self: inner.image_newline[None][:0]))
     elif what == "not causal":
         plain = cache.layout
-        monkeypatch.setattr(judge, "layout", lambda row, geometry: _everything_seen(plain(row, geometry)))
+        monkeypatch.setattr(judge, "layout", lambda *given: _everything_seen(plain(*given)))
     elif what == "normalised features":
         encoder, last = inner.vision_tower.encoder.forward, inner.vision_tower.post_layernorm
 

@@ -456,6 +456,8 @@ class WorldConfig:
 class RewardConfig:
     """Stage reward: the reflector's backbone (where none is pretrained) and its reward head."""
 
+    judge: Literal["llava", "classifier"] = "llava"
+    """Who scores: LLaVA with its reward head, or a small network that sees one frame and the task, the baseline of other systems."""
     head: bool = True
     """Use the reward head; else the probability of "Yes" (the paper's second ablation)."""
     backbone_steps: int = 500
@@ -474,6 +476,14 @@ class RewardConfig:
     """Learning rate of the head."""
     embeddings: int = 2000
     """Embeddings precomputed for the head, at most."""
+    classifier_width: int = 16
+    """First channels of the frame classifier; a multiple of 4."""
+    classifier_steps: int = 600
+    """Its optimiser steps."""
+    classifier_batch: int = 64
+    """Frames per step."""
+    classifier_lr: float = 2e-3
+    """Its peak learning rate."""
 
 
 @dataclass(frozen=True)
@@ -684,7 +694,7 @@ def fast(settings: RunConfig) -> RunConfig:
         scale=dataclasses.replace(settings.scale, steps=60),
         explore=dataclasses.replace(settings.explore, episodes=36),
         world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),
-        reward=dataclasses.replace(settings.reward, backbone_steps=20, head_epochs=4, embeddings=200),
+        reward=dataclasses.replace(settings.reward, backbone_steps=20, head_epochs=4, embeddings=200, classifier_steps=20),
         loop=dataclasses.replace(settings.loop, contexts=3, iterations=2, snapshot_every=1),
         eval=dataclasses.replace(settings.eval, episodes=30, curve_episodes=6),
         report=dataclasses.replace(settings.report, replays=6, videos=3),

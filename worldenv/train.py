@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from worldenv import audit, checkpoint, config, console, evaluation, noise, report
 from worldenv.checkpoint import Savepoint
@@ -28,12 +29,16 @@ from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.kinematics import ControllerModel, fit
-from worldenv.learning import processes, reward_head, scale_head, sft, world_model
+from worldenv.learning import frame_classifier, processes, reward_head, scale_head, sft, world_model
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Context
+from worldenv.policy import lora
 from worldenv.policy import weights as policies
 from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.reflector import classifier
 from worldenv.reflector import weights as reflectors
+from worldenv.reflector.classifier import ClassifierReflector
+from worldenv.reflector.contract import Judge
 from worldenv.reflector.judge import LlavaReflector
 from worldenv.rollout.collect import Assignment, collect
 from worldenv.rollout.store import RolloutStore
@@ -81,10 +86,10 @@ class Desk:
         path = self.run.folder("world") / "simulator.safetensors"
         return simulators.from_tree(checkpoint.load(path), str(path)).to(self.device)
 
-    def reflector(self) -> LlavaReflector:
-        return reflectors.load(self.run.folder("reward") / "reflector.safetensors").to(self.device)
+    def reflector(self) -> LlavaReflector | ClassifierReflector:
+        return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(self.device)
 
-    def world(self, reflector: LlavaReflector | None) -> ImaginedWorld:
+    def world(self, reflector: Judge | None) -> ImaginedWorld:
         simulator = self.simulator()
         return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.env.camera, simulator.config.latent, self.seed, self.device)
 
@@ -99,12 +104,23 @@ def demos(desk: Desk, stage: Stage) -> None:
     stage.metrics |= data.demonstrate(desk.env, expert, expert.VARIATION, desk.settings.env.steps, desk.settings.demos, desk.seed, stage.folder)
 
 
+def _fit_policy(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
+    settings, env, episodes = desk.settings, desk.env, list(desk.episodes("demos"))
+    if settings.sft.start:
+        policy = sft.pretrained(settings.policy, settings.sft, episodes, env.robot, desk.seed, desk.device)
+    else:
+        policy = sft.untrained(settings.policy, episodes, env.tasks, env.robot, desk.seed, desk.device)
+    return policy, sft.sft(policy, episodes, env.robot, settings.sft, desk.seed, savepoint("fit"))
+
+
 def fine_tune(desk: Desk, stage: Stage) -> None:
-    """The policy imitates the demonstrations."""
-    episodes = list(desk.episodes("demos"))
-    policy = sft.untrained(desk.settings.policy, episodes, desk.env.tasks, desk.env.robot, desk.seed, desk.device)
-    stage.metrics |= sft.sft(policy, episodes, desk.env.robot, desk.settings.sft, desk.seed, stage.savepoint("fit"))
-    policies.save(stage.folder / "policy.safetensors", policy)
+    """The policy imitates the demonstrations; of several processes, all take part."""
+    processes.agreed("sft")
+    policy, metrics = _fit_policy(desk, stage.savepoint)
+    stage.metrics |= metrics
+    policies.save(stage.folder / "policy.safetensors", policy, lora.merged(policy.network))
+    if desk.settings.sft.lora_rank:
+        lora.Adapter.of(policy.network).write(stage.folder / "lora_adapter")
 
 
 def scale(desk: Desk, stage: Stage) -> None:
@@ -152,6 +168,27 @@ def reward(desk: Desk, stage: Stage) -> None:
     drawn, drawn_held_out = (
         [reconstruct(torch.from_numpy(e.frame).to(desk.device)).cpu().numpy() for e in some] for some in (training, held_out)
     )
+    reflector: LlavaReflector | ClassifierReflector
+    if settings.reward.judge == "classifier":
+        reflector = ClassifierReflector.initialise(settings.reflector, settings.reward.classifier_width, desk.env.tasks, desk.seed).to(desk.device)
+        stage.metrics["classifier"] = frame_classifier.train_classifier(
+            reflector, training, settings.reward, desk.seed, stage.savepoint("classifier"), drawn
+        )
+        tree = classifier.to_tree(reflector)
+    else:
+        reflector = _llava(desk, stage, training, drawn)
+        tree = reflectors.to_tree(reflector)
+    stage.metrics |= reward_head.measure(reflector, held_out)
+    stage.metrics["drawn"] = reward_head.measure(reflector, held_out, drawn_held_out)
+    scores = np.concatenate(reward_head.score(reflector, held_out))
+    success = np.concatenate([e.success[1:] for e in held_out])
+    checkpoint.save(stage.folder / "held-out.safetensors", {"score": scores, "success": success})
+    checkpoint.save(stage.folder / "reflector.safetensors", tree)
+
+
+def _llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]]) -> LlavaReflector:
+    """Backbone, then head."""
+    settings = desk.settings
     half_done = stage.savepoint("half-done")
     if (kept := half_done.load()) is not None:
         reflector = reflectors.from_tree(kept["reflector"], "the half-done stage reward").to(desk.device)
@@ -162,12 +199,7 @@ def reward(desk: Desk, stage: Stage) -> None:
         half_done.save({"reflector": reflectors.to_tree(reflector), "metrics": stage.metrics["backbone"]})
     if settings.reward.head:
         stage.metrics["head"] = reward_head.fit_head(reflector, training, settings.reward, desk.seed, stage.savepoint("head"), drawn)
-    stage.metrics |= reward_head.measure(reflector, held_out)
-    stage.metrics["drawn"] = reward_head.measure(reflector, held_out, drawn_held_out)
-    scores = np.concatenate(reward_head.score(reflector, held_out))
-    success = np.concatenate([e.success[1:] for e in held_out])
-    checkpoint.save(stage.folder / "held-out.safetensors", {"score": scores, "success": success})
-    reflectors.save(stage.folder / "reflector.safetensors", reflector)
+    return reflector
 
 
 def _contexts(desk: Desk, iteration: int) -> list[Context]:
@@ -289,7 +321,7 @@ def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) 
     return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, episodes, chunk) for name, frames in by.items()}}
 
 
-def _replays(desk: Desk, name: str, imagined: ImaginedWorld, reflector: LlavaReflector, first: int) -> list[audit.Pair]:
+def _replays(desk: Desk, name: str, imagined: ImaginedWorld, reflector: Judge, first: int) -> list[audit.Pair]:
     """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true."""
     policy = desk.policy("scale" if name == "sft" else "loop")
     policy.scale_factor = desk.settings.loop.scale_factor
@@ -355,9 +387,12 @@ def _notes(desk: Desk) -> list[str]:
     states = f"all {desk.env.states('train')} training states of each task"
     if settings.loop.context_states == "demos":
         states = "the initial states of the demonstrations"
+    judge = "the reflector's vision tower and language model on the per-frame labels of training episodes, then frozen before its head was fitted."
+    if settings.reward.judge == "classifier":
+        judge = "the judge, a frame classifier (the baseline of other systems), on the per-frame labels of training episodes."
+    begun = f"The policy began from {settings.sft.start}; every other network" if settings.sft.start else "No pretrained backbone: every network"
     notes = [
-        "No pretrained backbone: every network was trained from scratch in this run; the reflector's vision tower and language model on the "
-        "per-frame labels of training episodes, then frozen before the reward head was fitted.",
+        f"{begun} was trained from scratch in this run; {judge}",
         f"LOOP started from {states}, never from test states.",
         f"Memory is the sum of resident pages over the process tree, sampled; density: scale factor {settings.loop.scale_factor:g}, "
         f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
@@ -454,7 +489,12 @@ def train(
 
 
 def _follow(out: Path, settings: RunConfig) -> None:
-    """What every process but the first does: wait until that one begins to train the world, take part, and wait again."""
+    """What every process but the first does: wait until that one begins a stage that all train together, take part, and wait again."""
     run = Run(out, settings, leads=False)
-    while processes.agreed(None) is not None:
-        _fit_world(Desk(run), lambda part: Savepoint(savepoint_path(run.folder("world"), part)))
+    together: dict[str, Callable[[Desk, Callable[[str], Savepoint]], Any]] = {"sft": _fit_policy, "world": _fit_world}
+    while (name := processes.agreed(None)) is not None:
+        together[name](Desk(run), _reader(run.folder(name)))
+
+
+def _reader(folder: Path) -> Callable[[str], Savepoint]:
+    return lambda part: Savepoint(savepoint_path(folder, part))

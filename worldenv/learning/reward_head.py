@@ -27,6 +27,7 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import RewardConfig
 from worldenv.data.episode import Episode
 from worldenv.learning.sft import one_cycle
+from worldenv.reflector.contract import Judge
 from worldenv.reflector.frames import shown
 from worldenv.reflector.judge import Embedding, LlavaReflector
 from worldenv.reflector.weights import fresh_head
@@ -95,7 +96,8 @@ class Labelled:
         return reflector.embed([self._episodes[e].instruction for e in moments[:, 0].tolist()], clips)
 
 
-def _finite(loss: torch.Tensor, step: int, knob: str) -> float:
+def finite(loss: torch.Tensor, step: int, knob: str) -> float:
+    """The loss as a number; FloatingPointError that names the `knob` to lower where it is not finite."""
     value = float(loss.detach())
     if not np.isfinite(value):
         raise FloatingPointError(f"reward: loss is {value} at step {step}; lower --reward.{knob}")
@@ -126,7 +128,7 @@ def train_backbone(
         embedding = moments.embed(reflector, batch)
         logits = torch.stack([head(embedding.pooled), reflector.llava.answer_logit(embedding.answer)])
         loss = nn.functional.binary_cross_entropy_with_logits(logits, wanted.expand_as(logits))
-        losses.append(_finite(loss, step, "backbone-lr"))
+        losses.append(finite(loss, step, "backbone-lr"))
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, config.backbone_steps, config.backbone_lr)
         optimizer.zero_grad(set_to_none=True)
@@ -177,7 +179,7 @@ def fit_head(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            total += _finite(loss, epoch, "head-lr") * len(some)
+            total += finite(loss, epoch, "head-lr") * len(some)
         losses.append(total / len(wanted))
         bar.note(loss=losses[-1])
         if savepoint.due():
@@ -190,7 +192,7 @@ def fit_head(
 
 
 def score(
-    reflector: LlavaReflector, episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None, chunk: int = 8, batch: int = 16
+    reflector: Judge, episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None, chunk: int = 8, batch: int = 16
 ) -> list[NDArray[np.float32]]:
     """Scores (T,) of every episode after each of its steps, judged `chunk` frames at a time as in a rollout; `drawn` as in `Labelled`."""
     scores: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(episodes)
@@ -248,7 +250,7 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def measure(reflector: LlavaReflector, episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None) -> dict[str, Any]:
+def measure(reflector: Judge, episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None) -> dict[str, Any]:
     """How good the reflector is on `episodes` that it was not trained on; all frames but the first of each, at its threshold. JSON-ready.
 
     auc, precision, recall, ece: over frames. false_stop_rate: of all episodes, the share that it would stop while the predicate does not hold,

@@ -219,7 +219,8 @@ def open_base(directory: Path, statistics: Statistics, dtype: torch.dtype, seed:
     with torch.device("meta"):
         network = Network(config)
     fresh = _fresh(config, seed)
-    _assign(network, from_published(_weights(directory), fresh["action_head"], fresh["proprio_projector"], fresh["scale_head"], config), dtype, directory)
+    state = from_published(_weights(directory), fresh["action_head"], fresh["proprio_projector"], fresh["scale_head"], config)
+    _assign(network, state, dtype, directory)
     return OpenVLAOFT(config, network, PromptTokenizer.published(directory / "tokenizer.json"), statistics)
 
 

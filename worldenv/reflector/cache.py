@@ -168,7 +168,7 @@ class Layout:
     """For each new frame, its first token."""
 
 
-def _layout(row: Row, geometry: Geometry) -> Layout:
+def _layout(row: Row, geometry: Geometry, device: torch.device) -> Layout:
     opening = int(row.opens)
     nodes = opening + len(row.frames) + len(row.times)
     sees = torch.zeros(nodes, nodes, dtype=torch.bool)  # node by node, itself not
@@ -186,12 +186,13 @@ def _layout(row: Row, geometry: Geometry) -> Layout:
         known[i] = row.depth[path[0]]
     sizes = torch.tensor([geometry.before] * opening + [geometry.frame] * len(row.frames) + [geometry.question] * len(row.times))
     first = sizes.cumsum(0) - sizes
-    node = torch.repeat_interleave(torch.arange(nodes), sizes)
-    token = torch.arange(len(node))
-    position = torch.tensor(start)[node] + token - first[node]
+    token = torch.arange(row.tokens(geometry), device=device)  # from here on where the model is: a published row has 6000 tokens
+    node = torch.repeat_interleave(torch.arange(nodes, device=device), sizes.to(device), output_size=len(token))
+    begins, sees = torch.stack((torch.tensor(start), first)).to(device), sees.to(device)
+    position = begins[0][node] + token - begins[1][node]
     new = sees[node][:, node] | ((node[:, None] == node[None]) & (token[None] <= token[:, None]))
-    reach = torch.tensor(known)[node] * geometry.frame + geometry.before  # old tokens seen: a prefix of them
-    old = torch.arange(row.known(geometry))[None] < reach[:, None]
+    reach = torch.tensor(known, device=device)[node] * geometry.frame + geometry.before  # old tokens seen: a prefix of them
+    old = torch.arange(row.known(geometry), device=device)[None] < reach[:, None]
     asked = opening + len(row.frames)
     ends, starts = (first + sizes - 1).tolist(), first.tolist()
     return Layout(position, torch.cat((old, new), dim=1), tuple(ends[asked:]), tuple(starts[opening:asked]))
@@ -201,8 +202,8 @@ _remembered_layout = lru_cache(maxsize=512)(_layout)
 _REMEMBERED = 2**18
 
 
-def layout(row: Row, geometry: Geometry) -> Layout:
-    """Positions and visibility of the tokens of `row`, on the CPU; remembered where they are small [2^18 bool]."""
+def layout(row: Row, geometry: Geometry, device: torch.device) -> Layout:
+    """Positions and visibility of the tokens of `row`, on `device`; remembered where they are small [2^18 bool]."""
     new = row.tokens(geometry)
     small = new * (new + row.known(geometry)) <= _REMEMBERED
-    return _remembered_layout(row, geometry) if small else _layout(row, geometry)
+    return _remembered_layout(row, geometry, device) if small else _layout(row, geometry, device)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from worldenv.config import ReflectorConfig
+
 
 class Reflector(Protocol):
     """Scores R(o_1:t, g) for every new frame t of a growing video. What it remembers is per rollout."""
@@ -21,4 +23,13 @@ class Reflector(Protocol):
         Nothing is changed in place: a watch can be judged again, with the same frames or others. Videos of one batch may have different
         lengths, and a score depends on its own video alone.
         """
+        ...
+
+
+class Judge(Reflector, Protocol):
+    """A reflector that says at which score it ends a rollout: `config.threshold`."""
+
+    @property
+    def config(self) -> ReflectorConfig:
+        """What it was made with."""
         ...

@@ -51,6 +51,8 @@ class _Read:
     """(S, width)."""
     fresh: torch.Tensor
     """(layers, 2, kv_heads, S, d)."""
+    plain: Layout
+    """Where its tokens stood: at the published size the largest thing to make, so it is made once."""
 
 
 class LlavaReflector:
@@ -158,7 +160,7 @@ class LlavaReflector:
 
     def _read(self, readings: Sequence[_Reading]) -> list[_Read]:
         """Read every row, in passes of rows of like length."""
-        layouts = [layout(one.row, one.geometry) for one in readings]
+        layouts = [layout(one.row, one.geometry, self.llava.device) for one in readings]
         order = sorted(range(len(readings)), key=lambda i: layouts[i].allowed.shape)
         out: list[_Read | None] = [None] * len(readings)
         for batch in _batches(order, [tuple(one.allowed.shape) for one in layouts]):
@@ -166,23 +168,22 @@ class LlavaReflector:
             old = max(layouts[i].allowed.shape[1] - layouts[i].allowed.shape[0] for i in batch)
             embedding = pad_sequence([readings[i].embedding for i in batch], batch_first=True)
             position, allowed, past = _alike(readings, layouts, batch) or _padded(readings, layouts, batch, new, old)
-            hidden, keys = self.llava.read(embedding, allowed.to(embedding.device), position.to(embedding.device), past)
+            hidden, keys = self.llava.read(embedding, allowed, position, past)
             for b, i in enumerate(batch):
                 fresh = layouts[i].allowed.shape[0]
-                out[i] = _Read(hidden[b, :fresh], keys[:, :, b, :, :fresh])
+                out[i] = _Read(hidden[b, :fresh], keys[:, :, b, :, :fresh], layouts[i])
         return [one for one in out if one is not None]
 
     def _pool(self, row: Row, watch: Watch, out: _Read) -> Embedding:
         """Embeddings at the row's questions."""
         geometry = self._geometry(watch.instruction)
-        plain = layout(row, geometry)
-        answer = out.hidden[list(plain.last)]
+        answer = out.hidden[list(out.plain.last)]
         if self.config.pooling == "last":
             return Embedding(answer, answer)
         hidden = out.hidden.float()
         sums = self._frame_sums(row, geometry, hidden)
         pooled = []
-        for end, last in zip(row.ends, plain.last, strict=True):
+        for end, last in zip(row.ends, out.plain.last, strict=True):
             path = row.lineage(end)
             known = 0 if row.opens else 1 + row.depth[path[0]]
             opening = hidden[: geometry.before].sum(0) if row.opens else watch.total[:known].sum(0)
@@ -208,7 +209,7 @@ class LlavaReflector:
         geometry = self._geometry(watch.instruction)
         path = row.lineage(row.ends[-1])
         reused = min(row.depth[path[0]], len(trunk))
-        starts = layout(row, geometry).frame_start
+        starts = out.plain.frame_start
         new = [node for node in path if row.depth[node] < len(trunk)]
         known = 0 if row.opens else geometry.before + reused * geometry.frame
         pieces = [watch.past[..., :known, :]]
@@ -239,8 +240,8 @@ def _padded(
     """As `_alike`, row by row, each with padding behind its old and its new tokens."""
     like = readings[batch[0]].watch.past
     past = like.new_zeros(*like.shape[:2], len(batch), like.shape[2], old, like.shape[4])
-    position = torch.zeros(len(batch), new, dtype=torch.int64)
-    allowed = torch.zeros(len(batch), new, old + new, dtype=torch.bool)
+    position = torch.zeros(len(batch), new, dtype=torch.int64, device=like.device)
+    allowed = torch.zeros(len(batch), new, old + new, dtype=torch.bool, device=like.device)
     allowed[:, range(new), range(old, old + new)] = True  # padding sees itself: a row of nothing but -inf would be nan
     for b, i in enumerate(batch):
         plain = layouts[i]

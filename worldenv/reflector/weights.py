@@ -16,6 +16,8 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 from worldenv import checkpoint, noise
 from worldenv.config import ReflectorConfig, to_dict
+from worldenv.reflector import classifier
+from worldenv.reflector.classifier import ClassifierReflector
 from worldenv.reflector.head import RewardHead
 from worldenv.reflector.judge import LlavaReflector
 from worldenv.reflector.llava import Llava, architecture, described
@@ -46,6 +48,14 @@ def initialise(config: ReflectorConfig, instructions: Sequence[str], seed: int) 
     with torch.no_grad():  # by default much weaker than what a patch shows, and then some seeds do not learn for hundreds of steps where things are
         model.model.vision_tower.embeddings.position_embedding.weight.mul_(config.vision_width**0.5)
     return LlavaReflector(config, Llava(model, prompt), None)
+
+
+def load_judge(path: Path) -> LlavaReflector | ClassifierReflector:
+    """What the stage reward left in `path`, on the CPU, whichever judge that is. Errors as in `load`."""
+    tree = checkpoint.load(path)
+    if isinstance(tree, dict) and tree.get("kind") == classifier.KIND:
+        return classifier.from_tree(tree, str(path))
+    return from_tree(tree, str(path))
 
 
 def save(path: Path, reflector: LlavaReflector) -> str:

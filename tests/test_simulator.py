@@ -21,7 +21,7 @@ from worldenv.simulator import schedule, weights
 from worldenv.simulator.conditioning import ClipTower, Resampler, clip_picture
 from worldenv.simulator.contract import Simulator
 from worldenv.simulator.evac import DELTA_DIM, Evac, chunk_deltas, memory_indices
-from worldenv.simulator.layers import upsample
+from worldenv.simulator.layers import UpsampleConv, upsample
 from worldenv.simulator.unet import CausalConv, UNet
 from worldenv.simulator.vae import VAE
 
@@ -401,15 +401,25 @@ def test_only_the_temporal_convolution_is_causal() -> None:
     torch.testing.assert_close(convolution(x), plain.permute(0, 2, 3, 4, 1))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 17, 8), (2, 64, 64)])
-def test_group_norm_matches_its_definition(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 17, 8), (2, 64, 64), (3, 801, 32)])
+def test_group_norm_matches_its_definition(shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+    """Small samples, and large ones, which are summed otherwise."""
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(shape) * 3 + 5, torch.randn(shape[-1]), torch.randn(shape[-1])
-    torch.testing.assert_close(
-        group_norm(x, 4, weight, bias, 1e-5).double(), group_norm_ref(x, 4, weight, bias, 1e-5), rtol=2e-5, atol=2e-5
-    )
+    x, weight, bias = (torch.randn(shape) * 3 + 5).to(dtype), torch.randn(shape[-1], dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    made = group_norm(x, 4, weight, bias, 1e-5)
+    assert made.dtype == dtype
+    torch.testing.assert_close(made.double(), group_norm_ref(x, 4, weight, bias, 1e-5), rtol=tolerance, atol=tolerance)
     with pytest.raises(ValueError, match="groups"):
         group_norm(x, 3, weight, bias, 1e-5)
+
+
+def test_upsampling_before_a_convolution_is_one_transposed_convolution() -> None:
+    torch.manual_seed(0)
+    joined, x = UpsampleConv(6), torch.randn(2, 3, 5, 7, 6)
+    pictures = upsample(x).flatten(0, 1).permute(0, 3, 1, 2)
+    want = nn.functional.conv2d(pictures, joined.weight, joined.bias, padding=1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(joined(x).flatten(0, 1), want, rtol=1e-5, atol=1e-5)
 
 
 def test_upsampling_repeats_pixels() -> None:

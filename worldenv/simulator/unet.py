@@ -101,14 +101,16 @@ class ResBlock(nn.Module):
         return out
 
 
-def _attend(query: torch.Tensor, pair: KeysValues, heads: int) -> torch.Tensor:
-    """(B, N, C) of `query` (B, N, C) attending to keys and values (B, heads, L, C / heads)."""
-    q = query.view(*query.shape[:2], heads, -1).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, pair.key, pair.value).transpose(1, 2).flatten(2)
+# Blocks keep their tokens as rows (B T L, C): every linear layer is then one product, with no view before and behind it.
+
+
+def _heads(rows: torch.Tensor, count: int, heads: int) -> torch.Tensor:
+    """(count, heads, L, C / heads) of `rows` (count L, C): a view."""
+    return rows.view(count, -1, heads, rows.shape[-1] // heads).transpose(1, 2)
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention of the tokens (N, L, C) of each frame."""
+    """Self-attention of the tokens of each frame."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -116,23 +118,22 @@ class SpatialAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Like `x`."""
-        key, value = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_k, self.to_v))
-        out: torch.Tensor = self.to_out(_attend(self.to_q(x), KeysValues(key, value), self.heads))
+    def forward(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """(count L, C) like `x`: the tokens of `count` frames."""
+        q, k, v = (_heads(to(x), count, self.heads) for to in (self.to_q, self.to_k, self.to_v))
+        out: torch.Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
         return out
 
 
 class TemporalAttention(SpatialAttention):
-    """Self-attention over the frames of each pixel of (B, T, L, C): no mask, no position."""
+    """Self-attention over the frames of each pixel: no mask, no position."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Like `x`."""
-        batch, frames, pixels, channels = x.shape
+    def forward(self, x: torch.Tensor, count: int, frames: int) -> torch.Tensor:  # type: ignore[override]
+        """(count frames L, C) like `x`: the tokens of `count` clips."""
         # Pixels and heads lie side by side in memory, so together they are one axis of heads, and nothing is transposed.
-        q, k, v = (to(x).view(batch, frames, pixels * self.heads, -1).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, frames, pixels, channels)
-        out: torch.Tensor = self.to_out(y)
+        wide = x.shape[-1] // self.heads
+        q, k, v = (to(x).view(count, frames, -1, wide).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        out: torch.Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
         return out
 
 
@@ -155,8 +156,9 @@ class ContextAttention(nn.Module):
         return KeysValues(key, value)
 
     def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
-        """(B, N, C) like `x`: the N tokens of all frames."""
-        out: torch.Tensor = self.to_out(_attend(self.to_q(x), pair, self.heads))
+        """(B N, C) like `x`: the N tokens of all frames of each clip."""
+        q = _heads(self.to_q(x), len(pair.key), self.heads)
+        out: torch.Tensor = self.to_out(F.scaled_dot_product_attention(q, *pair).transpose(1, 2).reshape(x.shape))
         return out
 
 
@@ -197,10 +199,10 @@ class SpatialBlock(nn.Module):
         self.attn2 = ContextAttention(channels, heads, context, even)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
-        """(B, T, L, C) like `x`."""
-        x = x + self.attn1(self.norm1(x).flatten(0, 1)).view(x.shape)
-        x = x + self.attn2(self.norm2(x).flatten(1, 2), pair).view(x.shape)
+    def forward(self, x: torch.Tensor, count: int, pair: KeysValues) -> torch.Tensor:
+        """(count L, C) like `x`: the tokens of `count` frames."""
+        x = x + self.attn1(self.norm1(x), count)
+        x = x + self.attn2(self.norm2(x), pair)
         y: torch.Tensor = self.ff(self.norm3(x))
         return x + y
 
@@ -214,10 +216,10 @@ class TemporalBlock(nn.Module):
         self.attn1, self.attn2 = TemporalAttention(channels, heads), TemporalAttention(channels, heads)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, L, C) like `x`."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x))
+    def forward(self, x: torch.Tensor, count: int, frames: int) -> torch.Tensor:
+        """(count frames L, C) like `x`: the tokens of `count` clips."""
+        x = x + self.attn1(self.norm1(x), count, frames)
+        x = x + self.attn2(self.norm2(x), count, frames)
         y: torch.Tensor = self.ff(self.norm3(x))
         return x + y
 
@@ -242,8 +244,9 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
         """(B, T, H, W, C) like `x`."""
-        y = self.proj_in(self.norm(x).flatten(2, 3))
-        out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, pair))
+        batch, frames, _, _, channels = x.shape
+        y = self.proj_in(self.norm(x).view(-1, channels))
+        out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, batch * frames, pair))
         return x + out.view(x.shape)
 
 
@@ -270,8 +273,9 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, W, C) like `x`."""
-        y = self.proj_in(self.norm(x).flatten(2, 3))
-        out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y))
+        batch, frames, _, _, channels = x.shape
+        y = self.proj_in(self.norm(x).view(-1, channels))
+        out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, batch, frames))
         return x + out.view(x.shape)
 
 

@@ -61,16 +61,18 @@ class PlanArgs:
     seed: int = 0
     """Of the ends."""
 
-    def __post_init__(self) -> None:
-        if self.gpu not in GPUS:
-            raise ValueError(f"--gpu {self.gpu}: want {', '.join(GPUS)}")
-        if self.preset != "paper" and self.profile is None:
-            raise ValueError(f"--preset {self.preset}: FLOPs are known of paper alone; measure a profile and give --profile FILE")
-        if not 0.0 < self.mean_end < 1.0 or not 0.0 < self.efficiency <= 1.0:
-            raise ValueError(f"--mean-end {self.mean_end}, --efficiency {self.efficiency}: want shares between 0 and 1")
-        slots = 1 if self.slots is None else self.slots
-        if min(self.gpus, self.limit, self.denoise_steps, self.rollouts, self.iterations, self.contexts, self.group, slots) < 1:
-            raise ValueError("--gpus, --limit, --denoise-steps, --rollouts, --iterations, --contexts, --group, --slots: want at least 1 of each")
+
+def refuse(args: PlanArgs) -> None:
+    """ValueError: what cannot be planned."""
+    if args.gpu not in GPUS:
+        raise ValueError(f"--gpu {args.gpu}: want {', '.join(GPUS)}")
+    if args.preset != "paper" and args.profile is None:
+        raise ValueError(f"--preset {args.preset}: FLOPs are known of paper alone; measure a profile and give --profile FILE")
+    if not 0.0 < args.mean_end < 1.0 or not 0.0 < args.efficiency <= 1.0:
+        raise ValueError(f"--mean-end {args.mean_end}, --efficiency {args.efficiency}: want shares between 0 and 1")
+    slots = 1 if args.slots is None else args.slots
+    if min(args.gpus, args.limit, args.denoise_steps, args.rollouts, args.iterations, args.contexts, args.group, slots) < 1:
+        raise ValueError("--gpus, --limit, --denoise-steps, --rollouts, --iterations, --contexts, --group, --slots: want at least 1 of each")
 
 
 def ends(count: int, limit: int, mean: float, seed: int) -> list[int]:
@@ -257,7 +259,8 @@ def _frames_per_chunk(args: PlanArgs, plant: Plant) -> float:
 
 
 def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
-    """Lines for people, and the row for programs."""
+    """Lines for people, and the row for programs. ValueError: what cannot be planned, or does not fit."""
+    refuse(args)
     plant = plant_of(args)
     chosen = best(plant, args)
     placement, slots = chosen.placement, chosen.slots

@@ -32,12 +32,6 @@ class SchedulerArgs:
     repeats: int = 5
     """Runs; medians over all of them."""
 
-    def __post_init__(self) -> None:
-        if self.gpu not in GPUS:
-            raise ValueError(f"--gpu {self.gpu}: want {', '.join(GPUS)}")
-        if min(self.slots, self.most_gpus, self.repeats) < 1:
-            raise ValueError("--slots, --most-gpus, --repeats: want at least 1 of each")
-
 
 _LIMIT, _DENOISE, _MEAN = 220, 27, 0.55
 
@@ -95,7 +89,11 @@ def scaling(plant: Plant, gpus: Sequence[int], slots: int, event_us: float) -> I
 
 
 def measure(args: SchedulerArgs) -> tuple[list[str], dict[str, Any]]:
-    """Lines for people, and the row for programs."""
+    """Lines for people, and the row for programs. ValueError: a GPU that there is not, or counts below 1."""
+    if args.gpu not in GPUS:
+        raise ValueError(f"--gpu {args.gpu}: want {', '.join(GPUS)}")
+    if min(args.slots, args.most_gpus, args.repeats) < 1:
+        raise ValueError("--slots, --most-gpus, --repeats: want at least 1 of each")
     plant = _plant(args.gpu)
     runs = [overhead_ns(plant, args.slots, 4 * args.slots) for _ in range(args.repeats)]
     medians = [float(np.median(run)) / 1e3 for run in runs]

@@ -146,5 +146,7 @@ def read_profile(path: Path) -> Profile:
         costs = tuple(fitted({int(b): float(t) for b, t in one["seconds"].items()}) for one in stages)
         buckets = tuple(tuple(int(b) for b in one["buckets"]) for one in stages)
         return Profile(Workload(works, {"all": 0.0}, {"all": 0.0}, int(found["chunk"]), int(found["limit"]), 0.0), costs, buckets)
+    except OSError as error:
+        raise ValueError(f"--profile {path}: {error.strerror}") from None
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: no profile of stages ({type(error).__name__}: {error}); see docs/scheduler.md") from None

@@ -13,6 +13,7 @@ import pytest
 from worldenv.benchmarks import bench_scheduler
 from worldenv.benchmarks.bench_plan import PlanArgs, Plant, best, ends, iteration, placements, plan, plant_of, steady
 from worldenv.benchmarks.plan_costs import GPUS, StageWork, Workload, fitted, on_gpu, paper, read_profile
+from worldenv.cli import bench
 
 
 def test_the_paper_on_eight_h20() -> None:
@@ -143,13 +144,31 @@ def test_costs_from_a_data_sheet() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"gpu": "tpu"}, {"preset": "tiny"}, {"mean_end": 1.0}, {"efficiency": 0.0}, {"gpus": 0}, {"iterations": 0}, {"slots": 0}],
+    [{"gpu": "tpu"}, {"preset": "tiny"}, {"mean_end": 1.0}, {"efficiency": 0.0}, {"gpus": 0}, {"iterations": 0}, {"slots": 0}, {"sampler": "random"}],
 )
 def test_what_cannot_be_planned_is_said(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="--"):
-        dataclasses.replace(PlanArgs(), **change)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="--sampler"):
-        plan(PlanArgs(sampler="random"))
+        plan(dataclasses.replace(PlanArgs(), **change))  # type: ignore[arg-type]
+
+
+WRONG = ("--gpu tpu", "--gpuz 3", "--preset tiny", "--preset tiny --profile /nowhere", "--mean-end x", "--gpus 1 --gpu rtx4090")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_bad_command_line_is_one_line(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["plan", *wrong.split()]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("worldenv-bench plan: ")
+    assert said.err.count("\n") == 1
+
+
+def test_the_command_ends_in_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["plan", "--gpus", "1", "--rollouts", "64", "--contexts", "2", "--slots", "4"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(record) == {"rows", "machine", "versions", "commit"}
+    assert {"frames_per_s", "rollouts_per_h", "hours", "peak_memory_gb", "speedup_over_lockstep", "share_of_bound"} <= set(record["rows"][0])
+    assert record["rows"][0]["slots"] == 4
 
 
 def test_what_scheduling_costs() -> None:

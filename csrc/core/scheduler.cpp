@@ -523,7 +523,7 @@ bool Scheduler::choose(std::uint32_t device, Choice& choice) {
     best = {true, overdue, rank, line.since};
     choice = {stage, fits, count, Track::kCertain};
   }
-  if (best.found || lingering || config_.overlap == Overlap::kOff) return best.found;
+  if (best.found || lingering) return best.found;
   double each_best = 0.0;
   for (const std::uint32_t stage : devices_[device].stages) {
     Queue& here = queue(stage, device);
@@ -554,7 +554,7 @@ void Scheduler::start(std::uint32_t device, const Choice& choice) {
   Queue& here = queue(choice.stage, device);
   const Lane at = lane(choice.stage);
   std::uint32_t room = choice.shape;
-  if (choice.track == Track::kCertain && config_.overlap != Overlap::kOff) {  // more than padding, where that pays
+  if (choice.track == Track::kCertain) {  // more than padding, where that pays
     const std::uint32_t all = choice.count + here.track(Track::kSpeculative).live;
     const std::uint32_t wider =
         shape(choice.stage, device, std::min(all, config_.stages[choice.stage].buckets.back())).first;
@@ -581,7 +581,7 @@ void Scheduler::start(std::uint32_t device, const Choice& choice) {
   } else {
     if (choice.track == Track::kCertain) take(Track::kCertain, std::min(choice.count, room));
     const auto left = room - static_cast<std::uint32_t>(batch.items.size());
-    if (config_.overlap != Overlap::kOff) take(Track::kSpeculative, left);
+    take(Track::kSpeculative, left);
   }
   if (config_.discipline == Discipline::kLockStep) join_phase(device, -static_cast<int>(batch.items.size()));
   ++stage.batches;

@@ -12,6 +12,7 @@ import tyro
 
 from worldenv import console
 from worldenv.benchmarks import cases, harness
+from worldenv.cli import bench_schedule
 from worldenv.cli.arguments import parse
 
 
@@ -20,7 +21,8 @@ class BenchArgs:
     """Measure cases against their baselines in one run: a table, then one line of JSON. Exit code 1 where something computes wrong numbers."""
 
     case: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed)."""
+    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed). Alone, with flags of their own:
+    plan, scheduler."""
     device: str = "auto"
     """auto takes cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -39,10 +41,13 @@ class BenchArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 where a parity failed, 2 for a bad command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in bench_schedule.NAMES:
+        return bench_schedule.main(argv)
     try:
-        args = parse("worldenv-bench", BenchArgs, BenchArgs(), sys.argv[1:] if argv is None else argv)
+        args = parse("worldenv-bench", BenchArgs, BenchArgs(), argv)
         if not args.case:
-            raise ValueError(f"name a case: {', '.join(cases.CASES)}")
+            raise ValueError(f"name a case: {', '.join((*cases.CASES, *bench_schedule.NAMES))}")
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads {args.threads}: want at least 1")

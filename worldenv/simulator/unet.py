@@ -245,7 +245,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
         """(B, T, H, W, C) like `x`."""
         batch, frames, _, _, channels = x.shape
-        y = self.proj_in(self.norm(x).view(-1, channels))
+        y = self.proj_in(self.norm(x).reshape(-1, channels))
         out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, batch * frames, pair))
         return x + out.view(x.shape)
 
@@ -274,7 +274,7 @@ class TemporalTransformer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, W, C) like `x`."""
         batch, frames, _, _, channels = x.shape
-        y = self.proj_in(self.norm(x).view(-1, channels))
+        y = self.proj_in(self.norm(x).reshape(-1, channels))
         out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, batch, frames))
         return x + out.view(x.shape)
 

@@ -37,6 +37,16 @@ def test_greedy_is_mu_and_a_draw_is_the_inverse_cdf() -> None:
     assert float(drawn.command.abs().max()) <= 1.0
 
 
+def test_the_ceiling_holds_in_draws_and_in_scores() -> None:
+    policy, seen, u = small_policy(dataclasses.replace(SMALL, scale_floor=0.0, scale_ceiling=0.06)), observation(5), uniform(5)
+    drawn = policy.act(seen, u)
+    assert float(drawn.log_scale.exp().max()) == pytest.approx(0.06, rel=1e-5)
+    assert float((drawn.log_scale.exp() < 0.059).double().mean()) > 0.1
+    assert torch.equal(policy.evaluate_actions(seen, drawn.action)[0].detach(), drawn.log_prob)
+    want = laplace.sample(drawn.mu.double(), drawn.log_scale.double(), u)
+    torch.testing.assert_close(drawn.action.double(), want, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_score_is_that_of_the_density_that_drew(factor: float) -> None:
     policy, seen = small_policy(dataclasses.replace(SMALL, scale_floor=0.05)), observation(5)

@@ -17,6 +17,7 @@ from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ScaleConfig, SftConfig
 from worldenv.data.episode import Episode
+from worldenv.learning import processes
 from worldenv.learning import sft as sft_module
 from worldenv.learning.augment import crop, published, recolour, shift
 from worldenv.learning.chunks import Chunks
@@ -284,6 +285,30 @@ def test_parts_of_a_batch_give_the_whole_gradient(tmp_path: Path, monkeypatch: p
         assert torch.equal(again[name], gradient), name
 
 
+def test_processes_share_a_batch_and_sum_to_its_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two in turn: the gradients that they bring to the sum are, together, those of one process, and so are their losses."""
+    given, brought, losses = episodes(), [], []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+    for rank, count in ((0, 1), (0, 2), (1, 2)):
+        policy, mine = policy_for(given), []
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "rank", lambda rank=rank: rank)
+            patch.setattr(processes, "count", lambda count=count: count)
+            patch.setattr(processes, "share", lambda _: None)
+            patch.setattr(processes, "total", lambda value, _: losses.append(value) or value)
+            patch.setattr(processes, "sum_up", lambda gradients, mine=mine: mine.extend(g.clone() for g in gradients))
+            sft(policy, given, TABLETOP, dataclasses.replace(CONFIG, steps=1, microbatch=1), 0, savepoint(tmp_path))
+        brought.append(mine)
+    whole, first, second = brought
+    assert losses[1] + losses[2] == pytest.approx(losses[0], rel=1e-5)
+    for all_, a, b in zip(whole, first, second, strict=True):
+        torch.testing.assert_close(a + b, all_, rtol=1e-4, atol=1e-6)
+    assert any(float((a - b).abs().max()) > 1e-4 for a, b in zip(first, second, strict=True))  # not the same rows
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    with pytest.raises(ValueError, match=r"sft\.batch=4 queries over 3 processes: make it a multiple"):
+        sft(policy_for(given), given, TABLETOP, CONFIG, 0, savepoint(tmp_path))
+
+
 def test_lora_trains_itself_head_and_proprio_alone(tmp_path: Path) -> None:
     given = episodes((24, 24))
     policy, before = policy_for(given), policy_for(given).network.state_dict()
@@ -328,6 +353,22 @@ def test_a_published_directory_is_a_start(tmp_path: Path) -> None:
     assert types["projector.fc1.base_layer.weight"] == torch.bfloat16
     kept = {name.replace(".base_layer.", "."): t for name, t in policy.network.state_dict().items() if ".lora_" not in name}
     assert all(torch.equal(kept[name], tensor) for name, tensor in base.items())  # pristine
+
+
+def test_without_steps_a_published_policy_stays_as_it_is(tmp_path: Path) -> None:
+    given, source = episodes(), published_policy()
+    save_directory(tmp_path / "oft", source, 5)
+    config = dataclasses.replace(CONFIG, start=str(tmp_path / "oft"), steps=0)
+    policy = pretrained(dataclasses.replace(SMALL, scale_floor=0.0), config, given, TABLETOP, 0, torch.device("cpu"))
+    metrics = sft(policy, given, TABLETOP, config, 0, savepoint(tmp_path))
+    assert (metrics["steps"], metrics["l1_train"]) == (0, None)
+    seen = Chunks(given, TABLETOP, policy.statistics, 8).take(np.arange(3))[0]
+    assert policy.statistics.source == "drawn numbers"
+    assert torch.equal(policy.act(seen).mu, source.act(seen).mu)
+    with pytest.raises(ValueError, match=r"no statistics of 'libero_goal'; there are drawn numbers"):
+        pretrained(SMALL, dataclasses.replace(config, dataset="libero_goal"), given, TABLETOP, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"sft\.dataset='libero_goal': .*set sft\.steps=0"):
+        dataclasses.replace(config, dataset="libero_goal", steps=3)
 
 
 def test_rates_of_the_published_schedule() -> None:

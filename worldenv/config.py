@@ -341,7 +341,10 @@ class SftConfig:
     stop_l1: float = 0.01
     """Stop when the mean L1 of the last epoch is below this [normalised action]."""
     start: str = ""
-    """Directory of a published OpenVLA or OpenVLA-OFT checkpoint to begin from; empty: random weights."""
+    """Directory of a published OpenVLA or OpenVLA-OFT checkpoint to begin from, with fresh heads and the statistics of the demonstrations; with
+    steps=0 the policy as it is, its own heads and statistics. Empty: random weights."""
+    dataset: str = ""
+    """With steps=0: whose statistics, where the directory has those of several data sets."""
     lora_rank: int = 0
     """Train LoRA of this rank on the backbone (published: 32); 0 trains everything."""
     lora_alpha: int = 16
@@ -362,6 +365,8 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.microbatch < 1 or self.lora_rank < 0:
             raise ValueError(f"sft.microbatch={self.microbatch}, sft.lora_rank={self.lora_rank}: want at least 1 and 0")
+        if self.dataset and self.steps:
+            raise ValueError(f"sft.dataset={self.dataset!r}: fine-tuning takes those of its demonstrations; leave it away, or set sft.steps=0")
 
 
 @dataclass(frozen=True)

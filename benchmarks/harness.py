@@ -2,12 +2,11 @@
 
 A row holds the median of our calls and of the baseline's; its speedup is the median of the ratios of neighbouring calls, so that a
 machine that slows down half way slows both. Time is that of CUDA events on a GPU and of the monotonic clock on a CPU. The ceiling is
-what the matrix rate and the copy bandwidth, measured in the same process, allow (roofline; Williams et al. 2009, doi:10.1145/1498765.1498785).
+what the matrix rate and the copy bandwidth, measured right behind it, allow (roofline; Williams et al. 2009, doi:10.1145/1498765.1498785).
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import platform
@@ -211,14 +210,9 @@ def matrix_rates(setting: Setting) -> list[float]:
     return [2 * side**3 / ms for ms in taken]
 
 
-@functools.cache
-def _ceilings(setting: Setting, threads: int) -> Ceilings:
-    return Ceilings(statistics.median(copy_rates(setting)), statistics.median(matrix_rates(setting)))
-
-
 def ceilings(setting: Setting) -> Ceilings:
-    """Measured once in a process, for a device, a type and a number of threads."""
-    return _ceilings(setting, torch.get_num_threads())
+    """Measured anew for every row, right behind it: others on a machine come and go."""
+    return Ceilings(statistics.median(copy_rates(setting)), statistics.median(matrix_rates(setting)))
 
 
 def backend(setting: Setting) -> str:

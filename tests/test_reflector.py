@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_the_head_is_float32_whatever_the_backbone_is() -> None:
 
 
 def judged(reflector: Reflector, video: torch.Tensor, instruction: tuple[str, ...], lead: tuple[int, ...], chunk: int) -> list[torch.Tensor]:
-    """Scores of each video after its first frame, where video i is `lead[i]` frames ahead and the rest is judged in one batch, `chunk` at a time."""
+    """Scores of each video after every frame but the first; video i is `lead[i]` frames ahead, the rest is judged in one batch, `chunk` at a time."""
     watch, scores, at = [], [], []
     for i, ahead in enumerate(lead):
         one = reflector.begin(instruction[i : i + 1], video[i : i + 1, 0])
@@ -248,11 +249,13 @@ def judged(reflector: Reflector, video: torch.Tensor, instruction: tuple[str, ..
         watch += one
         scores.append(parts)
         at.append(1 + ahead)
-    while max(at) + chunk <= video.shape[1]:
-        part, watch = reflector.judge(watch, torch.stack([video[i, at[i] : at[i] + chunk] for i in range(len(at))]))
-        for i in range(len(at)):
-            scores[i].append(part[i])
-            at[i] += chunk
+    while left := [i for i in range(len(at)) if at[i] < video.shape[1]]:  # who is at the end leaves, the others go on
+        step = min(chunk, *(video.shape[1] - at[i] for i in left))
+        part, after = reflector.judge([watch[i] for i in left], torch.stack([video[i, at[i] : at[i] + step] for i in left]))
+        for row, i in enumerate(left):
+            scores[i].append(part[row])
+            watch[i] = after[row]
+            at[i] += step
     return [torch.cat(parts) for parts in scores]
 
 
@@ -263,7 +266,8 @@ def error(reflector: LlavaReflector, length: int = 24, lead: tuple[int, ...] = (
     scores = judged(reflector, video, instruction, lead, chunk)
     worst = 0.0
     for i, score in enumerate(scores):
-        want = reflector.strict(instruction[i], video[i], range(1, len(score) + 1))
+        want = reflector.strict(instruction[i], video[i], range(1, length))
+        assert score.shape == want.shape
         assert want.std() > 0.02  # or nothing is shown
         worst = max(worst, float((score - want).abs().max()))
     return worst
@@ -274,10 +278,11 @@ SAMPLERS = pytest.mark.parametrize("sampler", ["uniform", "stable_dyadic"])
 
 @SAMPLERS
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("limit", [4, 12])
+@pytest.mark.parametrize("limit", [4, 12, 32])
 def test_judging_a_growing_video_equals_reading_it_anew(sampler: frames.Sampler, pooling: str, limit: int) -> None:
+    """At every one of 64 frames, of three videos of one batch that are of different length until the longest ends; chunks of 8 and what is left."""
     reflector = lively(dataclasses.replace(SMALL, sampler=sampler, pooling=pooling, frames=limit))  # type: ignore[arg-type]
-    assert error(reflector, length=65, lead=(0, 3, 17), chunk=8) <= TOLERANCE
+    assert error(reflector, length=64, lead=(0, 3, 17), chunk=8) <= TOLERANCE
 
 
 @SAMPLERS
@@ -483,6 +488,11 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     watch = reflector.begin(INSTRUCTIONS[:2], video[:, 0])
     with pytest.raises(ValueError, match=r"\(B, K, H, W, 3\)"):
         reflector.judge(watch[:1], video[:, 1:])
+    with pytest.raises(ValueError, match=r"want .*at least one"):
+        reflector.begin([], video[:0, 0])
+    for some, new in (([], video[:0, 1:]), (watch, video[:, :0])):
+        with pytest.raises(ValueError, match=r"want .*at least one"):
+            reflector.judge(some, new)
 
 
 # Files
@@ -569,24 +579,51 @@ def test_directories_of_older_releases_load(published: Path, tmp_path: Path) -> 
     assert torch.equal(one.embed(INSTRUCTIONS[:1], [clip]).answer, other.embed(INSTRUCTIONS[:1], [clip]).answer)
 
 
+def _edit(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        content = json.loads((directory / name).read_text())
+        change(content)
+        (directory / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        content = load_file(directory / "model.safetensors")
+        change(content)
+        save_file(content, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
-        (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json"),
-        (lambda d: (d / "config.json").write_text(json.dumps({"model_type": "llava"})), "model_type 'llava'"),
-        (lambda d: (d / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.48, 0.45, 0.4], "image_std": [0.5] * 3})), "image_mean"),
-        (lambda d: save_file({"image_newline": torch.zeros(24)}, d / "model.safetensors", metadata={"format": "pt"}), "no weights"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"short"), "model.safetensors|header"),
-        (lambda d: (d / "model.safetensors").unlink(), "safetensors"),
+        (lambda d: (d / "config.json").unlink(), r"/config\.json: .*No such file"),
+        (lambda d: (d / "tokenizer.json").unlink(), r"/tokenizer\.json: no such file"),
+        (lambda d: (d / "preprocessor_config.json").unlink(), r"/preprocessor_config\.json: .*No such file"),
+        (lambda d: (d / "model.safetensors").unlink(), r"no file named model\.safetensors"),
+        (lambda d: (d / "config.json").write_text("{"), r"/config\.json: Expecting"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), r"/tokenizer\.json: EOF"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"short"), r"/model\.safetensors: truncated or damaged"),
+        (_edit("config.json", lambda c: c.update(model_type="llava")), r"/config\.json: model_type 'llava'"),
+        (_edit("config.json", lambda c: c.update(vision_feature_layer=-2)), "vision_feature_layer=-2"),
+        (_edit("config.json", lambda c: c.update(video_token_index=99)), r"/tokenizer\.json: <video> \d, .*config\.json says {'video': 99"),
+        (_edit("config.json", lambda c: c["vision_config"].update(image_size=32)), r"another shape for 1 tensors .*position_embedding"),
+        (_edit("config.json", lambda c: c["text_config"].update(num_hidden_layers=1)), "num_hidden_layers"),
+        (_edit("preprocessor_config.json", lambda c: c.update(image_mean=[0.48, 0.45, 0.4])), r"/preprocessor_config\.json: image_mean \[0\.48"),
+        (_weights(lambda t: [t.pop(name) for name in list(t) if name.endswith("image_newline")]), r"no weights for 1 tensors .*image_newline"),
+        (_weights(lambda t: t.update(stray=torch.zeros(2))), r"unknown weights for 1 tensors .*\['stray'\]"),
     ],
-    ids=["tokenizer", "another model", "CLIP pixels", "weights missing", "damaged", "no weights"],
 )
-def test_a_broken_directory_is_named(published: Path, tmp_path: Path, break_it: Callable[[Path], object], says: str) -> None:
+def test_a_broken_directory_is_named_in_one_line(published: Path, tmp_path: Path, break_it: Callable[[Path], object], says: str) -> None:
     directory = copied(published, tmp_path)
     break_it(directory)
     with pytest.raises(weights.ReflectorError, match=says) as caught:
         weights.open_directory(directory, SMALL, torch.float32)
     assert str(directory) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # Config and contract

@@ -63,8 +63,8 @@ def to_pixels(frame: torch.Tensor, size: int) -> torch.Tensor:
 
     The largest square in the middle, resized as Pillow's bicubic filter does (antialiased, rounded to 8 bits) where it has another size.
     """
-    if frame.dim() != 4 or frame.shape[-1] != 3 or frame.dtype != torch.uint8:
-        raise ValueError(f"reflector: frames {tuple(frame.shape)} {frame.dtype}, want (N, H, W, 3) uint8")
+    if frame.dim() != 4 or frame.shape[-1] != 3 or not frame.numel() or frame.dtype != torch.uint8:
+        raise ValueError(f"reflector: frames {tuple(frame.shape)} {frame.dtype}, want (N, H, W, 3) uint8, at least one")
     side = min(frame.shape[1:3])
     top, left = (frame.shape[1] - side) // 2, (frame.shape[2] - side) // 2
     pixels = frame[:, top : top + side, left : left + side].permute(0, 3, 1, 2).float()

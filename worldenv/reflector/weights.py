@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
@@ -106,36 +106,61 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], name: str) 
     module.load_state_dict(weights)
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReflectorError(f"{path}: {error}; a LLaVA-OneVision directory in the layout of transformers holds it") from error
+    if not isinstance(found, dict):
+        raise ReflectorError(f"{path}: want a JSON object")
+    return found
+
+
+def _published_prompt(path: Path) -> Prompt:
+    if not path.is_file():
+        raise ReflectorError(f"{path}: no such file; a LLaVA-OneVision directory in the layout of transformers holds it")
+    try:
+        return Prompt(Tokenizer.from_file(str(path)))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ReflectorError(f"{path}: {error}") from error
+
+
 def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = torch.bfloat16) -> LlavaReflector:
     """A published LLaVA-OneVision directory as it is, frozen, on the CPU and without a reward head.
 
     Sizes come from the directory, the rest (frames, sampler, pooling, head_width, threshold) from `like`. Only safetensors are read, nothing is
-    downloaded and no code of the directory runs. Raises ReflectorError for a missing file, another kind of model, missing weights, or pixels
-    normalised otherwise than with mean = std = 0.5.
+    downloaded and no code of the directory runs. Raises ReflectorError, one line, for a missing or damaged file, another kind of model, weights that
+    are missing, unknown or of another shape, a tokenizer of another model, or pixels normalised otherwise than with mean = std = 0.5.
     """
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
-        if not (directory / name).is_file():
-            raise ReflectorError(f"{directory}: no {name}; want a LLaVA-OneVision directory in the layout of transformers")
-    stated = json.loads((directory / "config.json").read_text())
+    stated, pixels = (_json(directory / name) for name in ("config.json", "preprocessor_config.json"))
     if stated.get("model_type") != "llava_onevision":
         raise ReflectorError(f"{directory}/config.json: model_type {stated.get('model_type')!r}, want 'llava_onevision'")
-    pixels = json.loads((directory / "preprocessor_config.json").read_text())
-    if any(set(pixels.get(name, [])) != {0.5} for name in ("image_mean", "image_std")):
+    if any(set(pixels.get(name) or []) != {0.5} for name in ("image_mean", "image_std")):
         raise ReflectorError(
             f"{directory}/preprocessor_config.json: image_mean {pixels.get('image_mean')}, image_std {pixels.get('image_std')}: "
             "the vision tower was trained with 0.5 for all; restore the published file"
         )
+    prompt = _published_prompt(directory / "tokenizer.json")
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ReflectorError(f"{path}: truncated or damaged ({error}); download it again") from error
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
+            directory, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
         config = described(model.config, like)
-        prompt = Prompt(Tokenizer.from_file(str(directory / "tokenizer.json")))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ReflectorError(f"{directory}: {error}") from error
-    lost = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])
-    if lost:
-        raise ReflectorError(f"{directory}: no weights, or of another shape, for {len(lost)} tensors: {lost[:3]}; is a shard missing?")
+    except Exception as error:  # transformers has many kinds for a config or a file that it cannot use
+        raise ReflectorError(f"{directory}: {' '.join(str(error).split())}") from error
+    for what, keys in (("no weights", "missing_keys"), ("weights of another shape", "mismatched_keys"), ("unknown weights", "unexpected_keys")):
+        if names := sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}, want {tuple(key[2])}" for key in report[keys]):
+            raise ReflectorError(f"{directory}: {what} for {len(names)} tensors of config.json's model: {names[:3]}; is a file of another model?")
+    numbers = {name: getattr(model.config, f"{name}_token_index") for name in ("video", "image")}
+    if numbers != {"video": prompt.video, "image": prompt.image}:
+        raise ReflectorError(f"{directory}/tokenizer.json: <video> {prompt.video}, <image> {prompt.image}; config.json says {numbers}")
     return LlavaReflector(config, Llava(model, prompt), None).freeze()
 
 

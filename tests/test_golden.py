@@ -71,8 +71,8 @@ WRONG: dict[str, tuple[str, Any, str, str, str]] = {
     "autoencoder pads on the left": ("evac_vae", vae._Downsample, "forward", "(0, 0, 0, 1, 0, 1)", "(0, 0, 1, 0, 1, 0)"),
     "posterior's variance for its deviation": ("evac_chunk_loop", vae.Posterior, "sample", "0.5 * self.logvar", "self.logvar"),
     "memory not put back after a step": (
-        "evac_chunk_loop", evac.Evac, "denoise", "noisy = torch.cat([condition.memory * float(scales[index]), x], dim=2)",
-        "noisy = torch.cat([condition.memory if index == len(scales) - 1 else x[:, :, :remembered], x], dim=2)"),
+        "evac_chunk_loop", evac.Evac, "_stepped", "torch.cat([condition.memory * now.scales[index].view(-1, 1, 1, 1, 1), now.x], dim=2)",
+        "torch.cat([condition.memory if now.done[0] == 0 else now.x[:, :, :remembered], now.x], dim=2)"),
     "last alpha is 1": ("evac_chunk_loop", schedule.Sampler, "ddim", "process[:1]", "[1.0]"),
     "no dynamic rescale": ("evac_chunk_loop", schedule.Sampler, "step", " * rescale", ""),
     "guidance deviation over the chunk only": (

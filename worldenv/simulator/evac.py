@@ -2,6 +2,7 @@
 
 One chunk:  memory latents (first, n/3, 2n/3, last of all n so far)  +  action-map latents, rays, image tokens, action tokens
             -> DDIM over K new latents -> decode K frames.
+The three are apart (begin_chunk, step, finish_chunk), so that a denoising batch may hold rollouts at different steps and chunks.
 What is constant is computed once: image tokens per rollout, keys and values of all cross-attention per chunk (not per step and frame),
 time embeddings per chunk for all steps, sampler tables per simulator. Memory stays in latent space: only new maps are encoded, only
 new frames are decoded; the maps of memory frames are multiplied by zero in this model, so they are not made at all.
@@ -59,6 +60,62 @@ class Condition:
     """(B, A, context) action tokens."""
     pairs: tuple[KeysValues, ...]
     """Keys and values of `image` and `action` in each attention block."""
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Chunks that are being denoised, each at a step of its own."""
+
+    condition: Condition
+    unconditional: Condition | None
+    """The other branch of guidance, where that is on."""
+    noise: torch.Tensor
+    """(B, draws, z, K, h, w): initial, then one per step where eta > 0."""
+    rows: torch.Tensor
+    """(1 + steps, .) from `UNet.time_rows`: of memory frames, then of the sampler's levels."""
+    scales: torch.Tensor
+    """(steps,) float32: what memory is multiplied by at each level."""
+    done: tuple[int, ...]
+    """Steps that each has been through."""
+    x: torch.Tensor
+    """(B, z, K, h, w)."""
+    x_0: torch.Tensor
+    """(B, z, K, h, w): what the last step foresaw."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One rollout's chunk under way: a row of the batch that made it."""
+
+    memory: Memory
+    batch: Denoising
+    row: int
+
+
+def _stacked(rows: Sequence[tuple[Condition, int]]) -> Condition:
+    def pick(name: str) -> torch.Tensor:
+        return torch.stack([getattr(condition, name)[row] for condition, row in rows])
+
+    pairs = tuple(
+        KeysValues(*(torch.stack([condition.pairs[block][part][row] for condition, row in rows]) for part in range(2)))
+        for block in range(len(rows[0][0].pairs))
+    )
+    return Condition(pick("memory"), pick("fixed"), pick("image"), pick("action"), pairs)
+
+
+def _gathered(chunks: Sequence[Chunk]) -> Denoising:
+    """`chunks` as one batch. Nothing is copied where they are the rows of one batch in order; behind its last row one may be repeated, as padding."""
+    first = chunks[0].batch
+    together = all(chunk.batch is first and (chunk.row == i or chunk is chunks[i - 1]) for i, chunk in enumerate(chunks))
+    if together and len(chunks) == len(first.done):
+        return first
+    from_ = [(chunk.batch, chunk.row) for chunk in chunks]
+    others = [(batch.unconditional, row) for batch, row in from_ if batch.unconditional is not None]
+    noise, x, x_0 = (torch.stack([getattr(batch, name)[row] for batch, row in from_]) for name in ("noise", "x", "x_0"))
+    return Denoising(
+        _stacked([(batch.condition, row) for batch, row in from_]), _stacked(others) if others else None, noise,
+        first.rows, first.scales, tuple(batch.done[row] for batch, row in from_), x, x_0,
+    )  # fmt: skip
 
 
 def memory_indices(frames: int, memory: int) -> list[int]:
@@ -240,30 +297,44 @@ class Evac(nn.Module):
         `noise` (B, draws, z, K, h, w): initial, then one per step where eta > 0. `unconditional` is the other branch of guidance
         (default: made from `condition` where guidance is on).
         """
+        now = self._begun(condition, noise, unconditional)
+        for _ in range(self.steps):
+            now = self._stepped(now)
+        return self._latents(now)
+
+    def _begun(self, condition: Condition, noise: torch.Tensor, unconditional: Condition | None = None) -> Denoising:
+        """Before the first step; arguments as in `denoise`."""
         config, sampler, device = self.config, self.sampler, condition.memory.device
-        if config.guidance != 1.0 and unconditional is None:
+        if config.guidance == 1.0:
+            unconditional = None
+        elif unconditional is None:
             unconditional = self._unconditional(condition)
-        batch, _, remembered = condition.memory.shape[:3]
         levels = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(sampler.timesteps)]).to(device)
         rows = self.unet.time_rows(levels, torch.full_like(levels, config.fps_token), torch.full_like(levels, config.domain))
-        scales = latent_scales(config.scale_memory)[sampler.timesteps]
+        scales = torch.from_numpy(latent_scales(config.scale_memory)[sampler.timesteps]).to(device, torch.float32)
+        x = noise[:, 0].contiguous()
+        return Denoising(condition, unconditional, noise, rows, scales, (0,) * len(x), x, x)
 
-        def predict(x: torch.Tensor, index: int) -> torch.Tensor:
-            now = rows[index + 1 : index + 2]
-            noisy = torch.cat([condition.memory * float(scales[index]), x], dim=2)
-            v = self.unet.denoise(torch.cat([noisy, condition.fixed], dim=1).to(self.dtype), rows[:1], now, condition.pairs, remembered)
-            if unconditional is not None and config.guidance != 1.0:
-                given = torch.cat([noisy, unconditional.fixed], dim=1).to(self.dtype)
-                other = self.unet.denoise(given, rows[:1], now, unconditional.pairs, remembered)
-                guided = other + config.guidance * (v - other)
-                v = rescale_guidance(guided, v, config.guidance_rescale) if config.guidance_rescale > 0 else guided
-            return v[:, :, remembered:]
+    def _stepped(self, now: Denoising) -> Denoising:
+        """After one more step of each."""
+        config, condition, remembered = self.config, now.condition, now.condition.memory.shape[2]
+        device, batch = now.x.device, len(now.done)
+        at = [max(0, self.steps - 1 - done) for done in now.done]  # padding may be a row that is through
+        index = torch.full((batch,), at[0], device=device) if len(set(at)) == 1 else torch.tensor(at, device=device)
+        levels = now.rows[1 + index]
+        noisy = torch.cat([condition.memory * now.scales[index].view(-1, 1, 1, 1, 1), now.x], dim=2)
+        v = self.unet.denoise(torch.cat([noisy, condition.fixed], dim=1).to(self.dtype), now.rows[:1], levels, condition.pairs, remembered)
+        if now.unconditional is not None:
+            given = torch.cat([noisy, now.unconditional.fixed], dim=1).to(self.dtype)
+            other = self.unet.denoise(given, now.rows[:1], levels, now.unconditional.pairs, remembered)
+            guided = other + config.guidance * (v - other)
+            v = rescale_guidance(guided, v, config.guidance_rescale) if config.guidance_rescale > 0 else guided
+        added = now.noise[torch.arange(batch, device=device), self.steps - index] if config.eta > 0 else None
+        x, x_0 = self.sampler.step(now.x, v[:, :, remembered:], index, added)
+        return replace(now, done=tuple(done + 1 for done in now.done), x=x.contiguous(), x_0=x_0.contiguous())
 
-        x = x_0 = noise[:, 0]
-        for executed, index in enumerate(reversed(range(len(sampler)))):
-            added = noise[:, 1 + executed] if config.eta > 0 else None
-            x, x_0 = sampler.step(x, predict(x, index), torch.full((batch,), index, device=device), added)
-        return x_0 if config.final == "pred_x0" else x
+    def _latents(self, now: Denoising) -> torch.Tensor:
+        return now.x_0 if self.config.final == "pred_x0" else now.x
 
     # the contract
 
@@ -279,8 +350,13 @@ class Evac(nn.Module):
             Memory(mean[i].expand(self.config.memory, -1, -1, -1), tokens[i], deviation[i] if sampled else None) for i in range(len(frame))
         ]
 
+    @property
+    def steps(self) -> int:
+        """See `Simulator`."""
+        return len(self.sampler)
+
     @torch.no_grad()
-    def imagine(self, memory: Sequence[Memory], action_map: ActionMap, noise: torch.Tensor) -> tuple[torch.Tensor, list[Memory]]:
+    def begin_chunk(self, memory: Sequence[Memory], action_map: ActionMap, noise: torch.Tensor) -> list[Chunk]:
         """See `Simulator`. Raises ValueError where the batch, the chunk or the noise do not fit."""
         batch, chunk = action_map.picture.shape[:2]
         if len(memory) != batch or chunk != self.chunk or tuple(noise.shape) != (batch, *self.noise_shape()):
@@ -289,7 +365,31 @@ class Evac(nn.Module):
                 f"want B, (B, {self.chunk}, H, W, 3), (B, {', '.join(map(str, self.noise_shape()))})"
             )
         told = self.action_tokens(self.normalise(action_map.delta))
-        return self._imagine(memory, action_map.picture, action_map.rays, told, noise)
+        return self._begin_chunk(memory, action_map.picture, action_map.rays, told, noise)
+
+    @torch.no_grad()
+    def step(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """See `Simulator`."""
+        now = self._stepped(_gathered(chunks))
+        return [Chunk(chunk.memory, now, i) for i, chunk in enumerate(chunks)]
+
+    @torch.no_grad()
+    def finish_chunk(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, list[Memory]]:
+        """See `Simulator`."""
+        latents = torch.stack([self._latents(chunk.batch)[chunk.row] for chunk in chunks]).transpose(1, 2)
+        frames = self.frames(latents.flatten(0, 1))
+        frames = frames.view(*latents.shape[:2], *frames.shape[1:])
+        tokens = [chunk.batch.condition.image[chunk.row] for chunk in chunks]
+        return frames, [self._grown(chunk.memory, *one) for chunk, *one in zip(chunks, latents, tokens, strict=True)]
+
+    def imagine(self, memory: Sequence[Memory], action_map: ActionMap, noise: torch.Tensor) -> tuple[torch.Tensor, list[Memory]]:
+        """See `Simulator`. Raises ValueError as `begin_chunk`."""
+        return self._through(self.begin_chunk(memory, action_map, noise))
+
+    def _through(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[Memory]]:
+        for _ in range(self.steps):
+            chunks = self.step(chunks)
+        return self.finish_chunk(chunks)
 
     @torch.no_grad()
     def imagine_path(
@@ -314,31 +414,29 @@ class Evac(nn.Module):
             drawn = maps(first, end)
             drawn = torch.cat([drawn, drawn[-1:].expand(self.chunk - len(drawn), -1, -1, -1)])
             tokens = self.action_tokens(chunk_deltas(told, number, self.config))
-            frames, (memory,) = self._imagine([memory], drawn[None], rays[None], tokens, noise(number)[None])
+            frames, (memory,) = self._through(self._begin_chunk([memory], drawn[None], rays[None], tokens, noise(number)[None]))
             if not bool(torch.isfinite(memory.history[-self.chunk :]).all()):
                 raise FloatingPointError(f"latents of chunk {number} are not finite; try another precision, and look at the checkpoint")
             yield frames[0, : end - first]
 
-    def _imagine(
+    def _begin_chunk(
         self, memory: Sequence[Memory], picture: torch.Tensor, rays: torch.Tensor, action: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, list[Memory]]:
-        """As `imagine`, of action maps `picture` (B, K, H, W, 3) uint8, `rays` and `action` tokens."""
+    ) -> list[Chunk]:
+        """As `begin_chunk`, of action maps `picture` (B, K, H, W, 3) uint8, `rays` and `action` tokens."""
         batch, chunk = picture.shape[:2]
         sampled = self.config.posterior == "sample"
         memory = [self._drawn(one, noise[i, -1]) for i, one in enumerate(memory)]
         maps = self.encode(self.picture(picture.flatten(0, 1)), noise[:, -2].transpose(1, 2).flatten(0, 1) if sampled else None)
         remembered = torch.stack([one.history[memory_indices(len(one.history), self.config.memory)] for one in memory])
         condition = self.condition(
-            remembered.transpose(1, 2),
+            remembered.transpose(1, 2).contiguous(),
             maps.view(batch, chunk, *maps.shape[1:]).transpose(1, 2),
             rays,
             self._first_tokens(memory),
             action,
         )
-        latents = self.denoise(condition, noise).transpose(1, 2)
-        frames = self.frames(latents.flatten(0, 1))
-        frames = frames.view(batch, chunk, *frames.shape[1:])
-        return frames, [self._grown(one, latents[i], condition.image[i]) for i, one in enumerate(memory)]
+        now = self._begun(condition, noise)
+        return [Chunk(one, now, i) for i, one in enumerate(memory)]
 
     def frames(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, H, W, 3) uint8 of scaled `latents` (N, z, h, w), rounded to the nearest level."""

@@ -152,7 +152,8 @@ class ContextAttention(nn.Module):
 
     def keys_values(self, tokens: torch.Tensor) -> KeysValues:
         """Of context `tokens` (B, L, context): constant over denoising steps and frames."""
-        key, value = (self.get_submodule(name)(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in self._names)
+        # In one layout whether they come from here or are put together from several batches: the same numbers, and faster to read
+        key, value = (self.get_submodule(name)(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous() for name in self._names)
         return KeysValues(key, value)
 
     def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:

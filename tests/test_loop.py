@@ -6,20 +6,20 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import peft
 import pytest
 import torch
-from small_policy import SMALL, observation, rollouts, small_policy, uniform
+from small_policy import LIKE, SMALL, observation, published_policy, rollouts, small_policy, uniform
 
 from worldenv import checkpoint
 from worldenv.config import OPENVLA_OFT, LoopConfig
 from worldenv.learning.loop import memory
 from worldenv.learning.loop import update as update_module
 from worldenv.learning.loop.advantage import baseline, leave_one_out
-from worldenv.learning.loop.loss import surrogate
+from worldenv.learning.loop.loss import Surrogate, surrogate
 from worldenv.learning.loop.update import Learner, RatioError
 from worldenv.nouns import Rollout
 from worldenv.policy import lora
@@ -220,6 +220,47 @@ def test_first_ratios_are_one_and_others_rollouts_are_refused() -> None:
     spoiled = [dataclasses.replace(r, log_prob=r.log_prob * float("nan")) for r in given]
     with pytest.raises(RatioError, match="off 1 by nan"):
         made.check_ratio(spoiled)
+
+
+def half_policy(attention: Literal["full", "prefix_lm"] = "full") -> OpenVLAOFT:
+    """A policy as it is opened from a published directory: backbone in bfloat16, the rest in float32."""
+    policy = published_policy(dataclasses.replace(LIKE, attention=attention))
+    policy.network.to(torch.bfloat16)
+    for part in (policy.network.action_head, policy.network.scale_head, policy.network.proprio_projector):
+        part.float()
+    return policy
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix_lm"])
+def test_in_half_precision_ratios_begin_at_one_too(attention: Literal["full", "prefix_lm"], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 answer depends on who shares the batch, so the rollouts' own log-densities would give ratios far off 1."""
+    config = dataclasses.replace(CONFIG, microbatch=16, passes=2, gradient_checkpointing=True)
+    made = learner(config, half_policy(attention))
+    given, seen = rollouts(made.policy), []
+    with pytest.raises(RatioError, match="off 1 by 0"):
+        made.check_ratio(given)
+    right = update_module.surrogate
+
+    def noted(new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, live: torch.Tensor, *rest: float) -> Surrogate:
+        seen.append(float((new.detach() - old)[live].abs().max()))
+        return right(new, old, advantage, live, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update_module, "surrogate", noted)
+        patch.setattr(made._optimizer, "step", lambda *_: None)
+        made.update(given, 0)
+    assert len(seen) >= 4
+    assert max(seen) == 0.0
+    before = made.merged()
+    metrics = made.update(given, 0)
+    assert metrics["updates"] == 4
+    changed = {name.split(".")[0] for name, tensor in made.merged().items() if not torch.equal(tensor, before[name])}
+    assert {"language_model", "action_head", "scale_head"} <= changed
+    given = rollouts(made.policy)
+    for factor in (0.7, 1.3):
+        made.policy.scale_factor = factor
+        with pytest.raises(RatioError, match=r"iteration 4: the policy is 0\.\d+ nat per step from the one .*collect them again"):
+            made.update(given, 4)
 
 
 def test_nan_stops_the_update_before_it_harms() -> None:

@@ -9,6 +9,7 @@ Where a batch is the whole iteration, that is Eq. 5 itself.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from worldenv.policy.openvla_oft import OpenVLAOFT
 
 RATIO_TOLERANCE = 1e-3
 """Largest |ratio - 1| before the first update of an iteration: float32 rounding between batches of different sizes stays well below."""
+HALF_TOLERANCE = 0.1
+"""Largest mean of ratio - 1 - log ratio [nat per step] there, where the backbone computes in half precision. Rounding then differs with who shares a
+batch, and shifts mu by as much as the density is wide: single ratios mean little, but other weights or another factor stand out."""
 HEADS = ("action_head", "scale_head")
 
 
@@ -70,14 +74,15 @@ class Learner:
             draw = noise.integers(self._seed, noise.Stream.SHUFFLE, iteration, 2**32, len(rollouts))
             advantage = advantage[np.argsort(draw, kind="stable")]
         mean_steps = sum(r.steps for r in rollouts) / len(rollouts)
-        self.check_ratio(rollouts if self._fresh else rollouts[: self.config.batch], iteration)
+        whole = self.policy.network.projector.fc1.weight.dtype == torch.float32
+        if whole:
+            self.check_ratio(rollouts if self._fresh else rollouts[: self.config.batch], iteration)
+        else:
+            rollouts = self._rescored(rollouts, self._batches(len(rollouts), iteration, 0), iteration)
         self._fresh = False
         total = _Totals()
         for sweep in range(self.config.passes):
-            draw = noise.integers(self._seed, noise.Stream.LOOP, iteration * self.config.passes + sweep, 2**32, len(rollouts))
-            order = np.argsort(draw, kind="stable")
-            for batch, start in enumerate(range(0, len(order), self.config.batch)):
-                chosen = order[start : start + self.config.batch].tolist()
+            for batch, chosen in enumerate(self._batches(len(rollouts), iteration, sweep if whole else 0)):
                 self._step(
                     [rollouts[i] for i in chosen],
                     advantage[chosen],
@@ -86,6 +91,12 @@ class Learner:
                     f"iteration {iteration}, batch {batch}",
                 )
         return total.metrics(len(rollouts) * mean_steps)
+
+    def _batches(self, count: int, iteration: int, sweep: int) -> list[list[int]]:
+        """The rollouts of each optimiser step of one pass, by index."""
+        draw = noise.integers(self._seed, noise.Stream.LOOP, iteration * self.config.passes + sweep, 2**32, count)
+        order: list[int] = np.argsort(draw, kind="stable").tolist()
+        return [order[start : start + self.config.batch] for start in range(0, count, self.config.batch)]
 
     def _step(self, rollouts: Sequence[Rollout], advantage: torch.Tensor, steps: float, total: _Totals, where: str) -> None:
         """One optimiser step. Its gradient does not depend on the microbatch: every part is divided by the same `steps`."""
@@ -134,6 +145,30 @@ class Learner:
                     "these rollouts were drawn with other weights, scale_factor or precision; collect them again"
                 )
         return worst
+
+    @torch.no_grad()
+    def _rescored(self, rollouts: Sequence[Rollout], batches: Sequence[Sequence[int]], iteration: int) -> list[Rollout]:
+        """`rollouts` with the log-densities that the update's own passes over `batches` give: ratios hold what learning changed, nothing else.
+
+        RatioError where these are, on average, not those of the rollouts (HALF_TOLERANCE).
+        """
+        scored, gap = list(rollouts), 0.0
+        for chosen in batches:
+            parts = []
+            for _, observation, action, old, live in self._microbatches([rollouts[i] for i in chosen]):
+                new = self.policy.evaluate_actions(observation, action)[0]
+                log_ratio = (new - old)[live].double()
+                gap += float((log_ratio.exp() - 1.0 - log_ratio).sum())
+                parts.append(new.cpu())
+            for i, log_prob in zip(chosen, torch.split(torch.cat(parts), [len(rollouts[i].live) for i in chosen]), strict=True):
+                scored[i] = dataclasses.replace(rollouts[i], log_prob=log_prob.to(rollouts[i].log_prob.device))
+        gap /= sum(r.steps for r in rollouts)
+        if not gap <= HALF_TOLERANCE:
+            raise RatioError(
+                f"loop: iteration {iteration}: the policy is {gap:.3g} nat per step from the one that drew these rollouts, above {HALF_TOLERANCE:g}: "
+                "they were drawn with other weights or scale_factor; collect them again"
+            )
+        return scored
 
     def tree(self) -> dict[str, Any]:
         """Everything that an update changes, for `checkpoint.save`."""

@@ -121,6 +121,33 @@ def test_proprio_is_clipped_at_inference_too() -> None:
     assert torch.equal(one.mu, other.mu)
 
 
+def test_two_views_are_seen_in_their_order() -> None:
+    policy, one = small_policy(dataclasses.replace(SMALL, images=2)), observation(3)
+    both = dataclasses.replace(one, wrist=observation(3, seed=1, size=20).frame)
+    query = policy.query(both)
+    assert query.pixels.shape == (3, 12, 16, 16)
+    alone = small_policy()
+    for at, frame in ((0, both.frame), (6, both.wrist)):
+        assert frame is not None
+        assert torch.equal(query.pixels[:, at : at + 6], alone.query(dataclasses.replace(one, frame=frame)).pixels)
+    swapped = dataclasses.replace(both, frame=both.wrist, wrist=both.frame)
+    assert float((policy.act(swapped).mu - policy.act(both).mu).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match=r"policy\.images=2, the observation carries 1 views"):
+        policy.act(one)
+    with pytest.raises(ValueError, match=r"policy\.images=1, the observation carries 2 views"):
+        alone.act(both)
+    with pytest.raises(ValueError, match=r"Observation\.wrist"):
+        dataclasses.replace(one, wrist=both.frame[:2])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_chunks_of_any_length(chunk: int) -> None:
+    policy = small_policy(dataclasses.replace(SMALL, chunk=chunk))
+    drawn = policy.act(observation(3), uniform(3, chunk=chunk))
+    assert drawn.action.shape == (3, chunk, 7)
+    assert torch.equal(policy.evaluate_actions(observation(3), drawn.action)[0].detach(), drawn.log_prob)
+
+
 def test_prompts_and_slots_stand_where_the_module_says() -> None:
     """Position by position: the text before, the views, one proprio token, 29871, 56 zeros, </s>."""
     policy, seen = small_policy(), observation(2, instruction=INSTRUCTIONS[1])
@@ -199,13 +226,17 @@ def test_what_does_not_fit_the_policy_is_refused() -> None:
     seven = dataclasses.replace(SMALL, proprio=7)
     with pytest.raises(ValueError, match="another robot"):
         OpenVLAOFT(seven, Network(seven), policy.tokenizer, policy.statistics)
-    two = dataclasses.replace(SMALL, images=2)
-    with pytest.raises(ValueError, match="one view"):
-        OpenVLAOFT(two, Network(two), policy.tokenizer, policy.statistics)
+    for few_or_many in ({"images": 3}, {"images": 0}, {"chunk": 0}):
+        with pytest.raises(ValueError, match="want at least 1 action, and 1 or 2 views"):
+            dataclasses.replace(SMALL, **few_or_many)
     with pytest.raises(ValueError, match="patches"):
         Network(dataclasses.replace(SMALL, siglip=dataclasses.replace(SMALL.siglip, patch=4)))
     with pytest.raises(ValueError, match="uniform"):
         policy.act(observation(2), uniform(2).float())
+    with pytest.raises(ValueError, match=r"evaluate_actions: action \(1, 8, 7\), want \(2, 8, 7\)"):
+        policy.evaluate_actions(observation(2), torch.zeros(1, 8, 7))
+    with pytest.raises(ValueError, match="no query"):
+        observation(0)
     with pytest.raises(ValueError, match="unknown word 'banana'"):
         policy.act(observation(1, instruction="push the banana"))
 

@@ -85,6 +85,13 @@ def test_a_directory_comes_back(written: Path, dtype: torch.dtype) -> None:
         assert float((got.mu - want.mu).norm() / want.mu.norm()) < 0.1  # 8 bits through some ten layers
 
 
+def test_the_same_directory_may_be_of_two_views(written: Path) -> None:
+    """It does not say; heads and backbone are the same."""
+    again, one = open_directory(written, dtype=torch.float32, images=2), observation(2)
+    assert again.config == dataclasses.replace(LIKE, images=2)
+    assert again.act(dataclasses.replace(one, wrist=one.frame)).mu.shape == (2, 8, 7)
+
+
 def test_shards_are_read_whole(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "_SHARD_BYTES", 600_000)
     save_directory(tmp_path, policy(), 50000)

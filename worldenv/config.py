@@ -115,6 +115,10 @@ class PolicyConfig:
     dino_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """And then divided by."""
 
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.images not in (1, 2):
+            raise ValueError(f"policy.chunk={self.chunk}, policy.images={self.images}: want at least 1 action, and 1 or 2 views")
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -522,7 +526,15 @@ class LoopConfig:
     grad_clip: float = 1.0
     """Largest gradient norm, for LoRA and for the heads."""
     slots: int = 16
-    """Rollouts in flight at once."""
+    """Rollouts in flight at once, over all workers."""
+    bucket: int = 4
+    """Rows of every batch of policy and simulator in rollouts; fewer are padded. Rollouts depend on it in their last bits, on slots they do not."""
+    judge_bucket: int = 1
+    """Chunks that the reflector judges at once; above 1, scores depend on who is judged together, in their last bits."""
+    overlap: Literal["off", "auto", "always"] = "auto"
+    """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
+    drop_uniform_groups: bool = False
+    """Leave groups whose returns are all equal out of the update: their advantages are 0."""
     scale_factor: float = 1.0
     """Factor on the Laplace scale during rollouts and updates, inside the density (1 is the paper)."""
     microbatch: int = 16
@@ -540,6 +552,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.group < 2:
             raise ValueError(f"group={self.group}: leaving one out needs at least 2 rollouts per start state")
+        if min(self.slots, self.bucket, self.judge_bucket) < 1:
+            raise ValueError(f"slots={self.slots}, bucket={self.bucket}, judge_bucket={self.judge_bucket}: want at least 1 of each")
         if (self.group * self.contexts) % self.batch:
             raise ValueError(f"batch={self.batch} does not divide group * contexts = {self.group * self.contexts} rollouts")
 

@@ -55,10 +55,16 @@ class Observation:
     """(B, P) float32, in the robot's own convention (robots/), not normalised."""
     instruction: tuple[str, ...]
     """B instructions."""
+    wrist: torch.Tensor | None = None
+    """(B, H', W', 3) uint8: the second view, for a policy of two; the imagined world draws none."""
 
     def __post_init__(self) -> None:
         batch = len(self.instruction)
+        if not batch:
+            raise ValueError("Observation: of no query at all")
         _want("Observation.frame", self.frame, (batch, None, None, 3), torch.uint8)
+        if self.wrist is not None:
+            _want("Observation.wrist", self.wrist, (batch, None, None, 3), torch.uint8)
         _want("Observation.proprio", self.proprio, (batch, None), torch.float32)
 
 

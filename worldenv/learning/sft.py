@@ -51,15 +51,15 @@ def _statistics(episodes: Sequence[Episode], robot: Robot) -> Statistics:
 def pretrained(config: PolicyConfig, sft: SftConfig, episodes: Sequence[Episode], robot: Robot, seed: int, device: torch.device) -> OpenVLAOFT:
     """The policy in `sft.start` with fresh heads and the statistics of these demonstrations, or as it is where there are no steps to train it.
 
-    Sizes come from there, density and attention from `config`. In bfloat16 where the backbone's weights stay as they are and the precision is that;
-    what is trained is float32.
+    Sizes come from there; views, density and attention from `config`. In bfloat16 where the backbone's weights stay as they are and the precision is
+    that; what is trained is float32.
     """
     dtype = torch.bfloat16 if (sft.lora_rank or not sft.steps) and sft.precision == "bfloat16" else torch.float32
     if sft.steps:
         opened = published.open_base(Path(sft.start), _statistics(episodes, robot), dtype, seed)
     else:
         opened = published.open_directory(Path(sft.start), sft.dataset or None, dtype=dtype, seed=seed)
-    ours = {name: getattr(config, name) for name in ("attention", "scale_factor", "scale_floor", "scale_ceiling")}
+    ours = {name: getattr(config, name) for name in ("images", "attention", "scale_factor", "scale_floor", "scale_ceiling")}
     settings = dataclasses.replace(opened.config, **ours)
     opened.network.config = settings
     return OpenVLAOFT(settings, opened.network.to(device), opened.tokenizer, opened.statistics)

@@ -135,8 +135,6 @@ class OpenVLAOFT:
                 f"statistics of {statistics.source}: proprio {len(statistics.proprio.q01)}, action {len(statistics.action.q01)}; "
                 f"want {config.proprio}, {ACTION_DIM}: they belong to another robot"
             )
-        if config.images != 1:
-            raise ValueError(f"policy.images={config.images}: an Observation carries one view; the network alone takes more")
         self.config, self.network, self.tokenizer, self.statistics = config, network, tokenizer, statistics
         self.scale_factor = config.scale_factor
         """Factor on the Laplace scale, inside the density: of what is drawn and of what is scored."""
@@ -163,15 +161,21 @@ class OpenVLAOFT:
         return self.network.language_model.model.embed_tokens.weight.device
 
     def query(self, observation: Observation, augment: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Query:
-        """Observations as the network takes them. ValueError for words or values that it was not built for.
+        """Observations as the network takes them. ValueError for words, views or values that it was not built for.
 
         `augment`, in training, takes the place of the centre crop: (B, S, S, 3) uint8 to the same.
         """
         ids, lengths = self.tokenizer.batch(observation.instruction)
-        config, frames = self.config, observation.frame.to(self.device)
-        whole = resized(frames, config.image, config.jpeg)
+        config, pixels = self.config, []
+        for view in (observation.frame, observation.wrist):
+            if view is not None:
+                whole = resized(view.to(self.device), config.image, config.jpeg)
+                picture = augment(whole) if augment else centre_crop(whole, config.crop_area)
+                pixels.append(normalise_pixels(picture, config.dino_mean, config.dino_std))
+        if len(pixels) != config.images:
+            raise ValueError(f"policy.images={config.images}, the observation carries {len(pixels)} views")
         return Query(
-            normalise_pixels(augment(whole) if augment else centre_crop(whole, config.crop_area), config.dino_mean, config.dino_std),
+            torch.cat(pixels, dim=1),
             ids.to(self.device),
             None if lengths is None else lengths.to(self.device),
             self.statistics.proprio.normalise(observation.proprio.to(self.device)).float(),
@@ -205,4 +209,6 @@ class OpenVLAOFT:
         Returns log-density (B, K) summed over the 7 dimensions, mu and log-scale (B, K, 7), float32: the same path as `act`.
         """
         mu, log_scale = self.density(self.hidden(self.query(observation)))
+        if action.shape != mu.shape:
+            raise ValueError(f"evaluate_actions: action {tuple(action.shape)}, want {tuple(mu.shape)}")
         return laplace.log_prob(action.to(mu.device), mu, log_scale), mu, log_scale

@@ -172,11 +172,12 @@ def _scale_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def open_directory(
     directory: Path, dataset: str | None = None, step: int | None = None, scale_head: Path | None = None, dtype: torch.dtype = torch.bfloat16,
-    base: bool = False, seed: int = 0,
+    base: bool = False, seed: int = 0, images: int = 1,
 ) -> OpenVLAOFT:  # fmt: skip
     """The policy in a published directory, on the CPU: backbone in `dtype`, heads and proprio projector in float32.
 
-    `dataset` and `step` choose where the directory holds several. Without a scale head, in the directory or at `scale_head`, there is the published
+    `dataset` and `step` choose where the directory holds several; `images` says how many views the model was trained with, of which the directory
+    says nothing (the released LIBERO models: 2). Without a scale head, in the directory or at `scale_head`, there is the published
     start of one, a function of `seed`. `base` takes the LoRA in `lora_adapter/` out again, to rounding. CheckpointError or ValueError with one line
     names a file that is missing, damaged or foreign, and tensors that are missing, unknown or of another shape.
     """
@@ -195,6 +196,7 @@ def open_directory(
         weights = lora.unmerge(weights, lora.Adapter.read(directory / "lora_adapter"))
     config = replace(
         config,
+        images=images,
         proprio=len(statistics.proprio.q01),
         head_width=_length(head, "fc1.bias", config.head_width),
         head_blocks=len({name.split("mlp_resnet_blocks.")[1].split(".")[0] for name in head if "mlp_resnet_blocks." in name}),

@@ -26,7 +26,7 @@ from worldenv.robots.agibot_g1 import AGIBOT_G1, states
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.simulator import weights
 from worldenv.simulator.evac import DELTA_DIM, Evac, chunk_deltas
-from worldenv.world import ImaginedWorld
+from worldenv.world import ImaginedWorld, advance
 
 HEIGHT, WIDTH = 32, 48  # of the given frame, twice the simulator's
 FOCAL = 50.0
@@ -158,10 +158,10 @@ def test_commands_give_the_frames_that_a_rollout_imagines(count: int, files: Pat
     scenes = world.begin([Context("push", 0, 0, frame, STATE[:7], 1.0)], [0])
     whole = count // 4 * 4
     for start in range(0, whole, 4):
-        outcome = world.step(scenes, torch.from_numpy(commands(count)[None, start : start + 4]).float())
-        scenes = outcome.scenes
+        (made,) = advance(world, scenes, torch.from_numpy(commands(count)[None, start : start + 4]).float())
+        scenes = [made.after]
         ours = np.stack(drawn[start : start + 4]).astype(int)
-        assert np.abs(ours - outcome.frames[0].numpy()).max() <= 1, "beyond rounding to the next level"
+        assert np.abs(ours - made.frames.numpy()).max() <= 1, "beyond rounding to the next level"
     assert len(drawn) == count
 
 

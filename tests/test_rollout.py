@@ -8,9 +8,9 @@ import torch
 
 from worldenv.checkpoint import CheckpointError
 from worldenv.nouns import ActionChunk, Context
-from worldenv.rollout.collect import Assignment, collect
+from worldenv.rollout.collect import Assignment, Schedule, collect
 from worldenv.rollout.store import RolloutStore
-from worldenv.world import Outcome, Scene, ended_at
+from worldenv.world import Made, Scene, WorldStage, ended_at
 
 K = 8
 
@@ -27,34 +27,51 @@ class UniformPolicy:
 
 
 class CountingWorld:
-    """Rollout n scores 0.9 at its step `ends[n]` (counted from 0), else 0.1; it notes every step asked of it."""
+    """Rollout n scores 0.9 at its step `ends[n]` (counted from 0), else 0.1; it notes every chunk asked of it."""
+
+    at_home = False
 
     def __init__(self, ends):
-        self.ends, self.stepped, self.largest = ends, [], 0
+        self.ends, self.stepped, self.alive, self.largest = ends, [], set(), 0
+        self.stages = (WorldStage("make", self.make, batched=False),)
 
     def begin(self, contexts, numbers):
         return [Scene(c, n, 0, torch.full((2, 2, 3), n, dtype=torch.uint8), torch.zeros(8), None) for c, n in zip(contexts, numbers, strict=True)]
 
-    def step(self, scenes, command):
-        self.largest = max(self.largest, len(scenes))
-        score = torch.full((len(scenes), K), 0.1)
-        for i, scene in enumerate(scenes):
+    def make(self, work):
+        made = []
+        for scene, _ in work:
             self.stepped.append((scene.number, scene.chunk))
+            self.alive.add(scene.number)
+            self.largest = max(self.largest, len(self.alive))
+            score = torch.full((K,), 0.1)
             at = self.ends.get(scene.number, 10**9) - scene.chunk * K
             if 0 <= at < K:
-                score[i, at] = 0.9
-        after = [dataclasses.replace(scene, chunk=scene.chunk + 1) for scene in scenes]
-        return Outcome(torch.zeros(len(scenes), K, 2, 2, 3, dtype=torch.uint8), score, after)
+                score[at] = 0.9
+            after = dataclasses.replace(scene, chunk=scene.chunk + 1)
+            made.append(Made(torch.zeros(K, 2, 2, 3, dtype=torch.uint8), after, score))
+        return made
+
+    def watch(self, scenes):
+        return [0] * len(scenes)
+
+    def judge(self, watches, made):
+        assert watches == [one.after.chunk - 1 for one in made], "chunks are judged in order, each once"
+        for one in made:
+            if bool((one.score > 0.5).any()) or one.after.chunk == 4:
+                self.alive.discard(one.after.number)
+        return torch.stack([one.score for one in made]), [watch + 1 for watch in watches]
 
 
 def context():
     return Context("push", 0, 0, np.zeros((2, 2, 3), np.uint8), np.array([0, 0, 0, 0, 0, 0, 1.0]), 1.0)
 
 
-def roll(ends, count=5, slots=2, **more):
+def roll(ends, count=5, slots=2, overlap="off", **more):
     world = CountingWorld(ends)
     jobs = [Assignment(n, n // 2, context()) for n in range(count)]
-    return {r.number: r for r in collect(UniformPolicy(), world, jobs, seed=1, steps=32, threshold=0.5, slots=slots, **more)}, world
+    schedule = Schedule(slots, 4, 1, overlap)
+    return {r.number: r for r in collect(UniformPolicy(), world, jobs, seed=1, steps=32, threshold=0.5, schedule=schedule, **more)}, world
 
 
 def test_ended_at_is_the_first_step_above_the_threshold():

@@ -10,7 +10,8 @@ from pusher import Pusher
 from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.nouns import Context
-from worldenv.rollout.collect import Assignment, collect
+from worldenv.rollout.collect import Assignment, Schedule, collect
+from worldenv.world import advance
 
 CPU = torch.device("cpu")
 
@@ -36,18 +37,19 @@ def test_a_chunk_is_what_the_environment_does(env, every_frame):
     scenes = world.begin(some, [5, 6, 7])
     assert all(np.array_equal(scene.frame.numpy(), context.frame) for scene, context in zip(scenes, some, strict=True))
     command = torch.linspace(-1, 1, 3 * 16 * 7).view(3, 16, 7)
-    first = world.step(scenes, command[:, :8])
-    second = world.step([first.scenes[2], first.scenes[0], first.scenes[1]], command[[2, 0, 1], 8:])  # in another order
-    again = world.step(scenes, command[:, :8])  # scenes are not used up
-    assert torch.equal(first.frames, again.frames)
+    first = advance(world, scenes, command[:, :8])
+    second = advance(world, [first[i].after for i in (2, 0, 1)], command[[2, 0, 1], 8:])  # in another order
+    again = advance(world, scenes, command[:, :8])  # scenes are not used up
+    assert all(torch.equal(one.frames, other.frames) for one, other in zip(first, again, strict=True))
+    scores, _ = world.judge(world.watch(scenes), first)
     for row, i in enumerate([2, 0, 1]):
         env.begin(i, "train", i)
         moments = [env.advance(one.numpy()) for one in command[i]]
-        frames = np.concatenate([first.frames[i].numpy(), second.frames[row].numpy()])
+        frames = np.concatenate([first[i].frames.numpy(), second[row].frames.numpy()])
         seen = range(16) if every_frame else (7, 15)
         assert all(np.array_equal(frames[t], moments[t].frame) for t in seen)
-        assert torch.cat([first.score[i], second.score[row]]).tolist() == [float(m.success) for m in moments]
-        scene = second.scenes[row]
+        assert torch.cat([scores[i], second[row].score]).tolist() == [float(m.success) for m in moments]
+        scene = second[row].after
         assert (scene.number, scene.chunk, scene.context.state_index) == (5 + i, 2, i)
         assert np.array_equal(scene.frame.numpy(), moments[-1].frame)
         assert np.array_equal(scene.proprio.numpy(), env.robot.proprio(moments[-1].pose, np.float64(moments[-1].gripper)))
@@ -56,15 +58,15 @@ def test_a_chunk_is_what_the_environment_does(env, every_frame):
 def test_rows_and_scenes_must_be_as_many(env):
     world = TrueWorld(env, CPU)
     with pytest.raises(ValueError, match="one row each"):
-        world.step(world.begin(contexts(env, 2), [0, 1]), torch.zeros(3, 8, 7))
+        advance(world, world.begin(contexts(env, 2), [0, 1]), torch.zeros(3, 8, 7))
 
 
 def test_rollouts_end_at_true_success_whatever_the_slots(env):
     world, some = TrueWorld(env, CPU), contexts(env, 12)
-    jobs = [Assignment(n, n // 2, context) for n, context in enumerate(some)]
+    jobs = [Assignment(n, n, context) for n, context in enumerate(some)]
 
     def rollouts(slots):
-        made = collect(Pusher(), world, jobs, seed=3, steps=32, threshold=0.5, slots=slots)
+        made = collect(Pusher(), world, jobs, seed=3, steps=32, threshold=0.5, schedule=Schedule(slots))
         return sorted(made, key=lambda rollout: rollout.number)
 
     one, many = rollouts(1), rollouts(5)

@@ -6,7 +6,8 @@ everything here runs to the step limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,9 @@ from numpy.typing import NDArray
 from worldenv.data.episode import Episode
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.nouns import Context
-from worldenv.policy.contract import Policy
 from worldenv.reflector.contract import Reflector
-from worldenv.rollout.collect import draw_uniform
-from worldenv.world import Scene, World, observe
+from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
+from worldenv.world import World, advance
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,6 @@ def psnr(ours: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
-def _imagine(
-    world: World, scenes: list[Scene], commands: Callable[[list[Scene]], torch.Tensor], steps: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """Frames (B, T, H, W, 3), scores (B, T), commands (B, T, 7) of B scenes to the step limit."""
-    frames: list[NDArray[np.uint8]] = []
-    scores: list[NDArray[np.float32]] = []
-    used: list[NDArray[np.float32]] = []
-    while sum(part.shape[1] for part in used) < steps:
-        command = commands(scenes)
-        outcome = world.step(scenes, command)
-        scenes = outcome.scenes
-        frames.append(outcome.frames.cpu().numpy())
-        scores.append(outcome.score.numpy())
-        used.append(command.cpu().numpy())
-    return np.concatenate(frames, axis=1), np.concatenate(scores, axis=1), np.concatenate(used, axis=1)
-
-
 def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chunk: int) -> list[NDArray[np.uint8]]:
     """Each episode's commands in `world`, from its first frame: its imagined frames (T, H, W, 3), in order. `batch` episodes at a time."""
     out: list[NDArray[np.uint8]] = []
@@ -72,12 +55,12 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
         some = episodes[start : start + batch]
         command = torch.from_numpy(np.stack([e.command for e in some]))
         scenes = world.begin([_context(e) for e in some], range(start, start + len(some)))
-
-        def recorded(now: list[Scene], command: torch.Tensor = command) -> torch.Tensor:
-            return command[:, now[0].chunk * chunk : (now[0].chunk + 1) * chunk]
-
-        frames, _, _ = _imagine(world, scenes, recorded, command.shape[1])
-        out += list(frames)
+        parts = []
+        for first in range(0, command.shape[1], chunk):
+            made = advance(world, scenes, command[:, first : first + chunk])
+            scenes = [one.after for one in made]
+            parts.append(torch.stack([one.frames for one in made]).cpu().numpy())
+        out += list(np.concatenate(parts, axis=1))
     return out
 
 
@@ -93,24 +76,27 @@ def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], episodes: Sequence[Epis
 
 
 def replay(
-    policy: Policy, world: World, env: TrueEnvironment, reflector: Reflector, contexts: Sequence[Context], *,
-    seed: int, first_number: int, steps: int, batch: int, device: torch.device,
+    replicas: Sequence[Replica], env: TrueEnvironment, reflector: Reflector, contexts: Sequence[Context], *,
+    seed: int, first_number: int, steps: int, schedule: Schedule, device: torch.device,
 ) -> list[Pair]:  # fmt: skip
-    """Roll `policy` out with its noise from training states `contexts` in `world`, then the same commands in `env`; all `steps`.
+    """Roll a policy out with its noise from training states `contexts` in its imagined world, then the same commands in `env`; all `steps`.
 
     Rollout numbers count up from `first_number`.
     """
+    jobs = [Assignment(first_number + i, i, context) for i, context in enumerate(contexts)]
+    with Flights(replicas, seed=seed, steps=steps, threshold=math.inf, schedule=schedule, keep_frames=True) as flights:
+        flown = {flight.job.group: flight for flight in flights.fly(jobs)}
     pairs: list[Pair] = []
-    for start in range(0, len(contexts), batch):
-        some = contexts[start : start + batch]
-        scenes = world.begin(some, range(first_number + start, first_number + start + len(some)))
-        frames, scores, commands = _imagine(world, scenes, lambda now: policy.act(observe(now), draw_uniform(policy, now, seed)).command, steps)
-        truth = [_true(env, context, command) for context, command in zip(some, commands, strict=True)]
-        watched = torch.from_numpy(np.stack([frames_ for frames_, _ in truth])).to(device)
-        first = torch.from_numpy(np.stack([context.frame for context in some])).to(device)
-        true_scores, _ = reflector.judge(reflector.begin([context.instruction for context in some], first), watched)
-        for i, context in enumerate(some):
-            pairs.append(Pair(context, commands[i], frames[i], scores[i], truth[i][0], true_scores[i].cpu().numpy(), truth[i][1]))
+    for start in range(0, len(contexts), schedule.slots):
+        some = [flown[i] for i in range(start, min(start + schedule.slots, len(contexts)))]
+        commands = [torch.cat([query.command for query in flight.queries]).cpu().numpy() for flight in some]
+        truth = [_true(env, flight.job.context, command) for flight, command in zip(some, commands, strict=True)]
+        watched = torch.from_numpy(np.stack([frames for frames, _ in truth])).to(device)
+        first = torch.from_numpy(np.stack([flight.job.context.frame for flight in some])).to(device)
+        true_scores, _ = reflector.judge(reflector.begin([flight.job.context.instruction for flight in some], first), watched)
+        for i, flight in enumerate(some):
+            frames, scores = flight.frames().numpy(), flight.rollout().score.flatten().numpy()
+            pairs.append(Pair(flight.job.context, commands[i], frames, scores, truth[i][0], true_scores[i].cpu().numpy(), truth[i][1]))
     return pairs
 
 

@@ -34,13 +34,14 @@ from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Context
 from worldenv.policy import lora
 from worldenv.policy import weights as policies
+from worldenv.policy.contract import Policy
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector import classifier
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.classifier import ClassifierReflector
 from worldenv.reflector.contract import Judge
 from worldenv.reflector.judge import LlavaReflector
-from worldenv.rollout.collect import Assignment, collect
+from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
 from worldenv.rollout.store import RolloutStore
 from worldenv.run import Run, Stage, savepoint_path
 from worldenv.simulator import weights as simulators
@@ -92,6 +93,16 @@ class Desk:
     def world(self, reflector: Judge | None) -> ImaginedWorld:
         simulator = self.simulator()
         return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.env.camera, simulator.config.latent, self.seed, self.device)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of every rollout in this run."""
+        loop = self.settings.loop
+        return Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap)
+
+    def replicas(self, policy: Policy, world: World) -> list[Replica]:
+        """One for each worker: on a CPU all share the networks."""
+        return [Replica(policy, world)] * self.schedule.workers(self.device, world)
 
     def context(self, task: int, index: int) -> Context:
         """Training state `index` of `task`."""
@@ -237,7 +248,7 @@ def loop(desk: Desk, stage: Stage) -> None:
     learner = Learner(desk.policy("scale"), settings, desk.seed)
     world, threshold = _practice_world(desk)
     savepoint = stage.savepoint("iterations")
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     seconds: list[float] = []
     if (kept := savepoint.load()) is not None:
         learner.load_tree(kept["learner"])
@@ -253,15 +264,20 @@ def loop(desk: Desk, stage: Stage) -> None:
             for n in range(per)
         ]
         jobs = [job for job in jobs if job.number not in made]
-        for rollout in collect(learner.policy, world, jobs, seed=desk.seed, steps=env.steps, threshold=threshold, slots=settings.slots):
-            store.add(rollout)
+        replicas = desk.replicas(learner.policy, world)
+        with Flights(replicas, seed=desk.seed, steps=env.steps, threshold=threshold, schedule=desk.schedule) as flights:
+            for flight in flights.fly(jobs):
+                store.add(flight.rollout())
         collected = time.monotonic()
         metrics = learner.update(store.rollouts, iteration)
-        returns = [rollout.value for rollout in sorted(store.rollouts, key=lambda r: r.number)]
+        returns = np.array([rollout.value for rollout in sorted(store.rollouts, key=lambda r: r.number)]).reshape(-1, settings.group)
         history.append({
             "return": float(np.mean(returns)),
             "imagined_success": float(np.mean([r.stopped for r in store.rollouts])),
-            "spread": float(np.mean(np.std(np.array(returns).reshape(settings.contexts, settings.group), axis=1))),
+            "spread": float(np.mean(np.std(returns, axis=1))),
+            "group_mean": returns.mean(axis=1).tolist(),
+            "group_low": returns.min(axis=1).tolist(),
+            "group_high": returns.max(axis=1).tolist(),
             **metrics,
         })  # fmt: skip
         seconds.append(time.monotonic() - began)
@@ -328,8 +344,8 @@ def _replays(desk: Desk, name: str, imagined: ImaginedWorld, reflector: Judge, f
     tasks, states = len(desk.env.tasks), desk.env.states("train")
     contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
     return audit.replay(
-        policy, imagined, desk.env, reflector, contexts, seed=desk.seed, first_number=first,
-        steps=desk.settings.env.steps, batch=desk.settings.loop.slots, device=desk.device,
+        desk.replicas(policy, imagined), desk.env, reflector, contexts, seed=desk.seed, first_number=first,
+        steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
     )  # fmt: skip
 
 

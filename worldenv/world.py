@@ -1,11 +1,14 @@
-"""One step of a world, and when it ends: commands in, frames and scores out (paper, Algorithm 1, lines 13 to 18).
+"""One chunk in a world, and when it ends: commands in, frames and scores out (paper, Algorithm 1, lines 13 to 18).
 
-A world is either imagined (kinematics, action map, simulator, reflector) or true (`envs/true_world.py`); LOOP cannot tell them apart.
+A chunk passes the stages of its world, which make frames, and is then judged. Stages take and return one value per rollout and change nothing in
+place, so that a batch may hold any rollouts at any chunk, work that turns out to be for nothing is dropped by forgetting it, and whatever failed
+can be done again. A world is either imagined (kinematics, action map, simulator, reflector) or true (`envs/true_world.py`); LOOP cannot tell
+them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -33,31 +36,72 @@ class Scene:
     proprio: torch.Tensor
     """(P,) float32."""
     inside: Any
-    """What the world itself remembers."""
+    """What the world itself remembers; what its judge does is a watch, and apart from this: it comes later."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """K steps of B rollouts."""
+class Made:
+    """One chunk of one rollout, before it is judged."""
 
     frames: torch.Tensor
-    """(B, K, H, W, 3) uint8: what is seen after each step."""
-    score: torch.Tensor
-    """(B, K) float32 in [0, 1] after each step, on the CPU."""
-    scenes: list[Scene]
-    """The B rollouts after the chunk."""
+    """(K, H, W, 3) uint8: what is seen after each step."""
+    after: Scene
+    """The rollout after the chunk."""
+    score: torch.Tensor | None = None
+    """(K,) float32, where the world itself knows it."""
+
+
+@dataclass(frozen=True)
+class WorldStage:
+    """One part of making a chunk."""
+
+    name: str
+    run: Callable[[Sequence[Any]], list[Any]]
+    """From what the stage before left of B rollouts to what this one leaves. The first is given (Scene, command (K, 7)) pairs; `Made` comes last."""
+    steps: int = 1
+    """How often a chunk passes it, one after the other."""
+    batched: bool = True
+    """It is faster on many at once."""
 
 
 class World(Protocol):
     """Where rollouts happen."""
 
+    @property
+    def stages(self) -> tuple[WorldStage, ...]:
+        """In the order of a chunk."""
+        ...
+
+    @property
+    def at_home(self) -> bool:
+        """It must be called on one thread, always the same: that which made it."""
+        ...
+
     def begin(self, contexts: Sequence[Context], numbers: Sequence[int]) -> list[Scene]:
         """Rollouts `numbers` at the start of their contexts."""
         ...
 
-    def step(self, scenes: Sequence[Scene], command: torch.Tensor) -> Outcome:
-        """Execute one chunk of commands (B, K, 7) in B scenes, which may be at different chunks."""
+    def watch(self, scenes: Sequence[Scene]) -> list[Any]:
+        """The judge's watches of B rollouts that have just begun."""
         ...
+
+    def judge(self, watches: Sequence[Any], made: Sequence[Made]) -> tuple[torch.Tensor, list[Any]]:
+        """Scores (B, K) float32 in [0, 1] after each step of the chunks `made`, on the CPU, and the watches after them."""
+        ...
+
+
+def advance(world: World, scenes: Sequence[Scene], command: torch.Tensor) -> list[Made]:
+    """Execute one chunk of commands (B, K, 7) in B scenes, which may be at different chunks: all stages, one after the other, not judged.
+
+    ValueError where there is not one row of commands for each scene.
+    """
+    if command.dim() != 3 or len(command) != len(scenes):
+        raise ValueError(f"world: {len(scenes)} scenes, command {tuple(command.shape)}: want one row each")
+    work: list[Any] = list(zip(scenes, command, strict=True))
+    for stage in world.stages:
+        for _ in range(stage.steps):
+            work = stage.run(work)
+    return work
 
 
 def ended_at(score: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -82,11 +126,25 @@ class _Imagined:
 
     state: kinematics.KinematicState
     memory: Any
-    watch: Any
+
+
+@dataclass(frozen=True)
+class _Imagining:
+    """One rollout's chunk under way."""
+
+    before: Scene
+    state: kinematics.KinematicState
+    """After the chunk."""
+    proprio: torch.Tensor
+    """(P,) after the chunk."""
+    chunk: Any
+    """The simulator's."""
 
 
 class ImaginedWorld:
     """Kinematics moves the gripper, the action map draws its path, the simulator imagines the frames, the reflector scores them."""
+
+    at_home = False
 
     def __init__(
         self, simulator: Simulator, reflector: Reflector | None, robot: Robot, controller: kinematics.ControllerModel,
@@ -97,41 +155,62 @@ class ImaginedWorld:
         self._robot, self._controller, self._camera, self._latent = robot, controller, camera, latent
         self._seed, self._device = seed, device
 
+    @property
+    def stages(self) -> tuple[WorldStage, ...]:
+        """See `World.stages`. The noise of a chunk is a function of (seed, rollout number, chunk) alone."""
+        denoise = WorldStage("denoise", self._denoise, self._simulator.steps)
+        return WorldStage("encode", self._encode), denoise, WorldStage("decode", self._decode)
+
     def begin(self, contexts: Sequence[Context], numbers: Sequence[int]) -> list[Scene]:
         """See `World.begin`."""
         frame = torch.from_numpy(np.stack([context.frame for context in contexts])).to(self._device)
         memories = self._simulator.begin(frame)
-        watches = self._reflector.begin([c.instruction for c in contexts], frame) if self._reflector else [None] * len(contexts)
         scenes = []
         for i, (context, number) in enumerate(zip(contexts, numbers, strict=True)):
             pose, gripper = torch.from_numpy(context.pose)[None], torch.tensor([context.gripper], dtype=torch.float64)
-            inside = _Imagined(kinematics.rest(pose, gripper), memories[i], watches[i])
+            inside = _Imagined(kinematics.rest(pose, gripper), memories[i])
             scenes.append(Scene(context, number, 0, frame[i], self._proprio(pose, gripper)[0], inside))
         return scenes
+
+    def watch(self, scenes: Sequence[Scene]) -> list[Any]:
+        """See `World.watch`."""
+        if not self._reflector:
+            return [None] * len(scenes)
+        return self._reflector.begin([scene.context.instruction for scene in scenes], torch.stack([scene.frame for scene in scenes]))
+
+    def judge(self, watches: Sequence[Any], made: Sequence[Made]) -> tuple[torch.Tensor, list[Any]]:
+        """See `World.judge`."""
+        frames = torch.stack([one.frames for one in made])
+        if not self._reflector:
+            return torch.zeros(frames.shape[:2]), list(watches)
+        score, after = self._reflector.judge(watches, frames)
+        return score.float().cpu(), after
 
     def _proprio(self, pose: torch.Tensor, gripper: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(self._robot.proprio(pose, gripper), dtype=torch.float32, device=self._device)
 
-    def step(self, scenes: Sequence[Scene], command: torch.Tensor) -> Outcome:
-        """See `World.step`. The noise of a chunk is a function of (seed, rollout number, chunk) alone."""
+    def _encode(self, work: Sequence[tuple[Scene, torch.Tensor]]) -> list[_Imagining]:
+        scenes = [scene for scene, _ in work]
         inside: list[_Imagined] = [scene.inside for scene in scenes]
+        command = torch.stack([command for _, command in work])
         before = kinematics.stack([one.state for one in inside])
         path, after = kinematics.follow(before, command.double().cpu(), self._controller)
         drawn = action_map.draw(path, (before.pose, before.gripper), self._camera, self._robot, self._latent, self._device)
-        frames, memories = self._simulator.imagine([one.memory for one in inside], drawn, self._noise(scenes))
-        if self._reflector:
-            score, watches = self._reflector.judge([one.watch for one in inside], frames)
-        else:
-            score, watches = torch.zeros(frames.shape[:2]), [None] * len(scenes)
-        proprio = self._proprio(after.pose, after.gripper)
-        states = kinematics.unstack(after)
-        return Outcome(
-            frames, score.float().cpu(),
-            [
-                replace(scene, chunk=scene.chunk + 1, frame=frames[i, -1], proprio=proprio[i], inside=_Imagined(states[i], memories[i], watches[i]))
-                for i, scene in enumerate(scenes)
-            ],
-        )  # fmt: skip
+        chunks = self._simulator.begin_chunk([one.memory for one in inside], drawn, self._noise(scenes))
+        return list(map(_Imagining, scenes, kinematics.unstack(after), self._proprio(after.pose, after.gripper), chunks))
+
+    def _denoise(self, work: Sequence[_Imagining]) -> list[_Imagining]:
+        chunks = self._simulator.step([one.chunk for one in work])
+        return [replace(one, chunk=chunk) for one, chunk in zip(work, chunks, strict=True)]
+
+    def _decode(self, work: Sequence[_Imagining]) -> list[Made]:
+        frames, memories = self._simulator.finish_chunk([one.chunk for one in work])
+        made = []
+        for one, seen, memory in zip(work, frames, memories, strict=True):
+            last = seen[-1].clone()  # a view would hold the frames of the whole batch for as long as the rollout
+            after = replace(one.before, chunk=one.before.chunk + 1, frame=last, proprio=one.proprio, inside=_Imagined(one.state, memory))
+            made.append(Made(seen, after))
+        return made
 
     def _noise(self, scenes: Sequence[Scene]) -> torch.Tensor:
         draws, *shape = self._simulator.noise_shape()

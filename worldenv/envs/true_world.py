@@ -15,11 +15,13 @@ import torch
 
 from worldenv.envs.contract import Snapshot, Split, TrueEnvironment
 from worldenv.nouns import Context
-from worldenv.world import Outcome, Scene
+from worldenv.world import Made, Scene, WorldStage
 
 
 class TrueWorld:
-    """`World` over one true environment, which serves all its scenes in turn."""
+    """`World` over one true environment, which serves all its scenes in turn; it draws on the thread that made it, as OpenGL wants."""
+
+    at_home = True
 
     def __init__(self, env: TrueEnvironment, device: torch.device, split: Split = "train", every_frame: bool = False) -> None:
         """`split` is where contexts count their states. Without `every_frame`, only the last frame of a chunk is drawn and the others repeat the
@@ -41,20 +43,27 @@ class TrueWorld:
     def _proprio(self, now: Snapshot) -> torch.Tensor:
         return torch.from_numpy(self._env.robot.proprio(now.pose, np.float64(now.gripper))).to(self._device)
 
-    def step(self, scenes: Sequence[Scene], command: torch.Tensor) -> Outcome:
-        """See `World.step`; a score is 1 while the predicate holds, else 0."""
-        commands = command.detach().cpu().numpy()
-        if commands.shape[0] != len(scenes):
-            raise ValueError(f"TrueWorld.step: {len(scenes)} scenes, command {commands.shape}: want one row each")
-        frames, scores = [], []
-        after: list[Scene] = []
-        for scene, row in zip(scenes, commands, strict=True):
-            moments, inside = self._play(scene.inside, row)
-            seen = self._frames(moments)
-            frames.append(seen)
-            scores.append([float(moment.success) for moment in moments])
-            after.append(replace(scene, chunk=scene.chunk + 1, frame=seen[-1], proprio=self._proprio(moments[-1]), inside=inside))
-        return Outcome(torch.stack(frames), torch.tensor(scores, dtype=torch.float32), after)
+    @property
+    def stages(self) -> tuple[WorldStage, ...]:
+        """See `World.stages`; a score is 1 while the predicate holds, else 0."""
+        return (WorldStage("act", self._act, batched=False),)
+
+    def _act(self, work: Sequence[tuple[Scene, torch.Tensor]]) -> list[Made]:
+        made = []
+        for scene, command in work:
+            moments, inside = self._play(scene.inside, command.detach().cpu().numpy())
+            seen, score = self._frames(moments), torch.tensor([float(moment.success) for moment in moments])
+            after = replace(scene, chunk=scene.chunk + 1, frame=seen[-1], proprio=self._proprio(moments[-1]), inside=inside)
+            made.append(Made(seen, after, score))
+        return made
+
+    def watch(self, scenes: Sequence[Scene]) -> list[Any]:
+        """See `World.watch`: the predicate remembers nothing."""
+        return [None] * len(scenes)
+
+    def judge(self, watches: Sequence[Any], made: Sequence[Made]) -> tuple[torch.Tensor, list[Any]]:
+        """See `World.judge`."""
+        return torch.stack([one.score for one in made if one.score is not None]), list(watches)
 
     def _play(self, inside: Any, commands: np.ndarray[Any, np.dtype[np.floating[Any]]]) -> tuple[list[Snapshot], Any]:
         self._env.restore(inside)

@@ -1,20 +1,39 @@
-"""Rollouts of a policy in a world: slots that are refilled as rollouts end, so no frame is imagined after an end.
+"""Rollouts of a policy in a world, on the scheduler: continuous batches, no chunk after an end but what is begun while a verdict is awaited.
 
-Every random number is a function of (seed, rollout number, chunk, stream, element), so a rollout does not depend on its slot.
+The scheduler (`csrc/core`) says which rollouts make which step together; here are the Python callables that it calls, one per stage, and what
+is remembered of each rollout between them. Every random number is a function of (seed, rollout number, chunk, stream, element), every value one
+of the rollout alone, and nothing is changed in place: so a rollout does not depend on its slot, and speculative work is dropped by forgetting it.
+
+Bits are equal too where a row's result does not depend on the other rows of its batch or on its place there. Batches have one shape whatever
+they hold (`Schedule.bucket`, padded with repetitions), and workers compute on one CPU thread each; that torch's kernels then keep rows apart is
+measured by tests/test_rollout_bits.py. docs/scheduler.md says what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from worldenv import noise
-from worldenv.nouns import ActionChunk, Context, Rollout
+from worldenv import _core, noise
+from worldenv.nouns import Context, Rollout
 from worldenv.policy.contract import Policy
-from worldenv.world import Scene, World, ended_at, observe
+from worldenv.world import Made, Scene, World, WorldStage, ended_at, observe
+
+T = TypeVar("T")
+_NO_HURRY_S = 3600.0
+"""Work that waits longer goes before fuller batches. It cannot wait for ever: who waits holds a slot, and slots run out."""
+
+
+class RolloutError(RuntimeError):
+    """Rollouts that could not be made, whatever was tried. The message names their keys."""
 
 
 @dataclass(frozen=True)
@@ -28,33 +47,92 @@ class Assignment:
     context: Context
 
 
+@dataclass(frozen=True)
+class Replica:
+    """The networks of one device; a CPU may have several workers with the same ones."""
+
+    policy: Policy
+    world: World
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How rollouts are scheduled. Which rollouts come out does not depend on it, on a CPU bit for bit while the buckets are the same."""
+
+    slots: int = 16
+    """Rollouts in flight at once, over all workers."""
+    bucket: int = 4
+    """Rows of every batch of policy and simulator; fewer are padded."""
+    judge_bucket: int = 1
+    """Chunks judged at once. Above 1, rows of different length are packed together, and scores are equal to rounding alone."""
+    overlap: Literal["off", "auto", "always"] = "auto"
+    """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
+    attempts: int = 3
+    """Runs of a step that fails alone, before its rollout is given up."""
+
+    def __post_init__(self) -> None:
+        if min(self.slots, self.bucket, self.judge_bucket, self.attempts) < 1:
+            raise ValueError(f"{self}: want at least 1 of slots, bucket, judge_bucket and attempts")
+
+    def workers(self, device: torch.device, world: World) -> int:
+        """Workers on `device`: on a CPU as many as torch may use threads and as have a full batch each; one on a GPU, or in a world with a home."""
+        if device.type != "cpu" or world.at_home:
+            return 1
+        return max(1, min(torch.get_num_threads(), self.slots // self.bucket))
+
+
 @dataclass
-class _Trace:
-    """What one slot has gathered so far, a row per query."""
+class Query:
+    """One query of a rollout: what the policy saw and did, and what came of it."""
+
+    frame: torch.Tensor
+    """(H, W, 3) uint8, before."""
+    proprio: torch.Tensor
+    """(P,) before."""
+    action: torch.Tensor
+    """(K, 7), normalised."""
+    log_prob: torch.Tensor
+    """(K,)."""
+    command: torch.Tensor
+    """(K, 7)."""
+    made: Made | None = None
+    """Until it is judged, or for good where frames are kept."""
+    score: torch.Tensor | None = None
+    """(K,)."""
+    end: int = -1
+    """Index of the step that ended the rollout; K where none of these did."""
+
+
+@dataclass
+class Flight:
+    """One rollout while it is made. The front (policy and world) writes `scene`, `work` and a query's start, the judge `watch` and a query's end."""
 
     job: Assignment
-    frame: list[torch.Tensor] = field(default_factory=list)
-    proprio: list[torch.Tensor] = field(default_factory=list)
-    action: list[torch.Tensor] = field(default_factory=list)
-    log_prob: list[torch.Tensor] = field(default_factory=list)
-    score: list[torch.Tensor] = field(default_factory=list)
-    live: list[torch.Tensor] = field(default_factory=list)
+    scene: Scene | None = None
+    """Where the front is; None before it has begun."""
+    work: Any = None
+    """What the last stage left."""
+    watch: Any = None
+    """Of the judge, after the chunks that it has judged."""
+    queries: list[Query] = field(default_factory=list)
+    stopped: bool = False
 
-    def add(self, before: Scene, chunk: ActionChunk, i: int, score: torch.Tensor, end: int) -> None:
-        live = torch.arange(score.shape[0]) <= end
-        self.frame.append(before.frame.cpu())
-        self.proprio.append(before.proprio.cpu())
-        self.action.append(chunk.action[i].cpu())
-        self.log_prob.append(chunk.log_prob[i].cpu())
-        self.score.append(torch.where(live, score, 0.0))
-        self.live.append(live)
+    def rollout(self) -> Rollout:
+        """The finished rollout, on the CPU."""
+        chunk = len(self.queries[0].action)
+        live = torch.stack([torch.arange(chunk) <= query.end for query in self.queries])
 
-    def rollout(self, stopped: bool) -> Rollout:
-        job = self.job
+        def rows(name: str) -> torch.Tensor:
+            return torch.stack([getattr(query, name) for query in self.queries]).cpu()
+
+        job, score = self.job, torch.where(live, rows("score"), 0.0)
         return Rollout(
-            job.number, job.group, job.context, torch.stack(self.frame), torch.stack(self.proprio), torch.stack(self.action),
-            torch.stack(self.log_prob), torch.stack(self.score), torch.stack(self.live), stopped,
-        )  # fmt: skip
+            job.number, job.group, job.context, rows("frame"), rows("proprio"), rows("action"), rows("log_prob"), score, live, self.stopped
+        )
+
+    def frames(self) -> torch.Tensor:
+        """(T, H, W, 3) uint8 on the CPU: after each step of its chunks, those after the end included; only where frames were kept."""
+        return torch.cat([query.made.frames for query in self.queries if query.made is not None]).cpu()
 
 
 def draw_uniform(policy: Policy, scenes: Sequence[Scene], seed: int) -> torch.Tensor:
@@ -63,30 +141,242 @@ def draw_uniform(policy: Policy, scenes: Sequence[Scene], seed: int) -> torch.Te
     return torch.from_numpy(noise.uniform(seed, numbers, chunks, 0, noise.Stream.POLICY, (policy.chunk, 7)))
 
 
+def _padded(rows: list[T], shape: int) -> list[T]:
+    return [*rows, *[rows[-1]] * (shape - len(rows))]
+
+
+class _Home:
+    """The thread that collects: it takes reports, and does what must be done on it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | _core.Ending | _core.GroupEnding | None] = queue.SimpleQueue()
+        self._open = True
+
+    def call(self, work: Callable[[], T]) -> T:
+        """`work()`, done there; for other threads."""
+        answer: Future[T] = Future()
+        with self._lock:
+            if not self._open:
+                raise RuntimeError("the rollouts were given up")
+            self._inbox.put((work, answer))
+        return answer.result()
+
+    def report(self, report: _core.Ending | _core.GroupEnding | None) -> None:
+        """Hand it over; for other threads. None: there are no more."""
+        self._inbox.put(report)
+
+    def next(self) -> _core.Ending | _core.GroupEnding | None:
+        """The next report; until then, do what is asked for."""
+        while True:
+            one = self._inbox.get()
+            if not isinstance(one, tuple):
+                return one
+            _answer(*one)
+
+    def close(self) -> None:
+        """Refuse whatever is asked for from now on."""
+        with self._lock:
+            self._open = False
+        with contextlib.suppress(queue.Empty):
+            while True:
+                one = self._inbox.get_nowait()
+                if isinstance(one, tuple):
+                    one[1].set_exception(RuntimeError("the rollouts were given up"))
+
+
+def _answer(work: Callable[[], T], answer: Future[T]) -> None:
+    try:
+        answer.set_result(work())
+    except Exception as error:
+        answer.set_exception(error)
+
+
+class Flights:
+    """Makes rollouts on worker threads. A context manager: leaving it stops the threads."""
+
+    def __init__(
+        self, replicas: Sequence[Replica], *, seed: int, steps: int, threshold: float, schedule: Schedule, greedy: bool = False,
+        keep_frames: bool = False,
+    ) -> None:  # fmt: skip
+        """One worker per replica, its own device to the scheduler. A rollout ends at the first step whose score is above `threshold`, or after
+        `steps` [control steps]. ValueError where those are no multiple of the chunk, or a world with a home is to have several workers.
+        """
+        chunk = replicas[0].policy.chunk
+        if steps < chunk or steps % chunk:
+            raise ValueError(f"steps={steps}: want a multiple of the policy's chunk of {chunk}")
+        if len(replicas) > 1 and any(replica.world.at_home for replica in replicas):
+            raise ValueError(f"{len(replicas)} workers: this world must be called on one thread; use 1")
+        self._replicas, self._seed, self._threshold, self._greedy, self._keep = replicas, seed, threshold, greedy, keep_frames
+        self._chunks = steps // chunk
+        self._flights: dict[int, Flight] = {}
+        self._starts: dict[tuple[int, int], tuple[Scene, Any]] = {}  # by group and worker
+        self._failure: Exception | None = None
+        self._home = _Home()
+        self._local = threading.local()
+        self._threads = torch.get_num_threads()
+        parts: list[tuple[str, Callable[[_core.Batch], Any], int, int]] = [("policy", self._act, schedule.bucket, 1)]
+        worlds = [replica.world.stages for replica in replicas]
+        for i, stage in enumerate(worlds[0]):
+            everywhere, last = [stages[i] for stages in worlds], i == len(worlds[0]) - 1
+            parts.append((stage.name, self._making(everywhere, last), schedule.bucket if stage.batched else 1, stage.steps))
+        parts.append(("reflector", self._judge, schedule.judge_bucket, 1))
+        devices = range(len(replicas))
+        config = _core.SchedulerConfig(
+            [_core.Stage(name, [bucket], steps, devices) for name, _, bucket, steps in parts], devices=len(replicas),
+            slots=-(-schedule.slots // len(replicas)), overlap=schedule.overlap, max_wait=_NO_HURRY_S, attempts=schedule.attempts,
+        )  # fmt: skip
+        self._runner = _core.Runner(config, [self._guarded(run) for _, run, _, _ in parts])
+
+    def __enter__(self) -> Flights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Join the threads after their running batches; what is under way is lost."""
+        self._home.close()
+        self._runner.stop()
+        torch.set_num_threads(self._threads)
+
+    def fly(self, jobs: Sequence[Assignment]) -> Iterator[Flight]:
+        """Make the rollouts `jobs`; each is given out when it has ended, in no promised order, the cancelled ones not at all.
+
+        Raises RolloutError, when all others have ended, that names those that failed; ValueError where a group has several contexts.
+        """
+        contexts: dict[int, Context] = {}
+        for job in jobs:
+            first = contexts.setdefault(job.group, job.context)
+            if first is not job.context and not _same(first, job.context):
+                raise ValueError(f"group {job.group} has rollouts of several contexts: want one")
+        self._flights |= {job.number: Flight(job) for job in jobs}
+        self._runner.submit([(job.number, job.group, self._chunks) for job in jobs])
+        pump = threading.Thread(target=self._pump, daemon=True)
+        pump.start()
+        failed: list[str] = []
+        while (report := self._home.next()) is not None:
+            if isinstance(report, _core.GroupEnding):
+                for worker in range(len(self._replicas)):
+                    self._starts.pop((report.group, worker), None)
+                continue
+            flight = self._flights.pop(report.rollout)
+            del flight.queries[report.chunks :]
+            flight.stopped = report.why == "stopped"
+            if report.why == "failed":
+                failed.append(f"rollout {report.rollout} of group {report.group} (seed {self._seed}): {report.message}")
+            elif report.why != "cancelled":
+                yield flight
+        pump.join()
+        if failed:
+            more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+            raise RolloutError("; ".join(failed[:3]) + more) from self._failure
+
+    def _pump(self) -> None:
+        while (report := self._runner.next()) is not None:
+            self._home.report(report)
+        self._home.report(None)
+
+    def cancel(self, number: int) -> None:
+        """Give rollout `number` up; nothing happens where it has ended."""
+        self._runner.cancel(number)
+
+    def statistics(self) -> dict[str, Any]:
+        """See `_core.Runner.statistics`."""
+        return self._runner.statistics()
+
+    # what the scheduler calls, on its threads
+
+    def _guarded(self, run: Callable[[_core.Batch], Any]) -> Callable[[_core.Batch], Any]:
+        def guarded(batch: _core.Batch) -> Any:
+            if not hasattr(self._local, "alone"):
+                self._local.alone = True
+                torch.set_num_threads(1)  # several threads would cut a batch into parts, so that a row's place counts
+            try:
+                with torch.no_grad():
+                    return run(batch)
+            except Exception as error:
+                self._failure = error
+                raise
+
+        return guarded
+
+    def _taken(self, batch: _core.Batch) -> list[Flight]:
+        return [self._flights[number] for number in batch.rollout.tolist()]
+
+    def _begun(self, flight: Flight, worker: int) -> tuple[Scene, Any]:
+        """The rollout's first scene and its judge's watch, made once for its group: alone, so that nobody else has a part in it."""
+        key = (flight.job.group, worker)
+        if key not in self._starts:
+            world, job = self._replicas[worker].world, flight.job
+
+            def begin() -> tuple[Scene, Any]:
+                scenes = world.begin([job.context], [job.number])
+                return scenes[0], world.watch(scenes)[0]
+
+            self._starts[key] = self._home.call(begin) if world.at_home else begin()
+        scene, watch = self._starts[key]
+        return replace(scene, number=flight.job.number, context=flight.job.context), watch
+
+    def _act(self, batch: _core.Batch) -> None:
+        policy, flights = self._replicas[batch.device].policy, self._taken(batch)
+        for flight in flights:
+            if flight.scene is None:
+                flight.scene, flight.watch = self._begun(flight, batch.device)
+        scenes = [flight.scene for flight in flights if flight.scene is not None]
+        asked = _padded(scenes, batch.shape)
+        answer = policy.act(observe(asked), None if self._greedy else draw_uniform(policy, asked, self._seed))
+        for i, (flight, scene) in enumerate(zip(flights, scenes, strict=True)):
+            # Copies, because a view would keep the answers of the whole batch
+            action, log_prob, command = (rows[i].clone() for rows in (answer.action, answer.log_prob, answer.command))
+            flight.queries.append(Query(scene.frame, scene.proprio, action, log_prob, command))
+            flight.work = scene, command
+
+    def _making(self, stages: Sequence[WorldStage], last: bool) -> Callable[[_core.Batch], None]:
+        def make(batch: _core.Batch) -> None:
+            flights, stage = self._taken(batch), stages[batch.device]
+            rows = _padded([flight.work for flight in flights], batch.shape)
+            world = self._replicas[batch.device].world
+            done = self._home.call(lambda: stage.run(rows)) if world.at_home else stage.run(rows)
+            for flight, one, step in zip(flights, done[: len(flights)], batch.step.tolist(), strict=True):
+                flight.work = one
+                if last and step == stage.steps - 1:
+                    flight.queries[-1].made, flight.scene, flight.work = one, one.after, None
+
+        return make
+
+    def _judge(self, batch: _core.Batch) -> list[tuple[bool, float]]:
+        flights, world = self._taken(batch), self._replicas[batch.device].world
+        queries = [flight.queries[chunk] for flight, chunk in zip(flights, batch.chunk.tolist(), strict=True)]
+        made = _padded([query.made for query in queries if query.made is not None], batch.shape)
+        score, watches = world.judge(_padded([flight.watch for flight in flights], batch.shape), made)
+        score = score[: len(flights)]
+        if not bool(torch.isfinite(score).all()):
+            raise FloatingPointError(f"a score is {score[~torch.isfinite(score)][0].item()}")
+        ends, verdicts = ended_at(score, self._threshold).tolist(), []
+        for i, (flight, query, end) in enumerate(zip(flights, queries, ends, strict=True)):
+            flight.watch, query.score, query.end = watches[i], score[i], end
+            if not self._keep:
+                query.made = None
+            verdicts.append((end < score.shape[1], float(score[i, min(end, score.shape[1] - 1)])))
+        return verdicts
+
+
+def _same(one: Context, other: Context) -> bool:
+    return (one.instruction, one.task, one.state_index, one.gripper) == (other.instruction, other.task, other.state_index, other.gripper) and (
+        np.array_equal(one.frame, other.frame) and np.array_equal(one.pose, other.pose)
+    )
+
+
 def collect(
-    policy: Policy, world: World, jobs: Sequence[Assignment], *, seed: int, steps: int, threshold: float, slots: int, greedy: bool = False
-) -> Iterator[Rollout]:
-    """Yield each rollout of `jobs` as it ends, in no promised order; `slots` of them are in flight at once.
+    policy: Policy, world: World, jobs: Sequence[Assignment], *, seed: int, steps: int, threshold: float, schedule: Schedule | None = None,
+    greedy: bool = False,
+) -> Iterator[Rollout]:  # fmt: skip
+    """Yield each rollout of `jobs` as it ends, in no promised order, made by one worker. Errors as `Flights` and `Flights.fly`.
 
     A rollout ends at the first step whose score is above `threshold`, or after `steps` [control steps, a multiple of the chunk].
     """
-    waiting = list(reversed(jobs))
-    flying: list[tuple[Scene, _Trace]] = []
-    while waiting or flying:
-        fresh = [waiting.pop() for _ in range(min(slots - len(flying), len(waiting)))]
-        if fresh:
-            scenes = world.begin([job.context for job in fresh], [job.number for job in fresh])
-            flying += [(scene, _Trace(job)) for scene, job in zip(scenes, fresh, strict=True)]
-        before = [scene for scene, _ in flying]
-        chunk = policy.act(observe(before), None if greedy else draw_uniform(policy, before, seed))
-        outcome = world.step(before, chunk.command)
-        end = ended_at(outcome.score, threshold).tolist()
-        still: list[tuple[Scene, _Trace]] = []
-        for i, (scene, trace) in enumerate(flying):
-            trace.add(scene, chunk, i, outcome.score[i], end[i])
-            stopped = end[i] < policy.chunk
-            if stopped or outcome.scenes[i].chunk * policy.chunk >= steps:
-                yield trace.rollout(stopped)
-            else:
-                still.append((outcome.scenes[i], trace))
-        flying = still
+    settings = Schedule() if schedule is None else schedule
+    with Flights([Replica(policy, world)], seed=seed, steps=steps, threshold=threshold, schedule=settings, greedy=greedy) as flights:
+        for flight in flights.fly(jobs):
+            yield flight.rollout()

@@ -308,16 +308,18 @@ def test_a_whole_video_in_one_call_equals_chunks() -> None:
 
 @SAMPLERS
 def test_a_watch_is_never_changed_and_frames_count_as_they_are_now(sampler: frames.Sampler) -> None:
-    """The same watch, judged with other frames: what was remembered for the first ones must not show through."""
+    """The same watch, judged with other frames, and what comes of it judged on: what was remembered for the first ones must not show through."""
     reflector = lively(replace(SMALL, sampler=sampler))
-    video, other = videos(1, 17), videos(1, 17, seed=9)
+    video, other = videos(1, 25), videos(1, 25, seed=9)
     other[:, :9] = video[:, :9]
     _, watch = reflector.judge(reflector.begin(INSTRUCTIONS[:1], video[:, 0]), video[:, 1:9])
     held = {name: getattr(watch[0], name) for name in ("length", "trunk", "instruction")}
     tensors = {"past": watch[0].past.clone(), **{f: tensor.clone() for f, tensor in watch[0].feature.items()}}
     for film in (video, other, video):
-        score, after = reflector.judge(watch, film[:, 9:])
-        torch.testing.assert_close(score[0], reflector.strict(INSTRUCTIONS[0], film[0], range(9, 17)), rtol=0, atol=TOLERANCE)
+        score, after = reflector.judge(watch, film[:, 9:17])
+        later, _ = reflector.judge(after, film[:, 17:])
+        want = reflector.strict(INSTRUCTIONS[0], film[0], range(9, 25))
+        torch.testing.assert_close(torch.cat((score[0], later[0])), want, rtol=0, atol=TOLERANCE)
         assert after[0] is not watch[0]
     assert held == {name: getattr(watch[0], name) for name in held}
     assert torch.equal(watch[0].past, tensors.pop("past"))

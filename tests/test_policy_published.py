@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,12 +42,25 @@ def copied(source: Path, target: Path) -> Path:
 # Counts
 
 
+LISTED = {
+    "patch_embed.proj": 107_264, "vision_backbone.fused_featurizer.attn_pool": 607_232, "vision_backbone.featurizer": 12_582_912,
+    "vision_backbone.fused_featurizer.blocks": 15_399_936, "projector": 1_019_904, "language_model.lm_head": 1_157_120,
+    "language_model.model": 79_953_920,
+}  # fmt: skip
+"""Parameters of the published LoRA in each part of the model."""
+
+
 def test_published_counts() -> None:
     """What the published fine-tuning prints: 110,828,288 trainable of 7,652,065,472, on no memory at all."""
     sizes = shapes(OPENVLA_OFT)
     base = sum(math.prod(shape) for shape in sizes.values())
     added = sum(32 * (math.prod(sizes[f"{name}.weight"][1:]) + sizes[f"{name}.weight"][0]) for name in adapted(OPENVLA_OFT))
-    assert (added, base + added, len(adapted(OPENVLA_OFT))) == (110_828_288, 7_652_065_472, 439)
+    assert (base, added, base + added, len(adapted(OPENVLA_OFT))) == (7_541_237_184, 110_828_288, 7_652_065_472, 439)
+    rank_32 = Counter[str]()
+    for name in adapted(OPENVLA_OFT):
+        part = next(part for part in LISTED if name.startswith(part) or name.endswith(part))
+        rank_32[part] += 32 * (math.prod(sizes[f"{name}.weight"][1:]) + sizes[f"{name}.weight"][0])
+    assert rank_32 == LISTED
     with torch.device("meta"):
         network = Network(OPENVLA_OFT)
     own = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -57,6 +71,7 @@ def test_published_counts() -> None:
     ours = lora.targets(network)
     left_out = set(adapted(OPENVLA_OFT)) - set(ours)
     assert set(ours) < set(adapted(OPENVLA_OFT))
+    assert (len(ours), sum(32 * sum(sizes[f"{name}.weight"]) for name in ours)) == (423, 107_862_016)
     assert all(never_read(f"{name}.weight", OPENVLA_OFT) or name.endswith("patch_embed.proj") for name in left_out)
 
 

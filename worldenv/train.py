@@ -248,11 +248,12 @@ def loop(desk: Desk, stage: Stage) -> None:
     learner = Learner(desk.policy("scale"), settings, desk.seed)
     world, threshold = _practice_world(desk)
     savepoint = stage.savepoint("iterations")
-    history: list[dict[str, Any]] = []
+    history: list[dict[str, float]] = []
+    groups: list[dict[str, list[float]]] = []
     seconds: list[float] = []
     if (kept := savepoint.load()) is not None:
         learner.load_tree(kept["learner"])
-        history, seconds = kept["history"], kept["seconds"]
+        history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
     per = settings.contexts * settings.group
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()
@@ -275,21 +276,19 @@ def loop(desk: Desk, stage: Stage) -> None:
             "return": float(np.mean(returns)),
             "imagined_success": float(np.mean([r.stopped for r in store.rollouts])),
             "spread": float(np.mean(np.std(returns, axis=1))),
-            "group_mean": returns.mean(axis=1).tolist(),
-            "group_low": returns.min(axis=1).tolist(),
-            "group_high": returns.max(axis=1).tolist(),
             **metrics,
         })  # fmt: skip
+        groups.append({"mean": returns.mean(axis=1).tolist(), "low": returns.min(axis=1).tolist(), "high": returns.max(axis=1).tolist()})
         seconds.append(time.monotonic() - began)
         stage.timings["rollouts_per_second"] = len(jobs) / max(collected - began, 1e-9)
         if settings.snapshot_every and (iteration + 1) % settings.snapshot_every == 0:
             policies.save(_snapshot(stage, iteration + 1), learner.policy, learner.merged())
-        savepoint.save({"learner": learner.tree(), "history": history, "seconds": seconds})
+        savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds})
         store.discard()
         bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
     policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
     learner.export_adapter(stage.folder / "lora_adapter")
-    stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history}
+    stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history, "groups": groups}
     stage.timings["seconds_per_iteration"] = float(np.mean(seconds))
 
 

@@ -22,7 +22,7 @@ from worldenv.reflector import flops
 from worldenv.reflector.flops import INSTRUCTION
 from worldenv.reflector.frames import Sampler
 from worldenv.reflector.judge import LlavaReflector
-from worldenv.reflector.llava import Llava, architecture
+from worldenv.reflector.llava import Llava, architecture, cast
 from worldenv.reflector.prompt import Prompt, word_tokenizer
 from worldenv.reflector.weights import fresh_head
 
@@ -51,7 +51,7 @@ def made(config: ReflectorConfig, vocab: int, setting: Setting) -> LlavaReflecto
     prompt = Prompt(word_tokenizer([INSTRUCTION]))
     with torch.random.fork_rng(), torch.device(setting.device):
         torch.manual_seed(_SEED)
-        model = LlavaOnevisionForConditionalGeneration(architecture(config, vocab, prompt.image, prompt.video)).to(setting.dtype)
+        model = cast(LlavaOnevisionForConditionalGeneration(architecture(config, vocab, prompt.image, prompt.video)), setting.dtype)
         found = LlavaReflector(config, Llava(model, prompt), fresh_head(config, _SEED).to(setting.device)).freeze()
     assert found.head is not None
     video = _videos(config, 1, 12, setting)[0]

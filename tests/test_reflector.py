@@ -226,7 +226,7 @@ def test_pixels_run_from_minus_one_to_one() -> None:
 def test_the_head_is_float32_whatever_the_backbone_is() -> None:
     reflector = lively(SMALL)
     whole = reflector.strict(INSTRUCTIONS[0], videos(1, 6)[0], [3, 5])
-    reflector.llava.to(torch.bfloat16)
+    llava.cast(reflector.llava.model, torch.bfloat16)
     half = reflector.strict(INSTRUCTIONS[0], videos(1, 6)[0], [3, 5])
     assert half.dtype == torch.float32
     assert reflector.head is not None
@@ -510,6 +510,22 @@ def test_a_whole_reflector_survives_its_file(tmp_path: Path) -> None:
     assert torch.equal(again.strict(INSTRUCTIONS[2], video[0], [4, 8]), reflector.strict(INSTRUCTIONS[2], video[0], [4, 8]))
     weights.save(tmp_path / "c.safetensors", LlavaReflector(reflector.config, reflector.llava, None))
     assert weights.load(tmp_path / "c.safetensors").head is None
+
+
+def test_in_half_precision_places_stay_exact(tmp_path: Path) -> None:
+    """Rotary frequencies of 8 bits would not be seen by shapes or names: what is opened in bfloat16 has them in float32."""
+    reflector = lively(SMALL)
+    weights.save_directory(tmp_path / "d", reflector)
+    opened = weights.open_directory(tmp_path / "d", SMALL, torch.bfloat16)
+    opened.head = reflector.head
+    weights.save(tmp_path / "r.safetensors", opened)
+    again, video = weights.load(tmp_path / "r.safetensors").freeze(), videos(1, 20)[0]
+    for one in (opened, again):
+        buffers = dict(one.llava.model.named_buffers())
+        assert {p.dtype for p in one.llava.parameters()} == {torch.bfloat16}
+        assert {tensor.dtype for name, tensor in buffers.items() if "inv_freq" in name} == {torch.float32}
+        assert torch.equal(one.strict(INSTRUCTIONS[0], video, [5, 19]), opened.strict(INSTRUCTIONS[0], video, [5, 19]))
+    assert any("inv_freq" in name for name in buffers)
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worldenv import noise
+from worldenv import noise, train
 from worldenv.checkpoint import Savepoint
-from worldenv.config import ReflectorConfig, RewardConfig
+from worldenv.config import PRESETS, ReflectorConfig, RewardConfig
 from worldenv.data.episode import Episode
 from worldenv.learning import reward_head
 from worldenv.learning.reward_head import Labelled, auc, calibration_error, fit_head, measure, score, stops, train_backbone
@@ -203,6 +204,29 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
         train_backbone(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "a"))
     with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower --reward\.head-lr"):
         fit_head(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "b"))
+
+
+def test_a_published_backbone_stays_as_it_is_and_gets_a_head(tmp_path: Path) -> None:
+    """As the stage does it: sizes of the directory, frames, sampler and pooling of the settings."""
+    source = reflector()
+    weights.save_directory(tmp_path / "llava", source)
+    like = replace(PRESETS["tiny"].reflector, sampler="stable_dyadic", frames=4)
+    chosen = replace(QUICK, start=str(tmp_path / "llava"), embeddings=20, head_epochs=2)
+    settings = replace(PRESETS["tiny"], reflector=like, reward=chosen)
+    desk = SimpleNamespace(settings=settings, device=torch.device("cpu"), seed=0, env=SimpleNamespace(tasks=INSTRUCTIONS))
+    stage = SimpleNamespace(metrics={}, savepoint=lambda name: Savepoint(tmp_path / name))
+    made = train._llava(desk, stage, TRAIN[:20], [one.frame for one in TRAIN[:20]])  # type: ignore[arg-type]
+    assert made.config == replace(SMALL, sampler="stable_dyadic", frames=4, head_width=like.head_width, threshold=like.threshold)
+    assert made.head is not None
+    assert made.llava.model.dtype == torch.bfloat16
+    theirs = made.llava.state_dict()
+    assert all(torch.equal(tensor.bfloat16(), theirs[name]) for name, tensor in source.llava.state_dict().items())
+    assert stage.metrics["head"]["embeddings"] == 20
+    again = weights.from_tree(weights.to_tree(made), "here").freeze()
+    for one, other in zip(score(made, HELD_OUT[:2]), score(again, HELD_OUT[:2]), strict=True):
+        assert np.array_equal(one, other)
+    with pytest.raises(ValueError, match=r"reward\.start='x': of a LLaVA, but reward\.judge is classifier"):
+        RewardConfig(start="x", judge="classifier")
 
 
 # Figures

@@ -469,6 +469,10 @@ class RewardConfig:
     """Who scores: LLaVA with its reward head, or a small network that sees one frame and the task, the baseline of other systems."""
     head: bool = True
     """Use the reward head; else the probability of "Yes" (the paper's second ablation)."""
+    start: str = ""
+    """Directory of a published LLaVA-OneVision checkpoint: its backbone stays as it is, and a head is fitted to it. Empty: a small one is trained."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of a published backbone; the head is float32."""
     backbone_steps: int = 500
     """Optimiser steps of the backbone, where no pretrained one is given."""
     backbone_batch: int = 48
@@ -493,6 +497,10 @@ class RewardConfig:
     """Frames per step."""
     classifier_lr: float = 2e-3
     """Its peak learning rate."""
+
+    def __post_init__(self) -> None:
+        if self.start and self.judge != "llava":
+            raise ValueError(f"reward.start={self.start!r}: of a LLaVA, but reward.judge is {self.judge}; leave one of them away")
 
 
 @dataclass(frozen=True)

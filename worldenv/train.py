@@ -204,6 +204,10 @@ def _llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: Sequenc
     if (kept := half_done.load()) is not None:
         reflector = reflectors.from_tree(kept["reflector"], "the half-done stage reward").to(desk.device)
         stage.metrics["backbone"] = kept["metrics"]
+    elif settings.reward.start:
+        dtype = torch.bfloat16 if settings.reward.precision == "bfloat16" else torch.float32
+        reflector = reflectors.open_directory(Path(settings.reward.start), settings.reflector, dtype).to(desk.device)
+        stage.metrics["backbone"] = {"start": settings.reward.start, "parameters": sum(p.numel() for p in reflector.llava.parameters())}
     else:
         reflector = reflectors.initialise(settings.reflector, desk.env.tasks, desk.seed).to(desk.device)
         stage.metrics["backbone"] = reward_head.train_backbone(reflector, training, settings.reward, desk.seed, stage.savepoint("backbone"), drawn)

@@ -43,6 +43,14 @@ def architecture(config: ReflectorConfig, vocab: int, image: int, video: int) ->
     )  # fmt: skip
 
 
+def cast(model: LlavaOnevisionForConditionalGeneration, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
+    """`model` with its weights in `dtype`, in place. Rotary frequencies stay float32, as from_pretrained leaves them and `model.to` would not: of 8
+    bits, they turn a token some hundred places on the wrong way."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def described(hf: LlavaOnevisionConfig, like: ReflectorConfig) -> ReflectorConfig:
     """`like` with the sizes that a backbone's own config states. ValueError where it is not the kind that is read here."""
     vision, text = hf.vision_config, hf.text_config

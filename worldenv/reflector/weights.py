@@ -85,10 +85,10 @@ def from_tree(tree: Any, name: str) -> LlavaReflector:
     if not isinstance(tree, dict) or tree.get("kind") != KIND:
         raise ReflectorError(f"{name}: no reflector ({KIND}); was it written by the stage reward?")
     config = ReflectorConfig(**tree["config"])
-    dtype = tree["weights"]["model.image_newline"].dtype
     with torch.random.fork_rng(devices=[]):
-        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(tree["backbone"])).to(dtype)
+        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(tree["backbone"]))
     _fill(model, tree["weights"], f"{name}: backbone")
+    model.tie_weights()
     head = None
     if tree["head"] is not None:
         head = fresh_head(config, 0)
@@ -97,13 +97,13 @@ def from_tree(tree: Any, name: str) -> LlavaReflector:
 
 
 def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Load all of `weights` into `module`, or ReflectorError with the names that are missing, unknown or of another shape."""
+    """Put all of `weights` into `module`, in their types, or ReflectorError with the names that are missing, unknown or of another shape."""
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
     if missing or unknown or other:
         raise ReflectorError(f"{name}: missing {missing[:3]}, unknown {unknown[:3]}, of another shape {other[:3]}")
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=True)
 
 
 def _json(path: Path) -> dict[str, Any]:

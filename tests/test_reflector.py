@@ -490,6 +490,9 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     watch = reflector.begin(INSTRUCTIONS[:2], video[:, 0])
     with pytest.raises(ValueError, match=r"\(B, K, H, W, 3\)"):
         reflector.judge(watch[:1], video[:, 1:])
+    for times in ([9], [-1], []):
+        with pytest.raises(ValueError, match=r"times \[.*\] of a video of 9 frames"):
+            reflector.strict(INSTRUCTIONS[0], video[0], times)
     with pytest.raises(ValueError, match=r"want .*at least one"):
         reflector.begin([], video[:0, 0])
     for some, new in (([], video[:0, 1:]), (watch, video[:, :0])):

@@ -137,6 +137,9 @@ class LlavaReflector:
     @torch.no_grad()
     def strict(self, instruction: str, video: torch.Tensor, times: Iterable[int]) -> torch.Tensor:
         """Scores (len(times),) of one video (T + 1, H, W, 3) uint8 at `times`, each recomputed from its first pixel."""
+        times = list(times)
+        if not times or not 0 <= min(times) <= max(times) < len(video):
+            raise ValueError(f"reflector: times {times} of a video of {len(video)} frames")
         clips = [video[list(shown(self.config.sampler, t, self.config.frames))] for t in times]
         return self.logit(self.embed([instruction] * len(clips), clips)).sigmoid()
 

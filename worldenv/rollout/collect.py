@@ -69,10 +69,12 @@ class Schedule:
     """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
     attempts: int = 3
     """Runs of a step that fails alone, before its rollout is given up."""
+    streams: int = 1
+    """Batches at once on one worker, of different stages; there is nothing to overlap with where one batch takes the whole worker."""
 
     def __post_init__(self) -> None:
-        if min(self.slots, self.bucket, self.judge_bucket, self.attempts) < 1:
-            raise ValueError(f"{self}: want at least 1 of slots, bucket, judge_bucket and attempts")
+        if min(self.slots, self.bucket, self.judge_bucket, self.attempts, self.streams) < 1:
+            raise ValueError(f"{self}: want at least 1 of slots, bucket, judge_bucket, attempts and streams")
 
     def workers(self, device: torch.device, world: World) -> int:
         """Workers on `device`: on a CPU as many as torch may use threads and as have a full batch each; one on a GPU, or in a world with a home."""
@@ -225,6 +227,7 @@ class Flights:
         config = _core.SchedulerConfig(
             [_core.Stage(name, [bucket], steps, devices) for name, _, bucket, steps in parts], devices=len(replicas),
             slots=-(-schedule.slots // len(replicas)), overlap=schedule.overlap, max_wait=_NO_HURRY_S, attempts=schedule.attempts,
+            streams=schedule.streams,
         )  # fmt: skip
         self._runner = _core.Runner(config, [self._guarded(run) for _, run, _, _ in parts])
 

@@ -106,7 +106,7 @@ def _stacked(rows: Sequence[tuple[Condition, int]]) -> Condition:
 def _gathered(chunks: Sequence[Chunk]) -> Denoising:
     """`chunks` as one batch. Nothing is copied where they are the rows of one batch in order; behind its last row one may be repeated, as padding."""
     first = chunks[0].batch
-    together = all(chunk.batch is first and (chunk.row == i or chunk is chunks[i - 1]) for i, chunk in enumerate(chunks))
+    together = all(chunk.batch is first and (chunk.row == i or (i > 0 and chunk is chunks[i - 1])) for i, chunk in enumerate(chunks))
     if together and len(chunks) == len(first.done):
         return first
     from_ = [(chunk.batch, chunk.row) for chunk in chunks]

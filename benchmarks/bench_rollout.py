@@ -1,14 +1,64 @@
-"""Rollouts of a policy in an imagined world."""
+"""How many rollouts a second does the scheduler make, against a plain loop and against lock step, and does the planner foresee it?
+
+Baselines in the same run, with the same networks, threads and noise: one rollout after the other in batches of 1; all slots in lock step to the
+limit. Ceiling: the stages in full batches, nothing padded or dropped; what that leaves is said as `padding` and `speculation_waste`.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from worldenv.world import ImaginedWorld, Made
+from worldenv import _core, config, kinematics, noise, run, train
+from worldenv.benchmarks.bench_plan import ends
+from worldenv.benchmarks.networks import randomised
+from worldenv.benchmarks.plan_costs import Affine, fitted
+from worldenv.envs.tabletop import Tabletop
+from worldenv.nouns import Context, Rollout
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.policy.processing import PromptTokenizer, Statistics
+from worldenv.reflector import weights as reflectors
+from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform
+from worldenv.simulator.evac import Evac
+from worldenv.world import ImaginedWorld, Made, Scene, advance, ended_at, observe
 
 THRESHOLD = 0.5
+_CPU = torch.device("cpu")
+_SCORES_AGREE = 1e-4
+
+
+@dataclass(frozen=True)
+class RolloutArgs:
+    """Measure rollouts per second of the tiny preset on this CPU: a table, then one line of JSON. Exit code 1 where rollouts are not identical."""
+
+    rollouts: int = 48
+    """To make, in groups."""
+    group: int = 8
+    """Rollouts of one context."""
+    slots: int = 16
+    """Rollouts in flight at once, for the scheduler and in lock step."""
+    bucket: int = 4
+    """Rows of every batch of policy and simulator under the scheduler."""
+    overlap: Literal["off", "auto", "always"] = "auto"
+    """Whether policy and simulator go on while the reflector judges."""
+    threads: int = 1
+    """Threads of the loop, of lock step, and workers of the scheduler."""
+    limit: int = 32
+    """Step limit of a rollout [frames]."""
+    mean_end: float = 0.55
+    """Mean end of a rollout, as a share of the limit (drawn as in worldenv-bench plan); not with --run."""
+    run: Path | None = None
+    """Take the networks of this run (stages scale, world, reward), whose reflector ends the rollouts; random weights without."""
+    checked: int = 8
+    """Rollouts that are made again with one slot and compared bit for bit."""
+    seed: int = 0
+    """Of all noise and of the ends."""
 
 
 class DrawnEnds(ImaginedWorld):
@@ -28,3 +78,232 @@ class DrawnEnds(ImaginedWorld):
             if 0 <= at < score.shape[1]:
                 shown[i, at] = (1 + THRESHOLD) / 2 + shown[i, at] / 4
         return shown, after
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is rolled out, and until when."""
+
+    args: RolloutArgs
+    replica: Replica
+    threshold: float
+    jobs: list[Assignment]
+
+    @property
+    def chunk(self) -> int:
+        """Frames per chunk."""
+        return self.replica.policy.chunk
+
+    @property
+    def chunks(self) -> int:
+        """A rollout's limit."""
+        return self.args.limit // self.chunk
+
+    def schedule(self, bucket: int | None = None, slots: int | None = None) -> Schedule:
+        """The one that is measured, or one with another bucket or slots."""
+        return Schedule(slots or self.args.slots, bucket or self.args.bucket, overlap=self.args.overlap)
+
+
+def _random(args: RolloutArgs, tiny: config.RunConfig, env: Tabletop) -> tuple[Replica, float, list[Context]]:
+    draw = np.random.default_rng(args.seed)
+    proprio, command = draw.normal(size=(64, tiny.policy.proprio)).astype(np.float32), draw.uniform(-1, 1, (64, 7)).astype(np.float32)
+    statistics = Statistics.of([command], [proprio], "random numbers")
+    policy = OpenVLAOFT.create(tiny.policy, PromptTokenizer.build(env.tasks), statistics, noise.torch_seed(args.seed, noise.Stream.WEIGHTS), _CPU)
+    simulator, judge = Evac.initialised(tiny.simulator, args.seed), reflectors.initialise(tiny.reflector, env.tasks, args.seed)
+    judge.head = reflectors.fresh_head(tiny.reflector, args.seed)
+    for network in (policy.network, simulator):
+        randomised(network)
+        network.eval().requires_grad_(False)
+    lengths = dict(enumerate(ends(args.rollouts, args.limit, args.mean_end, args.seed)))
+    controller, latent = kinematics.ControllerModel.of(env.robot), tiny.simulator.latent
+    world = DrawnEnds(lengths, simulator, judge.freeze(), env.robot, controller, env.camera, latent, args.seed, _CPU)
+    contexts = []
+    for n in range(-(-args.rollouts // args.group)):
+        frame = draw.integers(0, 256, (tiny.simulator.height, tiny.simulator.width, 3), dtype=np.uint8)
+        pose = np.array([*draw.uniform(-0.1, 0.1, 2), 0.1, 1.0, 0.0, 0.0, 0.0])
+        contexts.append(Context(env.tasks[n % len(env.tasks)], n % len(env.tasks), n, frame, pose, 1.0))
+    return Replica(policy, world), THRESHOLD, contexts
+
+
+def _of_run(args: RolloutArgs, folder: Path) -> tuple[Replica, float, list[Context]]:
+    desk = train.Desk(run.Run(folder, run.settings_of(folder), leads=False))
+    reflector, policy, tasks = desk.reflector(), desk.policy("scale"), len(desk.env.tasks)
+    policy.scale_factor = desk.settings.loop.scale_factor
+    contexts = [desk.context(n % tasks, n // tasks) for n in range(-(-args.rollouts // args.group))]
+    return Replica(policy, desk.world(reflector)), reflector.config.threshold, contexts
+
+
+def prepared(args: RolloutArgs) -> Bench:
+    """Networks and jobs. ValueError: what cannot be measured."""
+    if min(args.rollouts, args.group, args.slots, args.bucket, args.threads, args.checked) < 1 or not 0.0 < args.mean_end < 1.0:
+        raise ValueError("--rollouts, --group, --slots, --bucket, --threads, --checked: want at least 1 of each; --mean-end between 0 and 1")
+    tiny = config.PRESETS["tiny"]
+    if args.limit < 1 or args.limit % tiny.policy.chunk:
+        raise ValueError(f"--limit {args.limit}: want a multiple of the chunk of {tiny.policy.chunk} frames")
+    replica, threshold, contexts = _of_run(args, args.run) if args.run else _random(args, tiny, Tabletop(tiny.env))
+    return Bench(args, replica, threshold, [Assignment(n, n // args.group, contexts[n // args.group]) for n in range(args.rollouts)])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way of rolling out made, and what it took."""
+
+    rollouts: dict[int, Rollout]
+    seconds: float
+    cpu_seconds: float
+    dead_frames: int
+    """Frames of whole chunks after an end."""
+    statistics: dict[str, Any] | None = None
+
+
+def scheduled(bench: Bench, schedule: Schedule, jobs: Sequence[Assignment]) -> Outcome:
+    """On the scheduler."""
+    began, cpu = time.perf_counter(), time.process_time()
+    replicas = [bench.replica] * schedule.workers(_CPU, bench.replica.world)
+    with Flights(replicas, seed=bench.args.seed, steps=bench.args.limit, threshold=bench.threshold, schedule=schedule) as flights:
+        made = {flight.job.number: flight.rollout() for flight in flights.fly(jobs)}
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        statistics = flights.statistics()
+    dropped = sum(row["wasted"] for row in statistics["stages"] if row["stage"] == "decode")
+    return Outcome(made, seconds, cpu, dropped * bench.chunk, statistics)
+
+
+@torch.no_grad()
+def in_step(bench: Bench, jobs: Sequence[Assignment], count: int, to_the_limit: bool) -> Outcome:
+    """`count` rollouts at a time, all at one chunk, unpadded: 1, each to its end, is the plain loop; all slots to the limit are lock step."""
+    policy, world, seed = bench.replica.policy, bench.replica.world, bench.args.seed
+    made: dict[int, Rollout] = {}
+    began, cpu, dead = time.perf_counter(), time.process_time(), 0
+    for start in range(0, len(jobs), count):
+        some = [Flight(job) for job in jobs[start : start + count]]
+        scenes: list[Scene] = world.begin([one.job.context for one in some], [one.job.number for one in some])
+        watches = world.watch(scenes)
+        for _ in range(bench.chunks):
+            answer = policy.act(observe(scenes), draw_uniform(policy, scenes, seed))
+            steps = advance(world, scenes, answer.command)
+            score, watches = world.judge(watches, steps)
+            for i, (one, end) in enumerate(zip(some, ended_at(score, bench.threshold).tolist(), strict=True)):
+                if one.stopped:
+                    dead += bench.chunk
+                    continue
+                scene = scenes[i]
+                one.queries.append(Query(scene.frame, scene.proprio, answer.action[i], answer.log_prob[i], answer.command[i], None, score[i], end))
+                one.stopped = end < bench.chunk
+            scenes = [step.after for step in steps]
+            if not to_the_limit and all(one.stopped for one in some):
+                break
+        made |= {one.job.number: one.rollout() for one in some}
+    return Outcome(made, time.perf_counter() - began, time.process_time() - cpu, dead)
+
+
+def same_bits(one: Rollout, other: Rollout) -> bool:
+    """Whether two rollouts are the same in everything."""
+    tensors = all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("frame", "proprio", "action", "log_prob", "score", "live"))
+    return tensors and (one.number, one.stopped) == (other.number, other.stopped)
+
+
+def score_error(made: Mapping[int, Rollout], want: Mapping[int, Rollout]) -> float | None:
+    """Largest difference of a score; None where a rollout ends elsewhere."""
+    if any(not torch.equal(one.live, want[number].live) for number, one in made.items()):
+        return None
+    return max(float((one.score - want[number].score).abs().max()) for number, one in made.items())
+
+
+def profile(bench: Bench, sizes: Sequence[int]) -> list[dict[int, float]]:
+    """CPU seconds of a batch by stage and batch size, from short runs of the scheduler in which every batch is full."""
+    found: list[dict[int, float]] = []
+    for size in sizes:
+        jobs = bench.jobs[: max(2 * bench.args.group, 2 * size)]
+        made = scheduled(bench, bench.schedule(size, max(bench.args.slots, size)), jobs)
+        assert made.statistics is not None
+        rows = made.statistics["stages"]
+        share = made.cpu_seconds / made.seconds  # of the time, that this process had the core
+        for i, row in enumerate(rows):
+            if i == len(found):
+                found.append({})
+            width = 1 if row["stage"] == "reflector" else size
+            found[i][width] = share * row["busy_s"] / row["batches"]
+    return found
+
+
+def predicted(bench: Bench, seconds: Sequence[dict[int, float]], rollouts: Mapping[int, Rollout]) -> float:
+    """Seconds of the measured run on the virtual clock, from a profile and the rollouts' lengths."""
+    args, denoise = bench.args, bench.replica.world.stages[1].steps
+    names = ["policy", *(stage.name for stage in bench.replica.world.stages), "reflector"]
+    costs: list[Affine] = [fitted(by_size) for by_size in seconds]
+    stages = []
+    for name in names:
+        bucket, steps = (1 if name == "reflector" else args.bucket), (denoise if name == "denoise" else 1)
+        stages.append(_core.Stage(name, [bucket], steps))
+    schedule = _core.SchedulerConfig(stages, slots=args.slots, overlap=args.overlap, max_wait=3600.0)
+    lengths = [rollouts[job.number].steps for job in bench.jobs]
+    made = _core.simulate(schedule, [[cost] for cost in costs], lengths, chunk=bench.chunk, limit=bench.chunks, group=args.group)
+    return float(made["seconds"])
+
+
+def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
+    """Lines for people, and the row for programs. ValueError: what cannot be measured."""
+    bench, threads = prepared(args), torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        scheduled(bench, bench.schedule(), bench.jobs[: args.group])  # warms up
+        half = [size for size in (2**k for k in range(args.bucket.bit_length())) if 2 * size <= args.bucket] or [1]
+        seconds = profile(bench, half) if args.threads == 1 else []
+        made = scheduled(bench, bench.schedule(), bench.jobs)
+        loop = in_step(bench, bench.jobs, 1, to_the_limit=False)
+        locked = in_step(bench, bench.jobs, args.slots, to_the_limit=True)
+        again = scheduled(bench, bench.schedule(slots=1), bench.jobs[: args.checked])
+    finally:
+        torch.set_num_threads(threads)
+    assert made.statistics is not None
+    ways = {"scheduler": made, "sequential": loop, "lockstep": locked}
+    stages = made.statistics["stages"]
+    busy = sum(row["busy_s"] for row in stages)
+    chunks = sum(len(rollout.live) for rollout in made.rollouts.values())
+    foreseen = predicted(bench, seconds, made.rollouts) if seconds else None
+    error = score_error(loop.rollouts, made.rollouts)
+    row = {
+        "case": "rollout",
+        "weights": str(args.run) if args.run else "random",
+        "rollouts": args.rollouts,
+        "chunks": chunks,
+        "rollouts_per_s": {name: args.rollouts / way.seconds for name, way in ways.items()},
+        "cpu_s": {name: way.cpu_seconds for name, way in ways.items()},
+        "speedup_over_sequential": loop.seconds / made.seconds,
+        "speedup_over_lockstep": locked.seconds / made.seconds,
+        "cpu_speedup_over_sequential": loop.cpu_seconds / made.cpu_seconds,
+        "identical": all(same_bits(one, made.rollouts[number]) for number, one in again.rollouts.items()),
+        "identical_rollouts": len(again.rollouts),
+        "sequential_agrees": error is not None and error <= _SCORES_AGREE,
+        "sequential_score_error": error,
+        "dead_frames": {name: way.dead_frames for name, way in ways.items()},
+        "speculation_waste": sum(one["wasted_s"] for one in stages) / busy,
+        "padding": sum(one["padding"] * one["busy_s"] / max(1, one["items"] + one["padding"]) for one in stages) / busy,
+        "stage_share": {
+            name: sum(one["busy_s"] for one in stages if one["stage"] == name) / busy for name in dict.fromkeys(one["stage"] for one in stages)
+        },
+        "profile_s": [{str(size): one for size, one in by_size.items()} for by_size in seconds],
+        "predicted_s": foreseen,
+        "prediction_error": None if foreseen is None else foreseen / made.cpu_seconds - 1,
+        "back_end": "eager float32",
+        "threads": args.threads,
+        "workers": bench.schedule().workers(_CPU, bench.replica.world) if args.threads > 1 else 1,
+        "slots": args.slots,
+        "bucket": args.bucket,
+        "overlap": args.overlap,
+    }
+    return list(_lines(row)), row
+
+
+def _lines(row: dict[str, Any]) -> Iterator[str]:
+    yield f"{row['rollouts']} rollouts of {row['chunks']} chunks, {row['weights']} weights, {row['back_end']}, {row['threads']} thread(s)"
+    yield f"{'':12}{'rollouts/s':>12}{'CPU s':>10}{'dead frames':>14}"
+    for name, rate in row["rollouts_per_s"].items():
+        yield f"{name:12}{rate:12.3f}{row['cpu_s'][name]:10.1f}{row['dead_frames'][name]:14d}"
+    spent = ", ".join(f"{name} {share:.0%}" for name, share in row["stage_share"].items())
+    yield f"scheduler: {spent}; padding {row['padding']:.1%}, dropped speculation {row['speculation_waste']:.1%}"
+    faster = f"{row['speedup_over_sequential']:.2f}x sequential ({row['cpu_speedup_over_sequential']:.2f}x by CPU seconds)"
+    yield f"{faster}, {row['speedup_over_lockstep']:.2f}x lock step"
+    yield f"one slot, same bucket: {'identical' if row['identical'] else 'DIFFERENT'} ({row['identical_rollouts']} rollouts)"
+    if row["predicted_s"] is not None:
+        yield f"virtual clock: {row['predicted_s']:.1f} CPU s foreseen, {row['cpu_s']['scheduler']:.1f} measured ({row['prediction_error']:+.1%})"

@@ -22,7 +22,7 @@ class BenchArgs:
 
     case: tyro.conf.Positional[tuple[str, ...]] = ()
     """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed). Alone, with flags of their own:
-    plan, scheduler."""
+    plan, scheduler, rollout."""
     device: str = "auto"
     """auto takes cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,4 +1,4 @@
-"""worldenv-bench plan and worldenv-bench scheduler: cases with flags of their own, whose rows hold more than one number."""
+"""worldenv-bench plan, scheduler and rollout: cases with flags of their own, whose rows hold more than one number."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from collections.abc import Sequence
 
 import torch
 
-from worldenv.benchmarks import bench_plan, bench_scheduler, harness
+from worldenv.benchmarks import bench_plan, bench_rollout, bench_scheduler, harness
 from worldenv.cli.arguments import parse
 
-NAMES = ("plan", "scheduler")
+NAMES = ("plan", "scheduler", "rollout")
 
 
 def main(argv: Sequence[str]) -> int:
-    """`argv` starts with one of NAMES. Lines for people, then one line of JSON; exit code 2 for a bad command line or a plan that does not fit."""
+    """`argv` starts with one of NAMES. Lines for people, then one line of JSON.
+
+    Exit code 1 where rollouts that should be identical are not, 2 for a bad command line or a plan that does not fit.
+    """
     program = f"worldenv-bench {argv[0]}"
     try:
         if argv[0] == "plan":
             lines, row = bench_plan.plan(parse(program, bench_plan.PlanArgs, bench_plan.PlanArgs(), argv[1:]))
+        elif argv[0] == "rollout":
+            lines, row = bench_rollout.measure(parse(program, bench_rollout.RolloutArgs, bench_rollout.RolloutArgs(), argv[1:]))
         else:
             lines, row = bench_scheduler.measure(parse(program, bench_scheduler.SchedulerArgs, bench_scheduler.SchedulerArgs(), argv[1:]))
     except ValueError as error:
@@ -28,4 +33,4 @@ def main(argv: Sequence[str]) -> int:
     print(*lines, sep="\n")
     record = {"rows": [row], "machine": harness.machine(torch.device("cpu")), "versions": harness.versions(), "commit": harness.commit()}
     print(json.dumps(record, allow_nan=False))
-    return 0
+    return 0 if row.get("identical", True) else 1

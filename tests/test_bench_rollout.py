@@ -1,0 +1,46 @@
+"""worldenv-bench rollout: what it compares is the same, and its rows can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from worldenv.benchmarks import bench_rollout
+from worldenv.benchmarks.bench_rollout import RolloutArgs
+from worldenv.cli import bench
+
+ARGS = RolloutArgs(rollouts=4, group=2, slots=3, bucket=2, limit=16, checked=2)
+
+
+def test_the_row_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "rollout --rollouts 4 --group 2 --slots 3 --bucket 2 --limit 16 --checked 2"
+    assert bench.main(flags.split()) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]
+    assert row["rollouts_per_s"].keys() == {"scheduler", "sequential", "lockstep"}
+    assert (row["identical"], row["identical_rollouts"], row["sequential_agrees"]) == (True, 2, True)
+    assert row["dead_frames"]["sequential"] == 0
+    assert row["dead_frames"]["lockstep"] == 4 * 16 - 8 * row["chunks"]
+    assert sum(row["stage_share"].values()) == pytest.approx(1)
+    assert 0 <= row["padding"] < 1
+    assert row["predicted_s"] > 0
+
+
+def test_rollouts_that_differ_or_end_elsewhere_are_told_apart() -> None:
+    prepared = bench_rollout.prepared(ARGS)
+    made = bench_rollout.scheduled(prepared, prepared.schedule(), prepared.jobs).rollouts
+    one = made[0]
+    assert bench_rollout.same_bits(one, one)
+    assert not bench_rollout.same_bits(one, dataclasses.replace(one, score=one.score + 1e-6 * one.live))
+    assert bench_rollout.score_error(made, made) == 0.0
+    assert bench_rollout.score_error({0: dataclasses.replace(one, score=one.score + 0.25)}, made) == pytest.approx(0.25)
+    live = one.live.clone()
+    live[-1, -1] = ~live[-1, -1]
+    assert bench_rollout.score_error({0: dataclasses.replace(one, live=live)}, made) is None
+
+
+@pytest.mark.parametrize("wrong", [{"rollouts": 0}, {"limit": 12}, {"mean_end": 1.0}])
+def test_what_cannot_be_measured_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+        bench_rollout.prepared(dataclasses.replace(ARGS, **wrong))  # type: ignore[arg-type]

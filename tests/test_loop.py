@@ -432,3 +432,29 @@ def test_an_update_at_the_published_size_fits_96_gb() -> None:
     assert found.total < 30e9 < 96e9
     small = [memory.count(SMALL, dataclasses.replace(loop, gradient_checkpointing=on)).activations for on in (True, False)]
     assert small[0] < small[1]
+
+
+def test_groups_without_spread_are_left_out_of_the_update_where_asked() -> None:
+    """The update is that of an iteration without them; without the switch they count as executed steps."""
+
+    def learned(drop: bool, chosen: slice = slice(None)) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        made = Learner(small_policy(), LoopConfig(group=4, contexts=2, batch=4, drop_uniform_groups=drop), seed=0)
+        given = rollouts(made.policy)
+        given[:4] = [dataclasses.replace(one, score=torch.where(one.live, 0.25, 0.0)) for one in given[:4]]
+        return made.update(given[chosen], 0), made.tree()["trained"]
+
+    dropped, weights = learned(drop=True)
+    alone, want = learned(drop=False, chosen=slice(4, None))
+    assert dropped.pop("dropped_groups") == 1
+    assert alone.pop("dropped_groups") == 0
+    assert dropped == alone
+    assert all(torch.equal(weights[name], tensor) for name, tensor in want.items())
+    assert learned(drop=False)[0]["steps"] > dropped["steps"]
+
+
+def test_no_update_where_no_group_has_spread() -> None:
+    made = Learner(small_policy(), LoopConfig(group=4, contexts=2, batch=4, drop_uniform_groups=True), seed=0)
+    before = {name: tensor.clone() for name, tensor in made.tree()["trained"].items()}
+    metrics = made.update([dataclasses.replace(one, score=torch.where(one.live, 0.25, 0.0)) for one in rollouts(made.policy)], 0)
+    assert (metrics["updates"], metrics["dropped_groups"]) == (0, 2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in made.tree()["trained"].items())

@@ -542,7 +542,7 @@ class LoopConfig:
     overlap: Literal["off", "auto", "always"] = "auto"
     """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
     drop_uniform_groups: bool = False
-    """Leave groups whose returns are all equal out of the update: their advantages are 0."""
+    """Leave groups whose returns are all equal out of the update: their advantages are 0. No other groups are rolled out in their place."""
     scale_factor: float = 1.0
     """Factor on the Laplace scale during rollouts and updates, inside the density (1 is the paper)."""
     microbatch: int = 16

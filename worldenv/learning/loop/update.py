@@ -62,12 +62,19 @@ class Learner:
         """Learn from one iteration's rollouts, all drawn by `policy` as it is now. Returns the metrics of the update.
 
         loss (Eq. 5), clip_fraction, kl [nat per step], ratio_max, grad_norm_lora and grad_norm_heads before clipping, entropy [nat per step],
-        updates (optimiser steps), steps (executed steps).
+        updates (optimiser steps), steps (executed steps), dropped_groups (with `drop_uniform_groups`: the update then is that of an iteration
+        which had the other groups alone, and none where there are none).
 
         Raises RatioError where the rollouts are not this policy's, FloatingPointError where loss or gradient is not finite; the weights of
         the last whole optimiser step are then still there.
         """
+        groups = len({r.group for r in rollouts})
         rollouts = sorted(rollouts, key=lambda r: r.number)  # not the order in which they ended
+        if self.config.drop_uniform_groups:
+            rollouts = with_spread(rollouts)
+        dropped = float(groups - len({r.group for r in rollouts}))
+        if not rollouts:
+            return {**dict.fromkeys(_METRICS, 0.0), "dropped_groups": dropped}
         value = torch.tensor([r.value for r in rollouts], dtype=torch.float64)
         advantage = leave_one_out(value, torch.tensor([r.group for r in rollouts])).float()
         if self.config.control == "shuffle":
@@ -90,7 +97,7 @@ class Learner:
                     total,
                     f"iteration {iteration}, batch {batch}",
                 )
-        return total.metrics(len(rollouts) * mean_steps)
+        return {**total.metrics(len(rollouts) * mean_steps), "dropped_groups": dropped}
 
     def _batches(self, count: int, iteration: int, sweep: int) -> list[list[int]]:
         """The rollouts of each optimiser step of one pass, by index."""
@@ -197,6 +204,17 @@ class Learner:
     def export_adapter(self, directory: Path) -> None:
         """Write LoRA in PEFT's format (the heads are in the policy's own file)."""
         lora.Adapter.of(self.policy.network).write(directory)
+
+
+def with_spread(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts of groups whose returns are not all equal."""
+    values: dict[int, set[float]] = {}
+    for one in rollouts:
+        values.setdefault(one.group, set()).add(one.value)
+    return [one for one in rollouts if len(values[one.group]) > 1]
+
+
+_METRICS = ("loss", "clip_fraction", "kl", "ratio_max", "grad_norm_lora", "grad_norm_heads", "entropy", "updates", "steps")
 
 
 class _Totals:

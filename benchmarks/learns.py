@@ -104,9 +104,9 @@ def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
     if args.instead == "exploration-demos":
         episodes += [until_first_success(e) for e in desk.episodes("explore") if e.success.any() and not e.success[0]]
     before = Outcomes.from_tree(checkpoint.load(base / "stages" / "eval" / "outcomes.safetensors")["sft"])
-    policy = sft.untrained(desk.settings.policy, episodes, desk.env.tasks, desk.env.robot, desk.seed, desk.device)
     folder = args.runs / f"seed-{args.seed}" / f"{args.instead}-policy"
     folder.mkdir(parents=True, exist_ok=True)
+    policy, _ = train.begun_policy(desk, episodes, lambda part: checkpoint.Savepoint(folder / f"{part}.savepoint"))
     longer = dataclasses.replace(settings.sft, steps=2 * settings.sft.steps)
     fitted = sft.sft(policy, episodes, desk.env.robot, longer, desk.seed, checkpoint.Savepoint(folder / "fit.savepoint"))
     policies.save(folder / "policy.safetensors", policy)

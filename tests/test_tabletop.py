@@ -272,7 +272,7 @@ def test_states_lie_within_the_jitter_and_pucks_apart():
     config = EnvConfig(jitter_m=0.03)
     states = [initial_state(config, split, i) for split, n in (("train", 50), ("test", 200)) for i in range(n)]
     pucks = np.stack([s.pucks for s in states])
-    assert np.abs(pucks - tabletop._NOMINAL).max() <= 0.03
+    assert np.abs(pucks - tabletop.NOMINAL).max() <= 0.03
     assert np.ptp(pucks, axis=0).min() > 0.04  # and really spread
     assert np.diff(pucks[..., 1], axis=1).min() > 2 * PUCK_RADIUS
     poses = np.stack([s.pose for s in states])

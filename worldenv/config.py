@@ -346,7 +346,11 @@ class SftConfig:
     """Stop when the mean L1 of the last epoch is below this [normalised action]."""
     start: str = ""
     """Directory of a published OpenVLA or OpenVLA-OFT checkpoint to begin from, with fresh heads and the statistics of the demonstrations; with
-    steps=0 the policy as it is, its own heads and statistics. Empty: random weights."""
+    steps=0 the policy as it is, its own heads and statistics. Empty: random weights, and `prior_steps`."""
+    prior_per_task: int = 0
+    """Scripted episodes per task of `envs.reaching`, other tasks in other scenes: what a policy that begins from random weights learns first."""
+    prior_steps: int = 0
+    """Optimiser steps on these, before the demonstrations; 0: none."""
     dataset: str = ""
     """With steps=0: whose statistics, where the directory has those of several data sets."""
     lora_rank: int = 0
@@ -696,6 +700,7 @@ TINY = RunConfig(
         image=64, patch=8, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=128,
         width=64, layers=2, heads=2, kv_heads=1, ffn=128, frames=4, head_width=128, sampler="stable_dyadic",
     ),
+    sft=SftConfig(steps=600, prior_per_task=200, prior_steps=1200),
     world=WorldConfig(vae_steps=1000, batch=8, steps=500),
     reward=RewardConfig(backbone_steps=300, backbone_lr=2e-3, embeddings=1000),
     loop=LoopConfig(scale_factor=3.0, iterations=20),
@@ -717,7 +722,7 @@ def fast(settings: RunConfig) -> RunConfig:
     return dataclasses.replace(
         settings,
         fast=True,
-        sft=dataclasses.replace(settings.sft, steps=40),
+        sft=dataclasses.replace(settings.sft, steps=40, prior_per_task=4, prior_steps=20),
         scale=dataclasses.replace(settings.scale, steps=60),
         explore=dataclasses.replace(settings.explore, episodes=36),
         world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),

@@ -7,9 +7,11 @@ A stage reads what earlier stages wrote and writes its own folder; it is skipped
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -22,10 +24,13 @@ from numpy.typing import NDArray
 
 from worldenv import audit, checkpoint, config, console, evaluation, noise, report
 from worldenv.checkpoint import Savepoint
-from worldenv.config import RunConfig
+from worldenv.config import DemosConfig, RunConfig
 from worldenv.data import collect as data
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.envs.experts import reaching as reach
 from worldenv.envs.experts import tabletop as expert
+from worldenv.envs.reaching import STEPS as REACHING_STEPS
+from worldenv.envs.reaching import Reaching
 from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.kinematics import ControllerModel, fit
@@ -115,13 +120,29 @@ def demos(desk: Desk, stage: Stage) -> None:
     stage.metrics |= data.demonstrate(desk.env, expert, expert.VARIATION, desk.settings.env.steps, desk.settings.demos, desk.seed, stage.folder)
 
 
-def _fit_policy(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
-    settings, env, episodes = desk.settings, desk.env, list(desk.episodes("demos"))
+def begun_policy(desk: Desk, episodes: Sequence[Episode], savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
+    """What fine-tuning on `episodes` begins from, and the metrics of its prior: a published policy, or random weights that learn to reach first."""
+    settings, env = desk.settings, desk.env
     if settings.sft.start:
-        policy = sft.pretrained(settings.policy, settings.sft, episodes, env.robot, desk.seed, desk.device)
-    else:
-        policy = sft.untrained(settings.policy, episodes, env.tasks, env.robot, desk.seed, desk.device)
-    return policy, sft.sft(policy, episodes, env.robot, settings.sft, desk.seed, savepoint("fit"))
+        return sft.pretrained(settings.policy, settings.sft, episodes, env.robot, desk.seed, desk.device), {}
+    if not settings.sft.prior_steps:
+        return sft.untrained(settings.policy, episodes, env.tasks, env.robot, desk.seed, desk.device), {}
+    reaching = Reaching(settings.env, 2 * settings.sft.prior_per_task)
+    with tempfile.TemporaryDirectory() as folder:  # every process makes its own, the same: they are quicker made than read
+        shown = DemosConfig(per_task=settings.sft.prior_per_task)
+        data.demonstrate(reaching, reach, reach.VARIATION, REACHING_STEPS, shown, desk.seed, Path(folder) / "prior")
+        seen = list(EpisodeSet(Path(folder) / "prior"))
+    reaching.close()
+    policy = sft.untrained(settings.policy, seen, (*env.tasks, *reaching.tasks), env.robot, desk.seed, desk.device)
+    learning = dataclasses.replace(settings.sft, steps=settings.sft.prior_steps, lora_rank=0)
+    metrics = sft.sft(policy, seen, env.robot, learning, desk.seed, savepoint("prior"), "prior")
+    return sft.retold(policy, episodes, env.robot), {"prior": metrics}
+
+
+def _fit_policy(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
+    episodes = list(desk.episodes("demos"))
+    policy, prior = begun_policy(desk, episodes, savepoint)
+    return policy, prior | sft.sft(policy, episodes, desk.env.robot, desk.settings.sft, desk.seed, savepoint("fit"))
 
 
 def fine_tune(desk: Desk, stage: Stage) -> None:
@@ -410,6 +431,9 @@ def _notes(desk: Desk) -> list[str]:
     if settings.reward.judge == "classifier":
         judge = "the judge, a frame classifier (the baseline of other systems), on the per-frame labels of training episodes."
     begun = f"The policy began from {settings.sft.start}; every other network" if settings.sft.start else "No pretrained backbone: every network"
+    if settings.sft.prior_steps and not settings.sft.start:
+        shown = f"{settings.sft.prior_per_task} scripted episodes of each of three reaching tasks in other scenes"
+        begun = f"No pretrained backbone: the policy learned from {shown} before it saw a demonstration; every network"
     notes = [
         f"{begun} was trained from scratch in this run; {judge}",
         f"LOOP started from {states}, never from test states.",

@@ -57,9 +57,11 @@ DOWN = np.array([1.0, 0.0, 0.0, 0.0])
 """Quaternion xyzw of a gripper that points at the table: its z is world -z, its y world -y."""
 
 _RGBA = {"red": "0.85 0.12 0.10 1", "blue": "0.12 0.25 0.85 1", "yellow": "0.95 0.80 0.10 1"}
-_NOMINAL = np.array([[-0.02, -0.10], [-0.02, 0.0], [-0.02, 0.10]])
+NOMINAL = np.array([[-0.02, -0.10], [-0.02, 0.0], [-0.02, 0.10]])
+"""(3, 2): where pucks lie without jitter [m]."""
 _LEAST_GAP = 0.012  # between neighbours, side by side (y) [m]
-_REST = np.array([-0.118, 0.0, 0.08])
+REST = np.array([-0.118, 0.0, 0.08])
+"""Where the gripper rests, without jitter [m]."""
 _REST_JITTER = np.array([0.01, 0.01, 0.01])
 _REST_TURN = 0.05  # about each axis [rad]
 _REST_OPENING = (0.6, 0.9)
@@ -89,9 +91,11 @@ _PUCKS, _PALM, _OPENING = slice(0, 21), slice(21, 28), slice(28, 32, 2)  # in qp
 _PALM_QVEL = slice(18, 24)
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION.value
 
-_STATES_SEED = 20250928  # of the fixed initial states: the same in every run, whatever its seed
+STATES_SEED = 20250928
+"""Of the fixed initial states: the same in every run, whatever its seed."""
 _TEST_BASE = 1 << 16  # test state i is state number 2^16 + i, train state i is number i: no number is both
-_MOST_JITTER_M = 0.05
+MOST_JITTER_M = 0.05
+"""Beyond it pucks begin out of reach or on the strip [m]."""
 
 
 def _scene(image: int) -> str:
@@ -166,6 +170,11 @@ class InitialState:
         return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
 
 
+def apart(pucks: NDArray[np.float64]) -> bool:
+    """Whether neighbours among `pucks` (3, 2), left to right, leave room between them."""
+    return bool(np.all(np.diff(pucks[:, 1]) >= 2 * PUCK_RADIUS + _LEAST_GAP))
+
+
 def initial_state(config: EnvConfig, split: Split, index: int) -> InitialState:
     """State `index` of `split`, the same for every task, so that nothing but the instruction tells what to do: a function of these and of
     `config.jitter_m` alone.
@@ -179,15 +188,15 @@ def initial_state(config: EnvConfig, split: Split, index: int) -> InitialState:
     count = config.train_states if split == "train" else config.test_states
     if not 0 <= index < count:
         raise ValueError(f"{split} state {index}: there are {count}, 0 .. {count - 1}; raise env.{split}_states for more")
-    if not 0 <= config.jitter_m <= _MOST_JITTER_M:
-        raise ValueError(f"env.jitter_m={config.jitter_m}: want 0 .. {_MOST_JITTER_M} m; beyond it pucks begin out of reach or on the strip")
+    if not 0 <= config.jitter_m <= MOST_JITTER_M:
+        raise ValueError(f"env.jitter_m={config.jitter_m}: want 0 .. {MOST_JITTER_M} m; beyond it pucks begin out of reach or on the strip")
     number = index + (_TEST_BASE if split == "test" else 0)
     for attempt in itertools.count():
-        u = 2.0 * noise.uniform(_STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (13,)) - 1.0
-        pucks = _NOMINAL + config.jitter_m * u[:6].reshape(3, 2)
-        if np.all(np.diff(pucks[:, 1]) >= 2 * PUCK_RADIUS + _LEAST_GAP):  # of the largest jitter, one draw in two
+        u = 2.0 * noise.uniform(STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (13,)) - 1.0
+        pucks = NOMINAL + config.jitter_m * u[:6].reshape(3, 2)
+        if apart(pucks):  # of the largest jitter, one draw in two
             break
-    pose = np.concatenate([_REST + _REST_JITTER * u[6:9], kinematics.multiply(kinematics.exp(_REST_TURN * u[9:12]), DOWN)])
+    pose = np.concatenate([REST + _REST_JITTER * u[6:9], kinematics.multiply(kinematics.exp(_REST_TURN * u[9:12]), DOWN)])
     low, high = _REST_OPENING
     return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))
 

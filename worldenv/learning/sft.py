@@ -43,6 +43,11 @@ def untrained(
     return OpenVLAOFT.create(config, tokenizer, _statistics(episodes, robot), torch_seed, device)
 
 
+def retold(policy: OpenVLAOFT, episodes: Sequence[Episode], robot: Robot) -> OpenVLAOFT:
+    """The same network and tokenizer with the statistics of `episodes`, for fine-tuning on these."""
+    return OpenVLAOFT(policy.config, policy.network, policy.tokenizer, _statistics(episodes, robot))
+
+
 def _statistics(episodes: Sequence[Episode], robot: Robot) -> Statistics:
     proprio = [robot.proprio(episode.pose[:-1], episode.gripper[:-1]) for episode in episodes]
     return Statistics.of([episode.command for episode in episodes], proprio, f"{len(episodes)} demonstrations")
@@ -121,9 +126,9 @@ def l1(policy: OpenVLAOFT, chunks: Chunks, batch: int) -> float:
 
 
 def sft(
-    policy: OpenVLAOFT, episodes: Sequence[Episode], robot: Robot, config: SftConfig, seed: int, savepoint: Savepoint
+    policy: OpenVLAOFT, episodes: Sequence[Episode], robot: Robot, config: SftConfig, seed: int, savepoint: Savepoint, label: str = "sft"
 ) -> dict[str, Any]:
-    """Train `policy` in place on `episodes`; a killed stage goes on from `savepoint`, to the same bits.
+    """Train `policy` in place on `episodes`; a killed stage goes on from `savepoint`, to the same bits. `label` is shown beside the progress.
 
     Returns JSON-ready metrics: `l1` over all chunk starts, `l1_train` of the last epoch, `steps` taken, `chunks`, `parameters`, how many of them were
     `trained`. FloatingPointError where the loss is not finite; ValueError where the batch cannot be divided among the processes.
@@ -152,7 +157,7 @@ def sft(
                 parameter.copy_(kept["trained"][name])
         optimizer.load_state_dict(kept["optimizer"])
     step = begin
-    for step in (bar := console.track(begin, config.steps, "sft")):
+    for step in (bar := console.track(begin, config.steps, label)):
         if len(losses) == losses.maxlen and sum(losses) / len(losses) < config.stop_l1:
             break
         if rank == 0 and savepoint.due():

@@ -73,10 +73,12 @@ class Network(nn.Module):
     def initialize(self, generator: torch.Generator) -> None:
         """Random weights, all from `generator`: for training from scratch and for benchmarks.
 
-        Matrices and tokens truncated normal (0.02 where tokens or positions, else by fan-in), norms 1, biases 0; the scale head at
-        b = exp(-3) with a small last layer.
+        Matrices and tokens truncated normal (0.02 where tokens, else by fan-in), norms 1, biases 0; the towers' positions as `VisionTower.begin`
+        says; the scale head at b = exp(-3) with a small last layer.
         """
         begin(self, generator)
+        self.vision_backbone.featurizer.begin()
+        self.vision_backbone.fused_featurizer.begin()
         self.scale_head.begin()
 
     @property

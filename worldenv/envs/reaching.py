@@ -1,0 +1,64 @@
+"""The tabletop with other tasks: hold the gripper over a puck. What the small policy learns before it sees a demonstration of a push.
+
+Published policies begin from a backbone that has seen many robots and tasks; nothing small can be downloaded. This stands in for it: looking for
+the puck that an instruction names. Pucks lie further apart and the gripper begins anywhere behind them, so no scene here is one of the tabletop's,
+and nothing is pushed here.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from worldenv import kinematics, noise
+from worldenv.config import EnvConfig
+from worldenv.envs.contract import Split
+from worldenv.envs.tabletop import COLOURS, DOWN, MOST_JITTER_M, NOMINAL, REST, STATES_SEED, InitialState, Tabletop, apart
+
+OVER_M = 0.085
+"""Height of the gripper over the table when it is there [m]: its fingers are clear of the pucks."""
+STEPS = 16
+"""Of an episode: enough to get there from everywhere."""
+NEAR_M = 0.015
+"""How far beside the puck's middle, at most, it may be [m]."""
+_BASE = 1 << 17  # states of the tabletop have lower numbers
+_REST_JITTER = np.array([0.02, 0.06, 0.03])
+_REST_TURN = 0.1  # about each axis [rad]
+_OPENING = (0.5, 1.0)
+
+
+class Reaching(Tabletop):
+    """`TrueEnvironment` of three reaching tasks, one for each puck. All its states are training states."""
+
+    def __init__(self, config: EnvConfig, states: int) -> None:
+        """`states` initial states per task; picture and step limit are those of `config`."""
+        super().__init__(config)
+        self._states = states
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """See `TrueEnvironment`."""
+        return tuple(f"hold the gripper over the {colour} puck" for colour in COLOURS)
+
+    def states(self, split: Split) -> int:
+        """See `TrueEnvironment`."""
+        return self._states if split == "train" else 0
+
+    def _start(self, task: int, split: Split, index: int) -> InitialState:
+        if not 0 <= task < len(COLOURS):
+            raise ValueError(f"task={task}: there are {len(COLOURS)} tasks, 0 .. {len(COLOURS) - 1}")
+        if not 0 <= index < self.states(split):
+            raise ValueError(f"{split} state {index}: reaching has {self.states(split)}")
+        for attempt in itertools.count():
+            u = 2.0 * noise.uniform(STATES_SEED, 0, _BASE + index, attempt, noise.Stream.SCENE, (13,)) - 1.0
+            pucks = NOMINAL + MOST_JITTER_M * u[:6].reshape(3, 2)
+            if apart(pucks):
+                break
+        pose = np.concatenate([REST + _REST_JITTER * u[6:9], kinematics.multiply(kinematics.exp(_REST_TURN * u[9:12]), DOWN)])
+        low, high = _OPENING
+        return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))
+
+    def _success(self) -> bool:
+        aside = self.arm.pose[0, :2].numpy() - self.pucks[self.task, :2]
+        return bool(np.hypot(*aside) < NEAR_M)

@@ -134,7 +134,7 @@ def begun_policy(desk: Desk, episodes: Sequence[Episode], savepoint: Callable[[s
         seen = list(EpisodeSet(Path(folder) / "prior"))
     reaching.close()
     policy = sft.untrained(settings.policy, seen, (*env.tasks, *reaching.tasks), env.robot, desk.seed, desk.device)
-    learning = dataclasses.replace(settings.sft, steps=settings.sft.prior_steps, lora_rank=0)
+    learning = dataclasses.replace(settings.sft, steps=settings.sft.prior_steps, lr=settings.sft.prior_lr, lora_rank=0)
     metrics = sft.sft(policy, seen, env.robot, learning, desk.seed, savepoint("prior"), "prior")
     return sft.retold(policy, episodes, env.robot), {"prior": metrics}
 

@@ -1,8 +1,8 @@
 """The tabletop with other tasks: hold the gripper over a puck. What the small policy learns before it sees a demonstration of a push.
 
 Published policies begin from a backbone that has seen many robots and tasks; nothing small can be downloaded. This stands in for it: looking for
-the puck that an instruction names. Pucks lie further apart and the gripper begins anywhere behind them, so no scene here is one of the tabletop's,
-and nothing is pushed here.
+the puck that an instruction names. Pucks lie further apart and the gripper begins anywhere over the table, so no scene here is one of the
+tabletop's, and nothing is pushed here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import numpy as np
 from worldenv import kinematics, noise
 from worldenv.config import EnvConfig
 from worldenv.envs.contract import Split
-from worldenv.envs.tabletop import COLOURS, DOWN, MOST_JITTER_M, NOMINAL, REST, STATES_SEED, InitialState, Tabletop, apart
+from worldenv.envs.tabletop import COLOURS, DOWN, MOST_JITTER_M, NOMINAL, STATES_SEED, InitialState, Tabletop, apart
 
 OVER_M = 0.085
 """Height of the gripper over the table when it is there [m]: its fingers are clear of the pucks."""
-STEPS = 16
+STEPS = 24
 """Of an episode: enough to get there from everywhere."""
-NEAR_M = 0.015
+NEAR_M = 0.025
 """How far beside the puck's middle, at most, it may be [m]."""
 _BASE = 1 << 17  # states of the tabletop have lower numbers
-_REST_JITTER = np.array([0.02, 0.06, 0.03])
-_REST_TURN = 0.1  # about each axis [rad]
+_MIDDLE = np.array([-0.05, 0.0, 0.11])
+_JITTER = np.array([0.09, 0.14, 0.04])  # far and near: from near, a command says where the puck is, from far only on which side
+_TURN = 0.1  # about each axis [rad]
 _OPENING = (0.5, 1.0)
 
 
@@ -55,7 +56,7 @@ class Reaching(Tabletop):
             pucks = NOMINAL + MOST_JITTER_M * u[:6].reshape(3, 2)
             if apart(pucks):
                 break
-        pose = np.concatenate([REST + _REST_JITTER * u[6:9], kinematics.multiply(kinematics.exp(_REST_TURN * u[9:12]), DOWN)])
+        pose = np.concatenate([_MIDDLE + _JITTER * u[6:9], kinematics.multiply(kinematics.exp(_TURN * u[9:12]), DOWN)])
         low, high = _OPENING
         return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))
 

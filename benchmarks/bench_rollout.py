@@ -25,6 +25,7 @@ from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
 from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform
+from worldenv.rollout.store import differing
 from worldenv.simulator.evac import Evac
 from worldenv.world import ImaginedWorld, Made, Scene, advance, ended_at, observe
 
@@ -196,12 +197,6 @@ def in_step(bench: Bench, jobs: Sequence[Assignment], count: int, to_the_limit: 
     return Outcome(made, time.perf_counter() - began, time.process_time() - cpu, dead)
 
 
-def same_bits(one: Rollout, other: Rollout) -> bool:
-    """Whether two rollouts are the same in everything."""
-    tensors = all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("frame", "proprio", "action", "log_prob", "score", "live"))
-    return tensors and (one.number, one.stopped) == (other.number, other.stopped)
-
-
 def score_error(made: Mapping[int, Rollout], want: Mapping[int, Rollout]) -> float | None:
     """Largest difference of a score; None where a rollout ends elsewhere."""
     if any(not torch.equal(one.live, want[number].live) for number, one in made.items()):
@@ -272,7 +267,7 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "speedup_over_sequential": loop.seconds / made.seconds,
         "speedup_over_lockstep": locked.seconds / made.seconds,
         "cpu_speedup_over_sequential": loop.cpu_seconds / made.cpu_seconds,
-        "identical": all(same_bits(one, made.rollouts[number]) for number, one in again.rollouts.items()),
+        "identical": not any(differing(one, made.rollouts[number]) for number, one in again.rollouts.items()),
         "identical_rollouts": len(again.rollouts),
         "sequential_agrees": error is not None and error <= _SCORES_AGREE,
         "sequential_score_error": error,

@@ -10,6 +10,7 @@ import pytest
 from worldenv.benchmarks import bench_rollout
 from worldenv.benchmarks.bench_rollout import RolloutArgs
 from worldenv.cli import bench
+from worldenv.rollout.store import differing
 
 ARGS = RolloutArgs(rollouts=4, group=2, slots=3, bucket=2, limit=16, checked=2)
 
@@ -31,8 +32,9 @@ def test_rollouts_that_differ_or_end_elsewhere_are_told_apart() -> None:
     prepared = bench_rollout.prepared(ARGS)
     made = bench_rollout.scheduled(prepared, prepared.schedule(), prepared.jobs).rollouts
     one = made[0]
-    assert bench_rollout.same_bits(one, one)
-    assert not bench_rollout.same_bits(one, dataclasses.replace(one, score=one.score + 1e-6 * one.live))
+    assert differing(one, one) == []
+    assert differing(one, dataclasses.replace(one, score=one.score + 1e-6 * one.live)) == ["score"]
+    assert differing(one, dataclasses.replace(one, stopped=not one.stopped, number=9)) == ["number", "stopped"]
     assert bench_rollout.score_error(made, made) == 0.0
     assert bench_rollout.score_error({0: dataclasses.replace(one, score=one.score + 0.25)}, made) == pytest.approx(0.25)
     live = one.live.clone()

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 SMALL_SIMULATOR = dataclasses.replace(SIMULATOR, height=8, width=16, denoise_steps=2)
 SEED, CHUNKS, GROUP = 5, 3, 4
 ENDS = {100 + n: end for n, end in enumerate((3, 12, 99, 6, 5, 99, 1, 8, 99, 4, 99, 9))}
-"""Last step of each rollout: in every chunk, at its borders, and none."""
+"""Last step of each rollout, for chunks of four: in every chunk, at its borders, and none."""
 TO_WORLD = np.array([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 0.8], [0, 0, 0, 1]])
 
 
@@ -67,7 +67,8 @@ def networks(policy: PolicyConfig, simulator: Evac, reflector: ReflectorConfig, 
     config = simulator.config
     camera = Camera(np.array([[25.0, 0, config.width / 2], [0, 25.0, config.height / 2], [0, 0, 1]]), TO_WORLD, config.height, config.width)
     controller = kinematics.ControllerModel.of(TABLETOP)
-    world = DrawnEnds(ENDS, simulator, judge.freeze(), TABLETOP, controller, camera, config.latent, SEED, CPU)
+    ends = {number: end * config.chunk // 4 for number, end in ENDS.items()}
+    world = DrawnEnds(ends, simulator, judge.freeze(), TABLETOP, controller, camera, config.latent, SEED, CPU)
     return Replica(lively(policy), world)
 
 

@@ -3,14 +3,18 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from worldenv import report
+from worldenv import checkpoint, report
+from worldenv.rollout.store import RolloutStore
+from worldenv.train import REPLAY_NUMBERS
 
 FAST = ["--preset", "tiny", "--fast"]
 STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
@@ -81,6 +85,38 @@ def test_a_second_run_of_one_seed_that_is_killed_twice_gives_the_same_report(who
     assert not list(report.differences(report.comparable(record(out)), report.comparable(record(again))))
 
 
+def test_a_stored_rollout_is_replayed_alone_bit_for_bit(whole, tmp_path):
+    out, _ = whole
+    for number in (REPLAY_NUMBERS + 1, REPLAY_NUMBERS + 8):  # of the policy before LOOP, and after it
+        said = json.loads(train("--replay", number, "--out", out).stdout.splitlines()[-1])
+        assert (said["rollout"], said["steps"], said["bit_equal"], said["differs"]) == (number, 32, True, [])
+    pairs = checkpoint.load(out / "stages" / "eval" / "replays-sft.safetensors")
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    pairs[1]["imagined_score"] = pairs[1]["imagined_score"] + np.float32(1e-6)
+    checkpoint.save(again / "stages" / "eval" / "replays-sft.safetensors", pairs)
+    other = train("--replay", REPLAY_NUMBERS + 1, "--out", again, check=False)
+    assert (other.returncode, json.loads(other.stdout.splitlines()[-1])["differs"]) == (1, ["score"])
+    absent = train("--replay", 5, "--out", out, check=False)
+    assert absent.returncode == 1
+    assert "rollout 5 is not stored" in absent.stderr
+
+
+def test_a_rollout_of_the_iteration_under_way_is_replayed(whole, tmp_path):
+    out, again = whole[0], tmp_path / "again"
+    shutil.copytree(out, again)
+    command = [sys.executable, "-m", "worldenv.cli.train", "--resume", str(again), "--from", "loop"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = again / "stages" / "loop" / "iteration-0001.log", time.monotonic() + 400
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size > 0):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    number = RolloutStore(log).rollouts[0].number
+    said = json.loads(train("--replay", number, "--out", again).stdout.splitlines()[-1])
+    assert (said["rollout"], said["bit_equal"]) == (number, True)
+
+
 def test_only_one_stage_again(whole):
     out, _ = whole
     done = train("--resume", out, "--only", "scale")
@@ -105,6 +141,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(whole):
         (["--fats"], "did you mean '--fast'"),
         (["--loop.group", "1"], "needs at least 2 rollouts"),
         (["--from", "slt"], "slt"),
+        (["--replay", "7"], "no run there"),
         (["--resume", "/nowhere/at/all"], "no run there"),
     ],
 )

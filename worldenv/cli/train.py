@@ -40,6 +40,8 @@ class TrainArgs:
     """Stop after this stage."""
     resume: Path | None = None
     """Go on with the run in this folder, with the settings that it has stored."""
+    replay: Annotated[int | None, tyro.conf.arg(metavar="ROLLOUT_ID")] = None
+    """Make one stored rollout of the run in --out once more, alone, and say whether it is the same bit for bit; nothing is written."""
     reuse: tuple[Path, ...] = ()
     """Runs whose finished stages are taken over where settings and inputs are the same; they are not changed."""
     no_extra_data: bool = False
@@ -51,7 +53,10 @@ class TrainArgs:
 
 
 def _defaults(argv: Sequence[str]) -> TrainArgs:
-    """The defaults that --preset, --fast and --resume choose, before the other flags are read."""
+    """The defaults that --preset, --fast, --resume and --replay choose, before the other flags are read."""
+    if value_of(argv, "--replay") is not None:
+        replayed = Path(value_of(argv, "--out") or TrainArgs.out)
+        return TrainArgs(run.settings_of(replayed), out=replayed)
     if (folder := value_of(argv, "--resume")) is not None:
         return TrainArgs(run.settings_of(Path(folder)), out=Path(folder), resume=Path(folder))
     chosen = config.preset(value_of(argv, "--preset") or "tiny")
@@ -68,7 +73,7 @@ def _settings(args: TrainArgs) -> RunConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the report is written, 1 when a stage failed, 2 for a bad command line."""
+    """Exit code 0 when the report is written or the replay is bit-equal, 1 when it is not or a stage failed, 2 for a bad command line."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         # --fast has chosen the defaults; left in, it would ask to turn on what is on
@@ -83,11 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--from {args.from_stage} --until {args.until}: there is nothing between them")
         if missing := [str(folder) for folder in args.reuse if not (folder / "run.json").is_file()]:
             raise ValueError(f"--reuse {missing[0]}: no run there (no run.json)")
+        if args.replay is not None and (args.only or args.from_stage or args.until or args.reuse or args.resume):
+            raise ValueError("--replay takes --out and nothing else of the run's stages")
         settings = _settings(args)
     except ValueError as error:
         print(f"worldenv-train: {error}", file=sys.stderr)
         return 2
     try:
+        if args.replay is not None:
+            found = train.replay(args.out, settings, args.replay)
+            print(json.dumps(found, allow_nan=False))
+            return 0 if found["bit_equal"] else 1
         with distributed.joined():
             train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
             speaks = processes.rank() == 0

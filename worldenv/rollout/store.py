@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from worldenv.checkpoint import CheckpointError, from_bytes, to_bytes
 from worldenv.nouns import Context, Rollout
 
@@ -27,6 +29,16 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
 
 def _rollout(tree: dict[str, Any]) -> Rollout:
     return Rollout(**{**tree, "context": Context(**tree["context"])})
+
+
+def differing(one: Rollout, other: Rollout) -> list[str]:
+    """What is not the same, bit for bit, in two rollouts: names of `Rollout`'s fields, the context left out."""
+    names = []
+    for f in dataclasses.fields(Rollout):
+        ours, theirs = getattr(one, f.name), getattr(other, f.name)
+        if f.name != "context" and not (torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs):
+            names.append(f.name)
+    return names
 
 
 class RolloutStore:

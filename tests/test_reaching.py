@@ -6,17 +6,25 @@ positions at 0.02; statistics of the prior kept for the demonstrations.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from worldenv import config
-from worldenv.config import EnvConfig
+from worldenv import config, train
+from worldenv.checkpoint import Savepoint
+from worldenv.config import DemosConfig, EnvConfig
+from worldenv.data.collect import demonstrate
+from worldenv.data.episode import EpisodeSet
 from worldenv.envs import reaching
 from worldenv.envs.experts import reaching as expert
+from worldenv.envs.experts import tabletop as pusher
 from worldenv.envs.reaching import Reaching
 from worldenv.envs.tabletop import MOST_JITTER_M, NOMINAL, PUCK_HALF, initial_state
+from worldenv.learning import sft
 from worldenv.policy.vision import VisionTower
+from worldenv.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +36,9 @@ def env():
 
 def test_states_are_its_own_and_within_reach(env):
     mine = [env._start(0, "train", i) for i in range(60)]
-    theirs = {initial_state(EnvConfig(jitter_m=MOST_JITTER_M), split, i).name() for split in ("train", "test") for i in range(50)}
-    assert len({state.name() for state in mine}) == 60
-    assert not theirs & {state.name() for state in mine}
+    theirs = {initial_state(EnvConfig(jitter_m=MOST_JITTER_M), split, i).pucks.tobytes() for split in ("train", "test") for i in range(50)}
+    assert len({state.pucks.tobytes() for state in mine}) == 60
+    assert not theirs & {state.pucks.tobytes() for state in mine}
     assert max(np.abs(state.pucks - NOMINAL).max() for state in mine) <= MOST_JITTER_M
     assert env.states("test") == 0
     with pytest.raises(ValueError, match="reaching has 0"):
@@ -62,3 +70,24 @@ def test_a_tower_begins_with_positions_as_strong_as_what_it_sees():
     gap = torch.cdist(place, place) + 100 * torch.eye(len(place))
     assert float(gap.min()) > 0.5  # no two places are alike
     assert int(gap[9].argmin()) in (1, 8, 10, 17)  # and neighbours are the most alike
+
+
+def test_a_policy_that_begins_from_reaching_is_told_of_the_demonstrations(tmp_path):
+    fast = config.fast(config.TINY)
+    settings = dataclasses.replace(fast, sft=dataclasses.replace(fast.sft, batch=4, prior_per_task=2, prior_steps=3))
+    desk = train.Desk(Run(tmp_path / "run", settings))
+    demonstrate(desk.env, pusher, pusher.VARIATION, 32, DemosConfig(per_task=1), 0, tmp_path / "demos")
+    shown = list(EpisodeSet(tmp_path / "demos"))
+    policy, metrics = train.begun_policy(desk, shown, lambda part: Savepoint(tmp_path / part))
+    assert (metrics["prior"]["steps"], metrics["prior"]["chunks"]) == (3, 6 * (reaching.STEPS - policy.chunk + 1))
+    fresh = sft.untrained(settings.policy, shown, desk.env.tasks, desk.env.robot, 0, desk.device)
+    assert str(policy.statistics) == str(fresh.statistics)
+    assert not torch.equal(policy.network.action_head.model.fc1.weight, fresh.network.action_head.model.fc1.weight)
+    for tower in (fresh.network.vision_backbone.featurizer, fresh.network.vision_backbone.fused_featurizer):
+        assert float(tower.pos_embed.pow(2).mean()) == pytest.approx(0.5, abs=0.01)
+    for instruction in (*desk.env.tasks, "hold the gripper over the red puck"):
+        assert policy.tokenizer.ids(instruction)
+    without = dataclasses.replace(settings, sft=dataclasses.replace(settings.sft, prior_steps=0))
+    untouched, nothing = train.begun_policy(train.Desk(Run(tmp_path / "other", without)), shown, lambda part: Savepoint(tmp_path / part))
+    assert nothing == {}
+    assert torch.equal(untouched.network.action_head.model.fc1.weight, fresh.network.action_head.model.fc1.weight)

@@ -18,6 +18,7 @@ from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.learning import processes
+from worldenv.rollout.collect import RolloutError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, RolloutError) as error:
         if args.debug:
             raise
         if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from worldenv.benchmarks.bench_ceilings import copy, matmul
 from worldenv.benchmarks.bench_chunk_loop import chunk_loop
 from worldenv.benchmarks.bench_hoisting import hoisting
+from worldenv.benchmarks.bench_kernels import kernels, maps
 from worldenv.benchmarks.bench_reflector import reflector
 from worldenv.benchmarks.bench_simulator_unet import simulator_unet
 from worldenv.benchmarks.bench_vae import vae
@@ -21,6 +22,8 @@ CASES: dict[str, Case] = {
     "chunk_loop": chunk_loop,
     "hoisting": hoisting,
     "reflector": reflector,
+    "kernels": kernels,
+    "maps": maps,
 }
 
 

@@ -58,6 +58,7 @@ PARTS = (
     Part("build", 120.0),
     Part("tests", 150.0),
     Part("ceilings", 40.0, ("copy", "matmul")),
+    Part("kernels", 150.0, ("kernels",)),
     Part("simulator_unet_320x512", 90.0, ("simulator_unet",), "320x512"),
     Part("simulator_unet_256x256", 90.0, ("simulator_unet",), "256x256"),
     Part("vae_320x512", 90.0, ("vae",), "320x512"),

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests.golden import __main__ as runner
 from tests.golden import evac as golden_evac
 from worldenv import action_map
-from worldenv.kernels import group_norm
+from worldenv.kernels import action_map as map_kernels
+from worldenv.kernels import ddim_step, group_norm
 from worldenv.simulator import evac, layers, schedule, unet, vae
 
 CASES = Path(__file__).parent / "golden" / "cases"
@@ -71,12 +72,12 @@ WRONG: dict[str, tuple[str, Any, str, str, str]] = {
     "autoencoder pads on the left": ("evac_vae", vae._Downsample, "forward", "(0, 0, 0, 1, 0, 1)", "(0, 0, 1, 0, 1, 0)"),
     "posterior's variance for its deviation": ("evac_chunk_loop", vae.Posterior, "sample", "0.5 * self.logvar", "self.logvar"),
     "memory not put back after a step": (
-        "evac_chunk_loop", evac.Evac, "_stepped", "torch.cat([condition.memory * now.scales[index].view(-1, 1, 1, 1, 1), now.x], dim=2)",
-        "torch.cat([condition.memory if now.done[0] == 0 else now.x[:, :, :remembered], now.x], dim=2)"),
+        "evac_chunk_loop", ddim_step, "ddim_step_ref", "torch.cat([kept, x_prev], dim=2)",
+        "torch.cat([x_prev[:, :, :remembered], x_prev], dim=2)"),
     "last alpha is 1": ("evac_chunk_loop", schedule.Sampler, "ddim", "process[:1]", "[1.0]"),
-    "no dynamic rescale": ("evac_chunk_loop", schedule.Sampler, "step", " * rescale", ""),
+    "no dynamic rescale": ("evac_chunk_loop", ddim_step, "step_ref", "signal * x - rest * v) * rescale", "signal * x - rest * v)"),
     "guidance deviation over the chunk only": (
-        "evac_sampler", schedule, "rescale_guidance", "conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)",
+        "evac_sampler", ddim_step, "rescale_guidance", "conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)",
         "conditional[:, :, 4:].std(axes, keepdim=True) / guided[:, :, 4:].std(axes, keepdim=True)"),
     "memory is the last four frames": (
         "evac_chunk_loop", evac, "memory_indices", "[frames * k // (memory - 1) for k in range(memory - 1)] + [frames - 1]",
@@ -87,7 +88,7 @@ WRONG: dict[str, tuple[str, Any, str, str, str]] = {
     "depth tested": (
         "action_maps", action_map, "project", "np.ones_like(z)], axis=-1)", "np.ones_like(z)], axis=-1) * np.where(z > 0, 1.0, np.nan)[..., None]"),
     "pixels rounded": ("action_maps", action_map, "pictures", "np.trunc(", "np.round("),
-    "rays through pixel corners": ("action_maps", action_map, "rays", "np.arange(width) + 0.5", "np.arange(width)"),
+    "rays through pixel corners": ("action_maps", map_kernels, "rays_ref", "np.arange(width) + 0.5", "np.arange(width)"),
     "deltas not wrapped": ("action_maps", action_map, "deltas", "_wrap(np.diff(angles, axis=-3))", "np.diff(angles, axis=-3)"),
 }  # fmt: skip
 

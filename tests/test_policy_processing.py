@@ -12,6 +12,7 @@ from small_policy import INSTRUCTIONS, statistics
 from tokenizers import Tokenizer, models
 
 from worldenv.config import TINY
+from worldenv.kernels.frames import centre_crop, normalise_pixels, resize_lanczos3
 from worldenv.policy.processing import (
     BOS,
     IDLE_RANGE,
@@ -20,12 +21,9 @@ from worldenv.policy.processing import (
     Bounds,
     PromptTokenizer,
     Statistics,
-    centre_crop,
     gripper_to_training,
-    normalise_pixels,
     picture,
     prompt,
-    resize_lanczos3,
     rotate_180,
 )  # fmt: skip
 

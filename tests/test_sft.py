@@ -17,6 +17,7 @@ from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ScaleConfig, SftConfig
 from worldenv.data.episode import Episode
+from worldenv.kernels.frames import centre_crop
 from worldenv.learning import processes
 from worldenv.learning import sft as sft_module
 from worldenv.learning.augment import crop, published, recolour, shift
@@ -26,7 +27,6 @@ from worldenv.learning.sft import l1, one_cycle, pretrained, query_at, sft, untr
 from worldenv.nouns import Observation
 from worldenv.policy import laplace, lora
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
-from worldenv.policy.processing import centre_crop
 from worldenv.policy.published import save_directory
 from worldenv.policy.weights import fill
 from worldenv.robots.tabletop import TABLETOP

@@ -20,9 +20,11 @@ from test_golden import CASES, mutate
 
 from tests.golden import __main__ as runner
 from tests.golden import oft as golden_oft
+from worldenv.kernels import frames as frame_kernels
+from worldenv.kernels import laplace as laplace_kernels
 from worldenv.learning.loop import advantage, loss, update
-from worldenv.policy import heads, jpeg, laplace, llama, openvla_oft, processing, vision
-from worldenv.reflector import cache, frames, judge, llava
+from worldenv.policy import heads, jpeg, llama, openvla_oft, processing, vision
+from worldenv.reflector import cache, frames, judge
 
 USERS = (golden_oft, heads, processing, openvla_oft, update, judge, cache)
 """Who imports functions by their names."""
@@ -86,16 +88,16 @@ WRONG: dict[str, tuple[Any, str, str, str, Callable[[], None]]] = {
     "unclipped proprio": (processing.Bounds, "normalise", ".clamp(-1.0, 1.0)", "", test_policy.test_proprio_is_clipped_at_inference_too),
     "gripper's sign": (processing.Statistics, "to_command", "-1.0, 1.0)\n", "1.0, -1.0)\n", test_policy_processing.test_gripper_conventions),
     "mirrored on one axis": (processing, "rotate_180", "::-1, ::-1, :", "::-1, :, :", PICTURE),
-    "crop by side": (processing, "centre_crop", "float(np.sqrt(np.float32(area)))", "area", PICTURE),
-    "crop rounds": (processing, "centre_crop", "255.5", "255.0 + 0.5", PICTURE),
-    "resize without antialias": (processing, "_lanczos3_matrix", "max(step, 1.0)", "1.0", PICTURE),
+    "crop by side": (frame_kernels, "centre_crop", "float(np.sqrt(np.float32(area)))", "area", PICTURE),
+    "crop rounds": (frame_kernels, "centre_crop", "255.5", "255.0 + 0.5", PICTURE),
+    "resize without antialias": (frame_kernels, "_lanczos3_matrix", "max(step, 1.0)", "1.0", PICTURE),
     "chroma of the nearest sample": (jpeg, "_enlarge", "3 * tall + left", "4 * tall", test_policy_golden.test_jpeg_is_exact),
     "no 29871": (
         processing.PromptTokenizer, "_encode", "ids if ids[-1] == self.empty else [*ids, self.empty]", "ids",
         test_policy_processing.test_built_tokenizer_keeps_llamas_ids_and_ends_with_the_empty_token),
     # density and LOOP
     "draws with another factor than scores": (
-        openvla_oft.OpenVLAOFT, "act", "laplace.sample(mu.double(), log_scale.double()", "laplace.sample(mu.double(), log_scale.double() + 0.7",
+        openvla_oft.OpenVLAOFT, "act", "laplace.draw(mu, log_scale", "laplace.draw(mu, log_scale + 0.7",
         lambda: test_policy.test_greedy_is_mu_and_a_draw_is_the_inverse_cdf()),
     "scores with another factor than draws": (
         openvla_oft.OpenVLAOFT, "evaluate_actions", "laplace.log_prob(action.to(mu.device), mu, log_scale)",
@@ -108,9 +110,9 @@ WRONG: dict[str, tuple[Any, str, str, str, Callable[[], None]]] = {
     "factor only in draws": (
         openvla_oft.OpenVLAOFT, "density", "self.scale_factor, self", "1.0, self",
         lambda: test_policy.test_score_is_that_of_the_density_that_drew(3.0)),
-    "normal density": (laplace, "log_density", "(action - mu).abs()", "(action - mu) ** 2", HEAD),
+    "normal density": (laplace_kernels, "log_density", "(action - mu).abs()", "(action - mu) ** 2", HEAD),
     "its own return in the baseline": (advantage, "baseline", "(total[index] - value) / (size[index] - 1)", "total[index] / size[index]", HEAD),
-    "no clipping": (loss, "surrogate", "ratio.clamp(1.0 - clip, 1.0 + clip)", "ratio", HEAD),
+    "no clipping": (laplace_kernels, "clipped_ref", "ratio.clamp(1.0 - clip, 1.0 + clip)", "ratio", HEAD),
     "steps that were not executed count": (loss, "surrogate", "float(live.sum())", "live.numel()", HEAD),
     # the reflector
     "features of another video's frames kept by number": (
@@ -128,14 +130,16 @@ WRONG: dict[str, tuple[Any, str, str, str, Callable[[], None]]] = {
     "a position is skipped before each frame": (
         cache, "_layout", "geometry.before + row.depth[i] * geometry.frame", "geometry.before + row.depth[i] * (geometry.frame + 1)", transformers),
     "stride doubles one frame late": (frames, "_stride", "t > stride * (limit - 1)", "t > stride * limit", test_reflector.test_shown_frames),
-    "CLIP's pixels": (llava, "to_pixels", "pixels / 127.5 - 1", "(pixels / 255 - 0.45) / 0.27", test_reflector.test_pixels_run_from_minus_one_to_one),
+    "CLIP's pixels": (
+        frame_kernels, "for_reflector_ref", "pixels / 127.5 - 1", "(pixels / 255 - 0.45) / 0.27",
+        test_reflector.test_pixels_run_from_minus_one_to_one),
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
     """Neither of the right version in a wrong one, nor the other way round."""
-    remembered = (cache.plan, frames.shown, processing._lanczos3_matrix, processing._crop_matrix)
+    remembered = (cache.plan, frames.shown, frame_kernels._lanczos3_matrix, frame_kernels._crop_matrix)
     for function in remembered:
         function.cache_clear()
     yield

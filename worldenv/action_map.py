@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from worldenv.kernels import action_map as kernels
 from worldenv.kernels.action_map import Brush, paint
 from worldenv.nouns import ActionMap, Camera, StatePath
 from worldenv.robots.contract import ArmDrawing, Robot
@@ -112,8 +113,15 @@ def project(pose: Doubles, camera: Camera, arms: Sequence[ArmDrawing]) -> Double
     return pixels
 
 
-def pictures(pose: Doubles, gripper: Doubles, camera: Camera, robot: Robot, arms: Sequence[ArmDrawing] | None = None) -> torch.Tensor:
-    """Action maps (N, H, W, 3) uint8 of `pose` (N, A, 7) and `gripper` (N, A), at the camera's size.
+def pictures(
+    pose: Doubles,
+    gripper: Doubles,
+    camera: Camera,
+    robot: Robot,
+    arms: Sequence[ArmDrawing] | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Action maps (N, H, W, 3) uint8 of `pose` (N, A, 7) and `gripper` (N, A), at the camera's size, on `device` (default: the CPU).
 
     `arms` say how they are drawn at that size; without them, as `robot` has it, in proportion to the picture's height.
     """
@@ -121,7 +129,7 @@ def pictures(pose: Doubles, gripper: Doubles, camera: Camera, robot: Robot, arms
     pixels = np.trunc(np.nan_to_num(project(pose, camera, arms), nan=1e9, posinf=1e9, neginf=-1e9).clip(-1e9, 1e9)).astype(np.int64)
     colours = np.stack([shade(arm.palette, gripper[:, i]) for i, arm in enumerate(arms)], axis=1)
     brushes = [Brush(round(arm.radius_px), round(arm.thickness_px), arm.axis_rgb) for arm in arms]
-    return paint(pixels, colours, brushes, (camera.height, camera.width), robot.background)
+    return paint(pixels, colours, brushes, (camera.height, camera.width), robot.background, device)
 
 
 def resized(camera: Camera, height: int, width: int) -> Camera:
@@ -130,21 +138,13 @@ def resized(camera: Camera, height: int, width: int) -> Camera:
     return replace(camera, intrinsics=camera.intrinsics * stretch, height=height, width=width)
 
 
-def rays(camera: Camera, latent: tuple[int, int]) -> torch.Tensor:
+def rays(camera: Camera, latent: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
     """(6, h, w) float32: the unit direction in the world of the ray through each latent pixel's centre, then the camera's place [m].
 
-    Intrinsics are scaled from the picture to `latent` (h, w).
+    On `device` (default: the CPU). Intrinsics are scaled from the picture to `latent` (h, w).
     """
-    height, width = latent
-    intrinsics = resized(camera, height, width).intrinsics
-    u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    # In the picture u' = W - 1 - u of pixel indices is W - u of pixel centres, which count from the edge; so at latent size.
-    u = width - u if camera.mirrored else u
-    local = np.stack([(u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1], np.ones_like(u)], axis=-1)
-    world = local @ camera.camera_to_world[:3, :3].T
-    world /= np.linalg.norm(world, axis=-1, keepdims=True)
-    origin = np.broadcast_to(camera.camera_to_world[:3, 3], world.shape)
-    return torch.from_numpy(np.concatenate([world, origin], axis=-1).transpose(2, 0, 1).astype(np.float32))
+    intrinsics = resized(camera, *latent).intrinsics
+    return kernels.rays(intrinsics, camera.camera_to_world, camera.mirrored, latent, device)
 
 
 def draw(
@@ -167,9 +167,9 @@ def draw(
     pose = torch.cat([before[0][:, None], path.pose], dim=1).cpu().double().numpy()[:, :, None]
     gripper = torch.cat([before[1][:, None], path.gripper], dim=1).cpu().double().numpy()[:, :, None]
     arms = robot.arms_at(camera.height)[-1:]
-    painted = pictures(pose[:, 1:].reshape(-1, 1, _ARM_DIMS), gripper[:, 1:].reshape(-1, 1), camera, robot, arms)
+    painted = pictures(pose[:, 1:].reshape(-1, 1, _ARM_DIMS), gripper[:, 1:].reshape(-1, 1), camera, robot, arms, device)
     return ActionMap(
-        picture=painted.view(batch, chunk, *painted.shape[1:]).to(device),
-        rays=rays(camera, latent).to(device).expand(batch, -1, -1, -1),
+        picture=painted.view(batch, chunk, *painted.shape[1:]),
+        rays=rays(camera, latent, device).expand(batch, -1, -1, -1),
         delta=torch.from_numpy(deltas(pose, gripper, arms).astype(np.float32)).to(device),
     )

@@ -117,7 +117,7 @@ def _words(name: str, value: ArrayLike) -> NDArray[np.uint32]:
     return array.astype(np.uint32)
 
 
-def _address(
+def address(
     seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, stream: int, count: int
 ) -> tuple[int, NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32], int, bool]:
     """Checked words: seed, then rollout, chunk and step (B,) alike, then stream; and whether any of the three was an array."""
@@ -136,7 +136,7 @@ def _address(
 
 def bits_definition(seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, stream: int, count: int) -> NDArray[np.uint32]:
     """What `bits` is, in plain numpy."""
-    seed, rollouts, chunks, steps, stream, many = _address(seed, rollout, chunk, step, stream, count)
+    seed, rollouts, chunks, steps, stream, many = address(seed, rollout, chunk, step, stream, count)
     blocks = -(-count // 4)
     counter = np.empty((len(rollouts), blocks, 4), np.uint32)
     counter[..., 0], counter[..., 1], counter[..., 2] = chunks[:, None], steps[:, None], stream
@@ -198,21 +198,21 @@ def bits(seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, strea
     array, the result is (B, count), and row b is what the b-th numbers alone give. ValueError where a value is negative or
     does not fit 32 bits, or where lengths differ.
     """
-    seed, rollouts, chunks, steps, stream, many = _address(seed, rollout, chunk, step, stream, count)
+    seed, rollouts, chunks, steps, stream, many = address(seed, rollout, chunk, step, stream, count)
     words = _core.philox_bits(seed, rollouts, chunks, steps, stream, count)
     return words if many else words[0]
 
 
 def uniform(seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, stream: int, shape: Sequence[int]) -> NDArray[np.float64]:
     """Uniform float64 in (0, 1), `shape`, or (B, *shape) as in `bits`; C order of `shape` counts the elements."""
-    seed, rollouts, chunks, steps, stream, many = _address(seed, rollout, chunk, step, stream, math.prod(shape))
+    seed, rollouts, chunks, steps, stream, many = address(seed, rollout, chunk, step, stream, math.prod(shape))
     unit = _core.philox_uniform(seed, rollouts, chunks, steps, stream, math.prod(shape))
     return unit.reshape((*unit.shape[: 1 if many else 0], *shape))
 
 
 def normal(seed: int, rollout: ArrayLike, chunk: ArrayLike, step: ArrayLike, stream: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Standard normal float32, `shape`, or (B, *shape) as in `bits`; C order of `shape` counts the elements."""
-    seed, rollouts, chunks, steps, stream, many = _address(seed, rollout, chunk, step, stream, math.prod(shape))
+    seed, rollouts, chunks, steps, stream, many = address(seed, rollout, chunk, step, stream, math.prod(shape))
     values = _core.philox_normal(seed, rollouts, chunks, steps, stream, math.prod(shape))
     return values.reshape((*values.shape[: 1 if many else 0], *shape))
 

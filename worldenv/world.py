@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from worldenv import action_map, kinematics, noise
+from worldenv.kernels.philox import Draw, normal
 from worldenv.nouns import Camera, Context, Observation
 from worldenv.reflector.contract import Reflector
 from worldenv.robots.contract import Robot
@@ -215,5 +216,6 @@ class ImaginedWorld:
     def _noise(self, scenes: Sequence[Scene]) -> torch.Tensor:
         draws, *shape = self._simulator.noise_shape()
         numbers, chunks = np.array([s.number for s in scenes]), np.array([s.chunk for s in scenes])
-        steps = [noise.normal(self._seed, numbers, chunks, step, noise.Stream.SIMULATOR, tuple(shape)) for step in range(draws)]
-        return torch.from_numpy(np.stack(steps, axis=1)).to(self._device)
+        steps = np.tile(np.arange(draws), len(scenes))
+        draw = Draw.of(self._seed, numbers.repeat(draws), chunks.repeat(draws), steps, noise.Stream.SIMULATOR, self._device)
+        return normal(draw, shape).view(len(scenes), draws, *shape)

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from worldenv.config import LlamaConfig, PolicyConfig, VisionConfig
+from worldenv.kernels.frames import resize_lanczos3
 from worldenv.learning.loop.advantage import baseline, leave_one_out
 from worldenv.learning.loop.loss import surrogate
 from worldenv.policy import laplace
 from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead
 from worldenv.policy.jpeg import jpeg_round_trip
 from worldenv.policy.openvla_oft import Network
-from worldenv.policy.processing import Bounds, picture, resize_lanczos3, rotate_180
+from worldenv.policy.processing import Bounds, picture, rotate_180
 from worldenv.policy.weights import fill, from_published
 
 Tensors = dict[str, torch.Tensor]

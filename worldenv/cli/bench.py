@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import torch
 import tyro
 
 from worldenv import console
-from worldenv.benchmarks import cases, harness
+from worldenv.benchmarks import cases, compile_kernels, harness
 from worldenv.cli import bench_schedule
 from worldenv.cli.arguments import parse
 
@@ -21,8 +23,8 @@ class BenchArgs:
     """Measure cases against their baselines in one run: a table, then one line of JSON. Exit code 1 where something computes wrong numbers."""
 
     case: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed). Alone, with flags of their own:
-    plan, scheduler, rollout."""
+    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed), reflector, kernels, maps. Alone,
+    with flags of their own: plan, scheduler, rollout."""
     device: str = "auto"
     """auto takes cuda where there is one, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -37,6 +39,22 @@ class BenchArgs:
     """Pairs of calls, at most."""
     seconds: float = 30.0
     """A measurement ends after this, and at least 3 pairs [s]."""
+    compile_only: bool = False
+    """With kernels: compile each for --arch and say what it takes, on any machine; nothing is run."""
+    arch: Annotated[str, tyro.conf.arg(metavar="SM,...")] = "sm_90"
+    """With --compile-only: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120."""
+
+
+def _compile_only(args: BenchArgs) -> int:
+    """Exit code 1 where a kernel spills. ValueError as `compile_kernels.compile_all`."""
+    if args.case != ("kernels",):
+        raise ValueError(f"--compile-only goes with kernels alone, not with {', '.join(args.case)}")
+    rows = []
+    for row in compile_kernels.compile_all(args.arch.split(","), [word for word in args.only.split(",") if word]):
+        print(f"{row.arch:8} {row.registers:4} registers {row.shared_bytes:6} B shared {row.spill_bytes:4} B spilled  {row.kernel}", flush=True)
+        rows.append(dataclasses.asdict(row))
+    print(json.dumps({"rows": rows, "versions": harness.versions(), "commit": harness.commit()}))
+    return 1 if any(row["spill_bytes"] for row in rows) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse("worldenv-bench", BenchArgs, BenchArgs(), argv)
         if not args.case:
             raise ValueError(f"name a case: {', '.join((*cases.CASES, *bench_schedule.NAMES))}")
+        if args.compile_only:
+            return _compile_only(args)
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads {args.threads}: want at least 1")

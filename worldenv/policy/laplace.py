@@ -4,6 +4,7 @@
 
 `factor`, `floor` and `ceiling` are part of the density: what is drawn and what is scored is one and the same distribution. Factor 1, floor 0
 and no ceiling are the paper. Every function works in the dtype that it is given; the policy gives float32 and draws in float64.
+Drawing and scoring are `worldenv.kernels.laplace`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
+
+from worldenv.kernels.laplace import draw, log_density, log_prob, sample
+
+__all__ = ["draw", "entropy", "log_density", "log_prob", "nll", "sample", "scale"]
 
 
 def scale(beta: torch.Tensor, factor: float, floor: float, ceiling: float | None = None) -> torch.Tensor:
@@ -25,27 +30,9 @@ def scale(beta: torch.Tensor, factor: float, floor: float, ceiling: float | None
     return held + math.log(factor)
 
 
-def log_density(action: torch.Tensor, mu: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """log p of each dimension, like `action`; all three alike in shape."""
-    return -(action - mu).abs() * torch.exp(-log_scale) - log_scale - math.log(2.0)
-
-
-def log_prob(action: torch.Tensor, mu: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """log p of each step: (..., D) -> (...)."""
-    return log_density(action, mu, log_scale).sum(-1)
-
-
 def nll(action: torch.Tensor, mu: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """Mean negative log-density over all elements (Eq. 8): a scalar."""
     return -log_density(action, mu, log_scale).mean()
-
-
-def sample(mu: torch.Tensor, log_scale: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The draw that `uniform` in (0, 1) stands for, by the inverse CDF: mu - b sign(u - 1/2) ln(1 - 2 |u - 1/2|).
-
-    1 - 2 |u - 1/2| is written 2 min(u, 1 - u), which keeps its precision in the tails. Result in the widest dtype of the three.
-    """
-    return mu - torch.exp(log_scale) * torch.sign(uniform - 0.5) * torch.log(2.0 * torch.minimum(uniform, 1.0 - uniform))
 
 
 def entropy(log_scale: torch.Tensor) -> torch.Tensor:

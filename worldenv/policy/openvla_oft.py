@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from worldenv.config import PolicyConfig
+from worldenv.kernels.frames import for_policy, normalise_pixels
 from worldenv.nouns import ACTION_DIM, ActionChunk, Observation
 from worldenv.policy import laplace
 from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead, begin
+from worldenv.policy.jpeg import jpeg_round_trip
 from worldenv.policy.llama import LanguageModel
-from worldenv.policy.processing import STOP, PromptTokenizer, Statistics, centre_crop, normalise_pixels, resized
+from worldenv.policy.processing import STOP, PromptTokenizer, Statistics, resized
 from worldenv.policy.vision import VisionBackbone
 
 
@@ -171,9 +173,12 @@ class OpenVLAOFT:
         config, pixels = self.config, []
         for view in (observation.frame, observation.wrist):
             if view is not None:
-                whole = resized(view.to(self.device), config.image, config.jpeg)
-                picture = augment(whole) if augment else centre_crop(whole, config.crop_area)
-                pixels.append(normalise_pixels(picture, config.dino_mean, config.dino_std))
+                seen = view.to(self.device)
+                if augment:
+                    pixels.append(normalise_pixels(augment(resized(seen, config.image, config.jpeg)), config.dino_mean, config.dino_std))
+                else:
+                    stored = jpeg_round_trip(seen) if config.jpeg else seen
+                    pixels.append(for_policy(stored, config.image, config.crop_area, config.dino_mean, config.dino_std))
         if len(pixels) != config.images:
             raise ValueError(f"policy.images={config.images}, the observation carries {len(pixels)} views")
         return Query(
@@ -198,12 +203,12 @@ class OpenVLAOFT:
         """See `policy.contract.Policy`."""
         mu, log_scale = self.density(self.hidden(self.query(observation)))
         if uniform is None:
-            action = mu
+            action, log_prob = mu, laplace.log_prob(mu, mu, log_scale)
         else:
             if uniform.shape != mu.shape or uniform.dtype != torch.float64:
                 raise ValueError(f"act: uniform {tuple(uniform.shape)} {uniform.dtype}, want {tuple(mu.shape)} float64")
-            action = laplace.sample(mu.double(), log_scale.double(), uniform.to(mu.device)).float()
-        return ActionChunk(mu, log_scale, action, laplace.log_prob(action, mu, log_scale), self.statistics.to_command(action))
+            action, log_prob = laplace.draw(mu, log_scale, uniform.to(mu.device))
+        return ActionChunk(mu, log_scale, action, log_prob, self.statistics.to_command(action))
 
     def evaluate_actions(self, observation: Observation, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score normalised actions (B, K, 7) under the current weights, with gradients.

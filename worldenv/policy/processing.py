@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from worldenv.kernels.frames import centre_crop, resize_lanczos3
 from worldenv.nouns import ACTION_DIM
 from worldenv.policy.jpeg import jpeg_round_trip
 
@@ -235,54 +235,6 @@ def rotate_180(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(frame[..., ::-1, ::-1, :])
 
 
-@lru_cache(maxsize=16)
-def _lanczos3_matrix(inputs: int, outputs: int) -> NDArray[np.float32]:
-    """(outputs, inputs): each row the weights of one output pixel, sum 1; the kernel widens when shrinking (antialias)."""
-    step = inputs / outputs
-    stretch = max(step, 1.0)
-    centre = (np.arange(outputs) + 0.5) * step - 0.5
-    u = (np.arange(inputs)[None, :] - centre[:, None]) / stretch
-    weight = np.where(np.abs(u) < 3.0, np.sinc(u) * np.sinc(u / 3.0), 0.0)
-    matrix: NDArray[np.float32] = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
-    return matrix
-
-
-def resize_lanczos3(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, H, W, 3) uint8 to (B, size, size, 3) uint8 as TensorFlow's antialiased lanczos3 does: both passes in float, one rounding."""
-    if frames.shape[1:3] == (size, size):
-        return frames
-    rows, columns = (torch.from_numpy(_lanczos3_matrix(n, size)).to(frames.device) for n in frames.shape[1:3])
-    tall = torch.einsum("oh,bhwc->bowc", rows, frames.float())
-    return torch.einsum("pw,bowc->bopc", columns, tall).round().clamp(0, 255).to(torch.uint8)
-
-
-@lru_cache(maxsize=16)
-def _crop_matrix(inputs: int, outputs: int, side: float) -> NDArray[np.float32]:
-    """(outputs, inputs): bilinear samples of the central `side` of the axis, first and last on its edges (crop_and_resize)."""
-    low = np.float32((1.0 - side) / 2.0)
-    high = np.float32(low + np.float32(side))
-    at = low * np.float32(inputs - 1) + np.arange(outputs, dtype=np.float32) * (
-        (high - low) * np.float32(inputs - 1) / np.float32(outputs - 1)
-    )
-    matrix = np.zeros((outputs, inputs), np.float32)
-    floor = np.floor(at).astype(int)
-    matrix[np.arange(outputs), floor] += 1.0 - (at - floor)
-    matrix[np.arange(outputs), np.minimum(floor + 1, inputs - 1)] += at - floor
-    return matrix
-
-
-def centre_crop(frames: torch.Tensor, area: float) -> torch.Tensor:
-    """(B, S, S, 3) uint8: the central `area` of each picture, back at size S. 1 changes nothing; ValueError unless 0 < area <= 1."""
-    if not 0.0 < area <= 1.0:
-        raise ValueError(f"centre_crop: area {area}, want a share in (0, 1]")
-    if area == 1.0:
-        return frames
-    matrix = torch.from_numpy(_crop_matrix(frames.shape[1], frames.shape[1], float(np.sqrt(np.float32(area))))).to(frames.device)
-    wide = torch.einsum("pw,bhwc->bhpc", matrix, frames.float() / 255.0)
-    cropped = torch.einsum("oh,bhpc->bopc", matrix, wide).clamp(0.0, 1.0)
-    return (cropped * 255.5).to(torch.uint8)  # TensorFlow's convert_image_dtype: truncation of x * (255 + 1/2)
-
-
 def resized(frames: torch.Tensor, size: int, jpeg: bool) -> torch.Tensor:
     """The published chain up to the crop: frames (B, H, W, 3) uint8 to (B, size, size, 3) uint8."""
     return resize_lanczos3(jpeg_round_trip(frames) if jpeg else frames, size)
@@ -291,10 +243,3 @@ def resized(frames: torch.Tensor, size: int, jpeg: bool) -> torch.Tensor:
 def picture(frames: torch.Tensor, size: int, jpeg: bool, crop_area: float) -> torch.Tensor:
     """The published chain: frames (B, H, W, 3) uint8 to what the policy looks at, (B, size, size, 3) uint8."""
     return centre_crop(resized(frames, size, jpeg), crop_area)
-
-
-def normalise_pixels(pictures: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(B, S, S, 3) uint8 to (B, 6, S, S) float32: channels 0..2 for DINOv2 (minus `mean`, by `std`), 3..5 for SigLIP ([-1, 1])."""
-    unit = pictures.permute(0, 3, 1, 2).float() / 255.0
-    low, spread = (torch.tensor(tuple(three), device=unit.device)[:, None, None] for three in (mean, std))
-    return torch.cat([(unit - low) / spread, (unit - 0.5) / 0.5], dim=1)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv.config import ReflectorConfig
+from worldenv.kernels.frames import for_reflector
 from worldenv.reflector.prompt import Prompt
 
 VISION_BATCH = 32
@@ -73,12 +74,7 @@ def to_pixels(frame: torch.Tensor, size: int) -> torch.Tensor:
     """
     if frame.dim() != 4 or frame.shape[-1] != 3 or not frame.numel() or frame.dtype != torch.uint8:
         raise ValueError(f"reflector: frames {tuple(frame.shape)} {frame.dtype}, want (N, H, W, 3) uint8, at least one")
-    side = min(frame.shape[1:3])
-    top, left = (frame.shape[1] - side) // 2, (frame.shape[2] - side) // 2
-    pixels = frame[:, top : top + side, left : left + side].permute(0, 3, 1, 2).float()
-    if side != size:
-        pixels = nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
-    return pixels / 127.5 - 1
+    return for_reflector(frame, size)
 
 
 class Llava(nn.Module):

@@ -21,9 +21,11 @@ from torch import nn
 
 from worldenv import noise as counter_noise
 from worldenv.config import SimulatorConfig
+from worldenv.kernels.ddim_step import ddim_step
+from worldenv.kernels.frames import for_vae, to_frames
 from worldenv.nouns import ActionMap
 from worldenv.simulator.conditioning import ClipTower, Resampler
-from worldenv.simulator.schedule import Sampler, latent_scales, rescale_guidance
+from worldenv.simulator.schedule import Sampler, latent_scales
 from worldenv.simulator.unet import KeysValues, UNet
 from worldenv.simulator.vae import VAE, Posterior
 
@@ -77,8 +79,8 @@ class Denoising:
     """(steps,) float32: what memory is multiplied by at each level."""
     done: tuple[int, ...]
     """Steps that each has been through."""
-    x: torch.Tensor
-    """(B, z, K, h, w)."""
+    noisy: torch.Tensor
+    """(B, z, M + K, h, w): memory at its level, then the chunk."""
     x_0: torch.Tensor
     """(B, z, K, h, w): what the last step foresaw."""
 
@@ -111,10 +113,10 @@ def _gathered(chunks: Sequence[Chunk]) -> Denoising:
         return first
     from_ = [(chunk.batch, chunk.row) for chunk in chunks]
     others = [(batch.unconditional, row) for batch, row in from_ if batch.unconditional is not None]
-    noise, x, x_0 = (torch.stack([getattr(batch, name)[row] for batch, row in from_]) for name in ("noise", "x", "x_0"))
+    noise, noisy, x_0 = (torch.stack([getattr(batch, name)[row] for batch, row in from_]) for name in ("noise", "noisy", "x_0"))
     return Denoising(
         _stacked([(batch.condition, row) for batch, row in from_]), _stacked(others) if others else None, noise,
-        first.rows, first.scales, tuple(batch.done[row] for batch, row in from_), x, x_0,
+        first.rows, first.scales, tuple(batch.done[row] for batch, row in from_), noisy, x_0,
     )  # fmt: skip
 
 
@@ -212,7 +214,7 @@ class Evac(nn.Module):
 
     def picture(self, frames: torch.Tensor) -> torch.Tensor:
         """(N, 3, height, width) in [-1, 1] of `frames` (N, H, W, 3) uint8."""
-        return self.fit(frames.permute(0, 3, 1, 2).to(self.latent_scale.dtype) / 255.0)
+        return for_vae(frames, (self.config.height, self.config.width), self.latent_scale.dtype)
 
     def encode(self, pictures: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled latents (N, z, h, w) of `pictures` (N, 3, H, W) in [-1, 1]: the posterior's mean, or its sample at `noise` like the result."""
@@ -313,28 +315,28 @@ class Evac(nn.Module):
         rows = self.unet.time_rows(levels, torch.full_like(levels, config.fps_token), torch.full_like(levels, config.domain))
         scales = torch.from_numpy(latent_scales(config.scale_memory)[sampler.timesteps]).to(device, torch.float32)
         x = noise[:, 0].contiguous()
-        return Denoising(condition, unconditional, noise, rows, scales, (0,) * len(x), x, x)
+        return Denoising(condition, unconditional, noise, rows, scales, (0,) * len(x), torch.cat([condition.memory * scales[-1], x], dim=2), x)
 
     def _stepped(self, now: Denoising) -> Denoising:
         """After one more step of each."""
         config, condition, remembered = self.config, now.condition, now.condition.memory.shape[2]
-        device, batch = now.x.device, len(now.done)
+        device, batch = now.noisy.device, len(now.done)
         at = [max(0, self.steps - 1 - done) for done in now.done]  # padding may be a row that is through
         index = torch.full((batch,), at[0], device=device) if len(set(at)) == 1 else torch.tensor(at, device=device)
         levels = now.rows[1 + index]
-        noisy = torch.cat([condition.memory * now.scales[index].view(-1, 1, 1, 1, 1), now.x], dim=2)
-        v = self.unet.denoise(torch.cat([noisy, condition.fixed], dim=1).to(self.dtype), now.rows[:1], levels, condition.pairs, remembered)
+        v = self.unet.denoise(torch.cat([now.noisy, condition.fixed], dim=1).to(self.dtype), now.rows[:1], levels, condition.pairs, remembered)
+        other = None
         if now.unconditional is not None:
-            given = torch.cat([noisy, now.unconditional.fixed], dim=1).to(self.dtype)
+            given = torch.cat([now.noisy, now.unconditional.fixed], dim=1).to(self.dtype)
             other = self.unet.denoise(given, now.rows[:1], levels, now.unconditional.pairs, remembered)
-            guided = other + config.guidance * (v - other)
-            v = rescale_guidance(guided, v, config.guidance_rescale) if config.guidance_rescale > 0 else guided
-        added = now.noise[torch.arange(batch, device=device), self.steps - index] if config.eta > 0 else None
-        x, x_0 = self.sampler.step(now.x, v[:, :, remembered:], index, added)
-        return replace(now, done=tuple(done + 1 for done in now.done), x=x.contiguous(), x_0=x_0.contiguous())
+        noisy, x_0 = ddim_step(
+            now.noisy, v, other, condition.memory, self.sampler.table(device), now.scales, index, now.noise if config.eta > 0 else None,
+            config.guidance, config.guidance_rescale,
+        )  # fmt: skip
+        return replace(now, done=tuple(done + 1 for done in now.done), noisy=noisy.contiguous(), x_0=x_0.contiguous())
 
     def _latents(self, now: Denoising) -> torch.Tensor:
-        return now.x_0 if self.config.final == "pred_x0" else now.x
+        return now.x_0 if self.config.final == "pred_x0" else now.noisy[:, :, now.condition.memory.shape[2] :]
 
     # the contract
 
@@ -440,8 +442,7 @@ class Evac(nn.Module):
 
     def frames(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, H, W, 3) uint8 of scaled `latents` (N, z, h, w), rounded to the nearest level."""
-        pictures = ((self.decode(latents) + 1.0) / 2.0).clamp(0.0, 1.0)
-        return (pictures * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return to_frames(self.decode(latents))
 
     @torch.no_grad()
     def reconstruct(self, frames: torch.Tensor) -> torch.Tensor:

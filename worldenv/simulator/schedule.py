@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from worldenv.kernels import ddim_step
+
 LEVELS = 1000
 """Noise levels of the process."""
 _BETA_FIRST, _BETA_LAST = 0.00085, 0.012
@@ -110,8 +112,8 @@ class Sampler:
     def _coefficients(self) -> dict[torch.device, torch.Tensor]:
         return {}
 
-    def _on(self, device: torch.device) -> torch.Tensor:
-        """(steps, 6) float32, kept on `device`: a step copies nothing to it and waits for nothing."""
+    def table(self, device: torch.device) -> torch.Tensor:
+        """(steps, 6) float32 of `ddim_step.COLUMNS`, kept on `device`: a step copies nothing to it and waits for nothing."""
         if device not in self._coefficients:
             # In exact arithmetic the radicand is 0 on the first step with eta = 1; rounded, it can be below.
             towards = np.sqrt(np.maximum(1.0 - self.alphas_prev - self.sigmas**2, 0.0))
@@ -123,19 +125,7 @@ class Sampler:
     def step(self, x: torch.Tensor, v: torch.Tensor, index: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_prev, x_0) of latents `x` and predictions `v` (B, ...), each sample at its own `index` (B,) of the tables.
 
-        `noise` is standard normal, like x; None where every sigma is 0. Arithmetic in float32.
+        `noise` is standard normal, like x; None where every sigma is 0. Arithmetic in float32. The simulator's own step has guidance and memory in
+        it too (`worldenv.kernels.ddim_step`).
         """
-        rows = self._on(x.device)[index].view(-1, 6, *[1] * (x.dim() - 1))
-        signal, rest, rescale, towards, signal_prev, sigma = rows.unbind(1)
-        x, v = x.float(), v.float()
-        x_0 = (signal * x - rest * v) * rescale
-        epsilon = signal * v + rest * x
-        x_prev = signal_prev * x_0 + towards * epsilon
-        return (x_prev if noise is None else x_prev + sigma * noise), x_0
-
-
-def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
-    """`guided` (B, ...) with `share` of it brought to the standard deviation of `conditional`, per sample over everything else."""
-    axes = list(range(1, guided.dim()))
-    matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
-    return share * matched + (1.0 - share) * guided
+        return ddim_step.step_ref(x.float(), v.float(), self.table(x.device)[index], noise)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from worldenv.kernels import laplace
+
 
 @dataclass(frozen=True)
 class Surrogate:
@@ -34,17 +36,8 @@ def surrogate(
 
     `steps` is the divisor T; without it, the executed steps here. Values outside `live` do not matter, not even nan.
     """
-    if not new.shape == old.shape == live.shape or advantage.shape != new.shape[:1]:
-        raise ValueError(
-            f"surrogate: new {tuple(new.shape)}, old {tuple(old.shape)}, live {tuple(live.shape)}, advantage {tuple(advantage.shape)}"
-        )
-    log_ratio = torch.where(live, new - old, 0.0)
-    ratio = log_ratio.exp()
-    gain = ratio * advantage[:, None]
-    held = ratio.clamp(1.0 - clip, 1.0 + clip) * advantage[:, None]
-    total = torch.where(live, torch.minimum(gain, held), 0.0).sum()
+    made = laplace.clipped(new, old, advantage, live, clip)
     count = steps if steps is not None else float(live.sum())
     if count <= 0:
         raise ValueError("surrogate: no executed step")
-    plain, log_plain = ratio.detach(), log_ratio.detach()
-    return Surrogate(-total / count, plain * live, (held < gain).detach() & live, plain - 1.0 - log_plain)
+    return Surrogate(-made.gain.sum() / count, made.ratio, made.clipped, made.kl)

@@ -702,7 +702,7 @@ TINY = RunConfig(
         image=64, patch=8, vision_width=64, vision_layers=2, vision_heads=2, vision_mlp=128,
         width=64, layers=2, heads=2, kv_heads=1, ffn=128, frames=4, head_width=128, sampler="stable_dyadic",
     ),
-    sft=SftConfig(steps=400, lr=3e-4, prior_per_task=200, prior_steps=1000),
+    sft=SftConfig(steps=400, lr=3e-4, prior_per_task=300, prior_steps=1200),
     world=WorldConfig(vae_steps=1000, batch=8, steps=500),
     reward=RewardConfig(backbone_steps=300, backbone_lr=2e-3, embeddings=1000),
     loop=LoopConfig(scale_factor=3.0, iterations=20),

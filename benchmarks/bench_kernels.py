@@ -88,7 +88,7 @@ def _draw(setting: Setting, rows: int) -> Subject:
         return flat((action, laplace.log_prob_ref(action, mu.double(), log_scale.double())))
 
     ours = functools.partial(laplace.draw, mu, log_scale, draw)
-    return Subject(ours, lambda: laplace.draw_ref(mu, log_scale, uniform), judged, moved(mu, log_scale, *ours()), LIMITS[torch.float32])
+    return Subject(ours, lambda: laplace.draw_ref(mu, log_scale, uniform), judged, moved(mu, log_scale, *ours()), LIMITS[setting.dtype])
 
 
 def _log_prob(setting: Setting, rows: int) -> Subject:

@@ -246,8 +246,13 @@ def _interpolated(inputs: int, first: int, count: int, outputs: int, mode: str, 
     return taps(matrix, device)
 
 
+@lru_cache(maxsize=32)
+def _on(norms: tuple[tuple[float, ...], ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(norms, dtype=torch.float32, device=device)
+
+
 def _pixels_triton(
-    frames: torch.Tensor, rows: Taps, columns: Taps, crop: Taps | None, norms: Sequence[Sequence[float]], levels: bool, dtype: torch.dtype,
+    frames: torch.Tensor, rows: Taps, columns: Taps, crop: Taps | None, norms: tuple[tuple[float, ...], ...], levels: bool, dtype: torch.dtype,
     channels_last: bool,
 ) -> torch.Tensor:  # fmt: skip
     """(N, 3 or 6, H', W') of `frames` (N, H, W, 3) uint8; each of `norms` three means and three deviations."""
@@ -259,7 +264,7 @@ def _pixels_triton(
         out = torch.empty(count, channels, tall, wide, dtype=dtype, device=frames.device)
     cropped = rows if crop is None else crop
     arguments = {
-        "frames_ptr": frames.contiguous(), "out_ptr": out, "norm_ptr": torch.tensor(norms, dtype=torch.float32, device=frames.device),
+        "frames_ptr": frames.contiguous(), "out_ptr": out, "norm_ptr": _on(norms, frames.device),
         "rows_ptr": rows.first, "row_weights_ptr": rows.weights, "columns_ptr": columns.first, "column_weights_ptr": columns.weights,
         "crop_ptr": cropped.first, "crop_weights_ptr": cropped.weights, "height": height, "width": width, "tall": tall, "wide": wide,
         "out_n": out.stride(0), "out_c": out.stride(1), "out_p": out.stride(3),
@@ -277,20 +282,20 @@ def for_policy_triton(frames: torch.Tensor, size: int, crop_area: float, mean: S
     """`for_policy` by the kernel."""
     rows, columns = (_lanczos3(n, size, frames.device) for n in frames.shape[1:3])
     crop = None if crop_area == 1.0 else _crop(size, crop_area, frames.device)
-    return _pixels_triton(frames, rows, columns, crop, [(*mean, *std), _HALF * 2], True, torch.float32, False)
+    return _pixels_triton(frames, rows, columns, crop, ((*mean, *std), _HALF * 2), True, torch.float32, False)
 
 
 def for_reflector_triton(frames: torch.Tensor, size: int) -> torch.Tensor:
     """`for_reflector` by the kernel."""
     side = min(frames.shape[1:3])
     rows, columns = (_interpolated(n, (n - side) // 2, side, size, "bicubic", frames.device) for n in frames.shape[1:3])
-    return _pixels_triton(frames, rows, columns, None, [_HALF * 2], True, torch.float32, False)
+    return _pixels_triton(frames, rows, columns, None, (_HALF * 2,), True, torch.float32, False)
 
 
 def for_vae_triton(frames: torch.Tensor, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """`for_vae` by the kernel."""
     rows, columns = (_interpolated(n, 0, n, wanted, "bilinear", frames.device) for n, wanted in zip(frames.shape[1:3], size, strict=True))
-    return _pixels_triton(frames, rows, columns, None, [_HALF * 2], False, dtype, True)
+    return _pixels_triton(frames, rows, columns, None, (_HALF * 2,), False, dtype, True)
 
 
 def to_frames_triton(pictures: torch.Tensor) -> torch.Tensor:

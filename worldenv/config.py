@@ -544,7 +544,7 @@ class LoopConfig:
     bucket: int = 4
     """Rows of every batch of policy and simulator in rollouts; fewer are padded. Rollouts depend on it in their last bits, on slots they do not."""
     judge_bucket: int = 1
-    """Chunks that the reflector judges at once; above 1, scores depend on who is judged together, in their last bits."""
+    """Chunks that the reflector judges at once; above 1, scores may depend on who is judged together, in their last bits."""
     overlap: Literal["off", "auto", "always"] = "auto"
     """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
     drop_uniform_groups: bool = False

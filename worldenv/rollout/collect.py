@@ -64,7 +64,7 @@ class Schedule:
     bucket: int = 4
     """Rows of every batch of policy and simulator; fewer are padded."""
     judge_bucket: int = 1
-    """Chunks judged at once. Above 1, rows of different length are packed together, and scores are equal to rounding alone."""
+    """Chunks judged at once. Above 1, rows of different length are packed together, and scores may differ in their last bits."""
     overlap: Literal["off", "auto", "always"] = "auto"
     """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
     attempts: int = 3

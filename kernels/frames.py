@@ -197,7 +197,7 @@ def _to_frames_kernel(pictures_ptr, out_ptr, pixels, in_n, in_c, in_p, BLOCK: tl
     picture, at = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     place, channel = (at // 3).to(tl.int64), (at % 3).to(tl.int64)
     value = tl.load(pictures_ptr + picture * in_n + channel * in_c + place * in_p, mask=at < size, other=0.0).to(tl.float32)
-    unit = tl.minimum(tl.maximum((value + 1.0) / 2.0, 0.0), 1.0)
+    unit = tl.minimum(tl.maximum((value + 1.0) * 0.5, 0.0), 1.0)
     tl.store(out_ptr + picture * size + at.to(tl.int64), _nearest(unit * 255.0).to(tl.uint8), mask=at < size)
 
 

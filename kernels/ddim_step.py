@@ -240,7 +240,7 @@ BUILDS = (
                 "index_ptr": "*i64", "noise_ptr": "*i64" if kind == 2 else "*fp32", "partial_ptr": "*fp32", "next_ptr": "*fp32", "x_0_ptr": "*fp32",
                 **dict.fromkeys((*_SIZES, *_STRIDES), "i32"), "guidance": "fp32", "share": "fp32",
             },
-            {"GUIDED": guided, "NOISE": kind, "PARTS": 32 if guided else 1, "BLOCK": _BLOCK}, contract=kind != 2,
+            {"GUIDED": guided, "NOISE": kind, "PARTS": 64 if guided else 1, "BLOCK": _BLOCK}, contract=kind != 2,
         )
         for dtype in ("*fp32", "*bf16")
         for guided in (False, True)

@@ -198,6 +198,13 @@ def _for_vae(setting: Setting, count: int, size: tuple[int, int]) -> Subject:
     return Subject(ours, lambda: judge(torch.float32), lambda: flat(judge(torch.float64)), moved(given, ours()), LIMITS[torch.float32])
 
 
+def _for_reflector(setting: Setting, count: int, size: tuple[int, int]) -> Subject:
+    given = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, device=setting.device)
+    side = 384 if setting.size == "published" else 48
+    ours, judge = functools.partial(frames.for_reflector, given, side), functools.partial(frames.for_reflector_ref, given, side)
+    return Subject(ours, judge, lambda: flat(judge()), moved(given, ours()), _LEVELS)
+
+
 def _to_frames(setting: Setting, count: int, size: tuple[int, int]) -> Subject:
     given = _random(setting)(count, *size, 3).permute(0, 3, 1, 2)
     ours = functools.partial(frames.to_frames, given)
@@ -231,6 +238,7 @@ def kernels(setting: Setting) -> Variants:
         f"ddim_step of {rows}, guided": functools.partial(_ddim, setting, rows, latent, 3.0, False),
         f"action_map of {count}": functools.partial(_paint, setting, count, size),
         f"frames to policy, {count}": functools.partial(_for_policy, setting, count, (256, 256) if large else size),
+        f"frames to reflector, {count}": functools.partial(_for_reflector, setting, count, size),
         f"frames to vae, {count}": functools.partial(_for_vae, setting, count, size),
         f"frames back, {count}": functools.partial(_to_frames, setting, count, size),
     }

@@ -7,14 +7,11 @@ tabletop's, and nothing is pushed here.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
-from worldenv import kinematics, noise
 from worldenv.config import EnvConfig
 from worldenv.envs.contract import Snapshot, Split
-from worldenv.envs.tabletop import COLOURS, DOWN, MOST_JITTER_M, NOMINAL, STATES_SEED, InitialState, Tabletop, apart
+from worldenv.envs.tabletop import COLOURS, MOST_JITTER_M, InitialState, Tabletop, drawn_state
 
 OVER_M = 0.085
 """Height of the gripper over the table when it is there [m]: its fingers are clear of the pucks."""
@@ -44,19 +41,10 @@ class Reaching(Tabletop):
         """See `TrueEnvironment`."""
         return self._states if split == "train" else 0
 
-    def _start(self, task: int, split: Split, index: int) -> InitialState:
-        if not 0 <= task < len(COLOURS):
-            raise ValueError(f"task={task}: there are {len(COLOURS)} tasks, 0 .. {len(COLOURS) - 1}")
+    def _state(self, split: Split, index: int) -> InitialState:
         if not 0 <= index < self.states(split):
             raise ValueError(f"{split} state {index}: reaching has {self.states(split)}")
-        for attempt in itertools.count():
-            u = 2.0 * noise.uniform(STATES_SEED, 0, _BASE + index, attempt, noise.Stream.SCENE, (13,)) - 1.0
-            pucks = NOMINAL + MOST_JITTER_M * u[:6].reshape(3, 2)
-            if apart(pucks):
-                break
-        pose = np.concatenate([_MIDDLE + _JITTER * u[6:9], kinematics.multiply(kinematics.exp(_TURN * u[9:12]), DOWN)])
-        low, high = _OPENING
-        return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))
+        return drawn_state(_BASE + index, MOST_JITTER_M, _MIDDLE, _JITTER, _TURN, _OPENING)
 
     def begin(self, task: int, split: Split, index: int) -> Snapshot:
         """See `TrueEnvironment`."""

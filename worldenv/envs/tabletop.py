@@ -60,8 +60,7 @@ _RGBA = {"red": "0.85 0.12 0.10 1", "blue": "0.12 0.25 0.85 1", "yellow": "0.95 
 NOMINAL = np.array([[-0.02, -0.10], [-0.02, 0.0], [-0.02, 0.10]])
 """(3, 2): where pucks lie without jitter [m]."""
 _LEAST_GAP = 0.012  # between neighbours, side by side (y) [m]
-REST = np.array([-0.118, 0.0, 0.08])
-"""Where the gripper rests, without jitter [m]."""
+_REST = np.array([-0.118, 0.0, 0.08])
 _REST_JITTER = np.array([0.01, 0.01, 0.01])
 _REST_TURN = 0.05  # about each axis [rad]
 _REST_OPENING = (0.6, 0.9)
@@ -91,8 +90,7 @@ _PUCKS, _PALM, _OPENING = slice(0, 21), slice(21, 28), slice(28, 32, 2)  # in qp
 _PALM_QVEL = slice(18, 24)
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION.value
 
-STATES_SEED = 20250928
-"""Of the fixed initial states: the same in every run, whatever its seed."""
+_STATES_SEED = 20250928  # of the fixed initial states: the same in every run, whatever its seed
 _TEST_BASE = 1 << 16  # test state i is state number 2^16 + i, train state i is number i: no number is both
 MOST_JITTER_M = 0.05
 """Beyond it pucks begin out of reach or on the strip [m]."""
@@ -170,17 +168,28 @@ class InitialState:
         return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
 
 
-def apart(pucks: NDArray[np.float64]) -> bool:
-    """Whether neighbours among `pucks` (3, 2), left to right, leave room between them."""
-    return bool(np.all(np.diff(pucks[:, 1]) >= 2 * PUCK_RADIUS + _LEAST_GAP))
+def drawn_state(
+    number: int, jitter_m: float, middle: NDArray[np.float64], spread: NDArray[np.float64], turn: float, opening: tuple[float, float]
+) -> InitialState:
+    """The scene of state `number`: pucks within `jitter_m` of their nominal places, gripper within `spread` of `middle` [m] and `turn` [rad].
+
+    Under one key, the counter is (number of the state, attempt): Philox maps different counters to different blocks, so no two states begin
+    with the same numbers. Draws in which neighbours stand too close are drawn again.
+    """
+    for attempt in itertools.count():
+        u = 2.0 * noise.uniform(_STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (13,)) - 1.0
+        pucks = NOMINAL + jitter_m * u[:6].reshape(3, 2)
+        if np.all(np.diff(pucks[:, 1]) >= 2 * PUCK_RADIUS + _LEAST_GAP):  # of the largest jitter, one draw in two
+            break
+    pose = np.concatenate([middle + spread * u[6:9], kinematics.multiply(kinematics.exp(turn * u[9:12]), DOWN)])
+    low, high = opening
+    return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))
 
 
 def initial_state(config: EnvConfig, split: Split, index: int) -> InitialState:
     """State `index` of `split`, the same for every task, so that nothing but the instruction tells what to do: a function of these and of
-    `config.jitter_m` alone.
+    `config.jitter_m` alone (`drawn_state`); train and test states have different numbers.
 
-    Under one key, the counter is (number of the state, attempt): Philox maps different counters to different blocks, so no two states begin
-    with the same numbers, train or test. Draws in which neighbours stand too close are drawn again.
     Raises ValueError where there is no such state, and for too much jitter.
     """
     if split not in ("train", "test"):
@@ -191,14 +200,7 @@ def initial_state(config: EnvConfig, split: Split, index: int) -> InitialState:
     if not 0 <= config.jitter_m <= MOST_JITTER_M:
         raise ValueError(f"env.jitter_m={config.jitter_m}: want 0 .. {MOST_JITTER_M} m; beyond it pucks begin out of reach or on the strip")
     number = index + (_TEST_BASE if split == "test" else 0)
-    for attempt in itertools.count():
-        u = 2.0 * noise.uniform(STATES_SEED, 0, number, attempt, noise.Stream.SCENE, (13,)) - 1.0
-        pucks = NOMINAL + config.jitter_m * u[:6].reshape(3, 2)
-        if apart(pucks):  # of the largest jitter, one draw in two
-            break
-    pose = np.concatenate([REST + _REST_JITTER * u[6:9], kinematics.multiply(kinematics.exp(_REST_TURN * u[9:12]), DOWN)])
-    low, high = _REST_OPENING
-    return InitialState(pucks, pose, float(low + (high - low) * (u[12] + 1) / 2))
+    return drawn_state(number, config.jitter_m, _REST, _REST_JITTER, _REST_TURN, _REST_OPENING)
 
 
 def _in_mujoco(pose: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -298,6 +300,9 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     def _start(self, task: int, split: Split, index: int) -> InitialState:
         if not 0 <= task < len(COLOURS):
             raise ValueError(f"task={task}: there are {len(COLOURS)} tasks, 0 .. {len(COLOURS) - 1}")
+        return self._state(split, index)
+
+    def _state(self, split: Split, index: int) -> InitialState:
         return initial_state(self._config, split, index)
 
     @property

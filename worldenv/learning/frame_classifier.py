@@ -14,15 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from worldenv import console, noise
+from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import RewardConfig
 from worldenv.data.episode import Episode
-from worldenv.learning.reward_head import Labelled, finite
-from worldenv.learning.sft import one_cycle
+from worldenv.learning.reward_head import Labelled, descend
 from worldenv.reflector.classifier import ClassifierReflector
-
-_GRAD_CLIP = 1.0
 
 
 def train_classifier(
@@ -35,28 +32,15 @@ def train_classifier(
     """
     moments = Labelled(episodes, drawn)
     number = torch.tensor(reflector.numbers([episode.instruction for episode in episodes]))
-    network, device = reflector.network.train().requires_grad_(True), reflector.device
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.classifier_lr, weight_decay=0.01)
-    first, losses = 0, []
-    if kept := savepoint.load():
-        network.load_state_dict(kept["weights"])
-        optimizer.load_state_dict(kept["optimizer"])
-        first, losses = kept["step"], kept["losses"]
-    for step in (bar := console.track(first, config.classifier_steps, "classifier")):
+    network, device = reflector.network, reflector.device
+
+    def loss_at(step: int) -> torch.Tensor:
         batch, label = moments.draw(seed, noise.Stream.BACKBONE, step, config.classifier_batch, config.positives)
         frames = torch.from_numpy(np.stack([moments.video(e, bool(other))[t] for e, t, other in batch.tolist()]))
         logit = reflector.logit(frames, number[batch[:, 0]])
-        loss = nn.functional.binary_cross_entropy_with_logits(logit, torch.from_numpy(label).to(device))
-        losses.append(finite(loss, step, "classifier-lr"))
-        for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, config.classifier_steps, config.classifier_lr)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), _GRAD_CLIP)
-        optimizer.step()
-        bar.note(loss=float(np.mean(losses[-20:])))
-        if savepoint.due():
-            savepoint.save({"step": step + 1, "weights": dict(network.state_dict()), "optimizer": optimizer.state_dict(), "losses": losses})
+        return nn.functional.binary_cross_entropy_with_logits(logit, torch.from_numpy(label).to(device))
+
+    losses = descend(network, loss_at, config.classifier_steps, config.classifier_lr, "classifier", "classifier-lr", savepoint)
     reflector.freeze()
     savepoint.clear()
     return {

@@ -14,7 +14,7 @@ rollout is a true one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,35 @@ def finite(loss: torch.Tensor, step: int, knob: str) -> float:
     return value
 
 
+def descend(
+    network: nn.Module, loss_at: Callable[[int], torch.Tensor], steps: int, lr: float, label: str, flag: str, savepoint: Savepoint
+) -> list[float]:
+    """Train all of `network` in place by AdamW for `steps`, one cycle to the peak `lr`; `loss_at` gives the loss of a step's batch.
+
+    Returns the losses. FloatingPointError, naming the setting reward.`flag`, where one is not finite. A killed run goes on from `savepoint`.
+    """
+    network.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
+    first, losses = 0, []
+    if kept := savepoint.load():
+        network.load_state_dict(kept["weights"])
+        optimizer.load_state_dict(kept["optimizer"])
+        first, losses = kept["step"], kept["losses"]
+    for step in (bar := console.track(first, steps, label)):
+        loss = loss_at(step)
+        losses.append(finite(loss, step, flag))
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(step, steps, lr)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), _GRAD_CLIP)
+        optimizer.step()
+        bar.note(loss=float(np.mean(losses[-20:])))
+        if savepoint.due():
+            savepoint.save({"step": step + 1, "weights": dict(network.state_dict()), "optimizer": optimizer.state_dict(), "losses": losses})
+    return losses
+
+
 def train_backbone(
     reflector: LlavaReflector, episodes: Sequence[Episode], config: RewardConfig, seed: int, savepoint: Savepoint,
     drawn: Sequence[NDArray[np.uint8]] | None = None,
@@ -115,29 +144,16 @@ def train_backbone(
     moments = Labelled(episodes, drawn)
     device = reflector.llava.device
     head = fresh_head(reflector.config, seed).to(device)
-    parts = nn.ModuleDict({"llava": reflector.llava, "head": head}).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=config.backbone_lr, weight_decay=0.01)
-    first, losses = 0, []
-    if kept := savepoint.load():
-        parts.load_state_dict(kept["weights"])
-        optimizer.load_state_dict(kept["optimizer"])
-        first, losses = kept["step"], kept["losses"]
-    for step in (bar := console.track(first, config.backbone_steps, "reflector")):
+
+    def loss_at(step: int) -> torch.Tensor:
         batch, label = moments.draw(seed, noise.Stream.BACKBONE, step, config.backbone_batch, config.positives)
         wanted = torch.from_numpy(label).to(device)
         embedding = moments.embed(reflector, batch)
         logits = torch.stack([head(embedding.pooled), reflector.llava.answer_logit(embedding.answer)])
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, wanted.expand_as(logits))
-        losses.append(finite(loss, step, "backbone-lr"))
-        for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, config.backbone_steps, config.backbone_lr)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parts.parameters(), _GRAD_CLIP)
-        optimizer.step()
-        bar.note(loss=float(np.mean(losses[-20:])))
-        if savepoint.due():
-            savepoint.save({"step": step + 1, "weights": dict(parts.state_dict()), "optimizer": optimizer.state_dict(), "losses": losses})
+        return nn.functional.binary_cross_entropy_with_logits(logits, wanted.expand_as(logits))
+
+    parts = nn.ModuleDict({"llava": reflector.llava, "head": head})
+    losses = descend(parts, loss_at, config.backbone_steps, config.backbone_lr, "reflector", "backbone-lr", savepoint)
     reflector.freeze()
     savepoint.clear()
     return {

@@ -30,6 +30,17 @@ class CheckpointError(ValueError):
     """A file that cannot be used: missing, truncated, damaged or foreign. The message names the file and the cure."""
 
 
+def read_published(path: Path, holder: str, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object of a published directory. Raises `error` that names the file and what kind of directory has one (`holder`)."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise error(f"{path}: {cause}; {holder} holds it") from cause
+    if not isinstance(found, dict):
+        raise error(f"{path}: want a JSON object")
+    return found
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it becomes `path` when the block ends well, and is removed when it does not.

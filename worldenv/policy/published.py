@@ -76,13 +76,7 @@ def adapted(config: PolicyConfig) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}; an OpenVLA-OFT checkpoint directory holds it") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: want a JSON object")
-    return found
+    return checkpoint.read_published(path, "an OpenVLA-OFT checkpoint directory")
 
 
 def _towers(stated: Mapping[str, Any], where: Path) -> tuple[VisionConfig, VisionConfig]:

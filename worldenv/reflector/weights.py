@@ -107,13 +107,7 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], name: str) 
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReflectorError(f"{path}: {error}; a LLaVA-OneVision directory in the layout of transformers holds it") from error
-    if not isinstance(found, dict):
-        raise ReflectorError(f"{path}: want a JSON object")
-    return found
+    return checkpoint.read_published(path, "a LLaVA-OneVision directory in the layout of transformers", ReflectorError)
 
 
 def _published_prompt(path: Path) -> Prompt:

@@ -353,7 +353,7 @@ def test_tables_take_their_own_numbers() -> None:
     assert before is not None
     assert before.rows[-1] == ("all tasks", "19/48", "17/48", "44/48", "3", "1")
     judged = tables.reflector(example())
-    assert judged.columns == ("figure", "true frames", "redrawn frames")
+    assert judged.columns == ("figure", "true frames", "imagined frames")
     assert [row[1:] for row in judged.rows[:2]] == [("0.994", "0.988"), ("no value", "0.800")]
     assert judged.note.startswith("60 episodes, 31 of them with a success.")
 

@@ -193,12 +193,13 @@ def world(desk: Desk, stage: Stage) -> None:
 
 
 def reward(desk: Desk, stage: Stage) -> None:
-    """The reflector learns to see success, in true frames and in frames as the simulator's autoencoder draws them."""
+    """The reflector learns to see success, in true frames and in those that the simulator imagines of the same commands."""
     settings, (training, held_out) = desk.settings, desk.explored
     training = [*desk.episodes("demos"), *training]
-    reconstruct = desk.simulator().reconstruct
+    imagined = desk.world(None)
     drawn, drawn_held_out = (
-        [reconstruct(torch.from_numpy(e.frame).to(desk.device)).cpu().numpy() for e in some] for some in (training, held_out)
+        audit.imagine_episodes(imagined, some, settings.loop.slots, settings.policy.chunk, label)
+        for some, label in ((training, "imagine"), (held_out, "imagine held-out"))
     )
     reflector: LlavaReflector | ClassifierReflector
     if settings.reward.judge == "classifier":
@@ -418,7 +419,7 @@ def _curve(desk: Desk) -> list[dict[str, Any]]:
 def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) -> dict[str, Any]:
     """PSNR by chunk on held-out exploration: imagined, the first frame repeated, and the autoencoder's own reconstruction as ceiling."""
     chunk, reconstruct = desk.settings.policy.chunk, desk.simulator().reconstruct
-    ours = audit.imagine_episodes(imagined, episodes, desk.settings.loop.slots, chunk)
+    ours = [frames[1:] for frames in audit.imagine_episodes(imagined, episodes, desk.settings.loop.slots, chunk, "imagine held-out")]
     still = [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes]
     ceiling = [reconstruct(torch.from_numpy(e.frame[1:]).to(desk.device)).cpu().numpy() for e in episodes]
     by = {"psnr_by_chunk": ours, "psnr_copy_first_by_chunk": still, "psnr_ceiling_by_chunk": ceiling}
@@ -560,10 +561,26 @@ STAGES: dict[str, Plan] = {
 }
 
 
+def _inputs(name: str, settings: RunConfig) -> tuple[str, ...]:
+    """Stages that stage `name` reads: in the true environment LOOP imagines nothing, and the predicate judges."""
+    needs = STAGES[name].inputs
+    true = name == "loop" and settings.loop.control == "true-simulator"
+    return tuple(one for one in needs if one not in ("world", "reward")) if true else needs
+
+
+def _up_to(last: str, settings: RunConfig) -> list[str]:
+    """Stage `last` and all that it is made from, in order."""
+    needed, names = {last}, list(STAGES)
+    for name in reversed(names[: names.index(last) + 1]):
+        needed |= set(_inputs(name, settings)) if name in needed else set()
+    return [name for name in names if name in needed]
+
+
 def train(
     out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = (), until: str | None = None
 ) -> None:
-    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone; none comes after `until`.
+    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone. With `until`, that stage and
+    what it is made from, and none else.
 
     Of several processes (worldenv.distributed) the first one does this, and the others join it in stage world.
     A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
@@ -573,15 +590,15 @@ def train(
         _follow(out, settings)
         return
     run = Run(out, settings)
-    names = list(STAGES)
-    names = names[: names.index(until) + 1] if until else names
-    again = names[names.index(first) :] if first else [only] if only else []
+    names = _up_to(until, settings) if until else list(STAGES)
+    order = list(STAGES)
+    again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
     for name in again:
         run.forget(name)
     desk = Desk(run)
     for name in [only] if only else names:
         plan = STAGES[name]
-        fingerprint = run.fingerprint(name, plan.settings(settings), list(plan.inputs))
+        fingerprint = run.fingerprint(name, plan.settings(settings), list(_inputs(name, settings)))
         if run.check(name, fingerprint):
             console.say(f"{name:>7}: skipped, done before")
             continue

@@ -703,11 +703,11 @@ TINY = RunConfig(
         width=64, layers=2, heads=2, kv_heads=1, ffn=128, frames=4, head_width=128, sampler="stable_dyadic",
     ),
     sft=SftConfig(steps=400, lr=3e-4, prior_per_task=300, prior_steps=1200),
-    world=WorldConfig(vae_steps=1000, batch=8, steps=500),
-    reward=RewardConfig(backbone_steps=300, backbone_lr=2e-3, embeddings=1000),
+    world=WorldConfig(vae_steps=1000, batch=8, steps=1000),
+    reward=RewardConfig(backbone_steps=400, backbone_lr=2e-3, embeddings=1000),
     loop=LoopConfig(scale_factor=4.0, contexts=24, iterations=16, batch=24, lora_lr=4e-4, head_lr=1e-4, snapshot_every=4),
     env=EnvConfig(train_states=200),
-    explore=ExploreConfig(factors=(1.0, 4.0)),
+    explore=ExploreConfig(episodes=900, factors=(1.0, 4.0, 8.0)),
 )  # fmt: skip
 
 PRESETS: dict[str, RunConfig] = {"tiny": TINY}

@@ -191,6 +191,27 @@ def log(quaternion: Doubles) -> Doubles:
     return rotation
 
 
+def unwrapped(rotation: Doubles) -> Doubles:
+    """Unit quaternions (..., 4) of rotation vectors (..., 3) [rad] whose angle is 2 acos(w), not wrapped: the sign that they were made from."""
+    angle = np.linalg.norm(rotation, axis=-1, keepdims=True)
+    factor = np.divide(np.sin(0.5 * angle), angle, out=np.full_like(angle, 0.5), where=angle > 0.0)
+    return np.concatenate([factor * rotation, np.cos(0.5 * angle)], axis=-1)
+
+
+def continuous(quaternion: Doubles) -> Doubles:
+    """Unit quaternions of a path (T, 4), normalised only where need be, each with the sign that is nearer to the one before; the first keeps its own.
+
+    Raises ValueError where a length is not 1 to within 1e-3.
+    """
+    length = np.linalg.norm(quaternion, axis=1, keepdims=True)
+    if (np.abs(length - 1.0) > 1e-3).any():
+        raise ValueError(f"quaternions of length {length.min():.6g} .. {length.max():.6g}, want unit quaternions x y z w")
+    quaternion = np.where(np.abs(length - 1.0) > 1e-9, quaternion / length, quaternion)
+    turned = np.sum(quaternion[1:] * quaternion[:-1], axis=1) < 0.0
+    sign = np.where(np.concatenate([[False], np.cumsum(turned) % 2 == 1]), -1.0, 1.0)
+    return quaternion * sign[:, None]
+
+
 def follow_definition(
     pose: Doubles, gripper: Doubles, velocity: Doubles, command: Doubles, model: ControllerModel
 ) -> tuple[Doubles, Doubles, Doubles]:

@@ -285,6 +285,10 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         to_world[:3, 3] = self.data.cam_xpos[self._eye]
         return Camera(np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]]), to_world, side, side)
 
+    def camera_of(self, task: int) -> Camera:
+        """See `TrueEnvironment`: all tasks share their scene."""
+        return self.camera
+
     def versions(self) -> dict[str, str]:
         """See `TrueEnvironment`."""
         return {**{package: metadata.version(package) for package in ("mujoco", "numpy")}, "renderer": self._eyes().renderer()}

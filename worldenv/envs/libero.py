@@ -13,6 +13,7 @@ initial states under seeds of ours: never a published one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class _Moment:
     """The gripper's ramp."""
     clock: tuple[float, bool]
     """When the next observation is due."""
+    initial: NDArray[np.float64]
     seen: _Seen
 
 
@@ -139,6 +141,19 @@ class _Scene:
         return self.model.body_pos, self.model.body_quat, self.model.site_rgba
 
 
+@functools.cache
+def _benchmark(suite: Suite) -> Any:
+    with libero_install.quiet():
+        return libero_install.load().benchmark.get_benchmark(suite)()
+
+
+@functools.cache
+def instructions(suite: Suite) -> tuple[str, ...]:
+    """Of each task of `suite`. Raises LiberoMissing where LIBERO is not there."""
+    found = _benchmark(suite)
+    return tuple(found.get_task(i).language for i in range(found.get_num_tasks()))
+
+
 class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     """`TrueEnvironment`, and a Gymnasium environment: reset(options={"task", "split", "index"}), reward 1 while the predicate holds.
 
@@ -166,8 +181,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         self.suite, self.render_mode = suite, render_mode
         self._image, self._wrist, self._pictures, self._train_states = image, wrist, pictures, train_states
         self._libero = libero_install.load()
-        with libero_install.quiet():
-            self._benchmark = self._libero.benchmark.get_benchmark(suite)()
+        self._benchmark = _benchmark(suite)
         self._scenes: dict[int, _Scene] = {}
         self._eyes: dict[int, Offscreen] = {}
         self._hashes: dict[tuple[int, Split, int], str] = {}
@@ -175,6 +189,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         self._steps = 0
         self._drawing = False
         self._seen: _Seen
+        self._initial: NDArray[np.float64]
         black = np.zeros((image, image, 3), np.uint8)
         self._black, self._frames = black, (black, black if wrist else None)
         seen: dict[str, spaces.Space[Any]] = {"frame": spaces.Box(0, 255, black.shape, np.uint8)}
@@ -188,7 +203,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     @property
     def tasks(self) -> tuple[str, ...]:
         """See `TrueEnvironment`."""
-        return tuple(self._benchmark.get_task(i).language for i in range(self._benchmark.get_num_tasks()))
+        return instructions(self.suite)
 
     @property
     def steps(self) -> int:
@@ -309,6 +324,17 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
 
     # Episodes
 
+    @property
+    def sim_state(self) -> NDArray[np.float64]:
+        """LIBERO's flattened state now: time [s], joint positions, joint velocities."""
+        return np.array(self.inner.get_sim_state())
+
+    @property
+    def initial_state(self) -> NDArray[np.float64]:
+        """The flattened state that the current episode began from, before it settled: for a test state, the published one."""
+        self.task  # noqa: B018 -- raises before the first episode
+        return self._initial.copy()
+
     def state_hash(self, task: int, split: Split, index: int) -> str:
         """SHA-256 (64 hex digits) of an initial state, fixtures included: two are the same where theirs is. An episode under way is kept."""
         self._check(task, split, index)
@@ -343,7 +369,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         """See `TrueEnvironment`: LIBERO's reset and initial state, then `SETTLE_STEPS` idle steps, which are not counted. Always draws the frame."""
         self._check(task, split, index)
         scene = self._place(task, split, index)
-        self._start, self._steps = (task, split, index), 0
+        self._start, self._steps, self._initial = (task, split, index), 0, np.array(scene.inner.get_sim_state())
         success = False
         for left in reversed(range(SETTLE_STEPS)):
             success = self._step(scene, IDLE, render=not left)
@@ -383,13 +409,14 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
             (np.array(controller.goal_pos), np.array(controller.goal_ori)),
             np.array(scene.robot.gripper.current_action),
             (probe._time_since_last_sample, probe._sampled),
+            self._initial,
             self._seen,
         )  # fmt: skip
 
     def restore(self, moment: _Moment) -> None:
         """See `TrueEnvironment`; the moment may be another task's."""
         scene = self.scene(moment.task)
-        self._start, self._steps = (moment.task, moment.split, moment.index), moment.steps
+        self._start, self._steps, self._initial = (moment.task, moment.split, moment.index), moment.steps, moment.initial
         for array, kept in zip(scene.alterable(), moment.fixtures, strict=True):
             array[:] = kept
         mujoco.mj_setState(scene.model, scene.data, moment.physics, _PHYSICS)

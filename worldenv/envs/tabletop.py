@@ -327,6 +327,11 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
             raise RuntimeError("Tabletop: no episode yet; call begin (or reset) first")
         return self._task
 
+    @property
+    def sim_state(self) -> NDArray[np.float64]:
+        """MuJoCo's state now: time [s], joint positions, joint velocities."""
+        return np.concatenate([[self.data.time], self._qpos, self._qvel])
+
     def begin(self, task: int, split: Split, index: int) -> Snapshot:
         """See `TrueEnvironment`. Always draws the frame."""
         start = self._start(task, split, index)

@@ -1,6 +1,7 @@
 # Each target does all its set-up; nothing but make is asked of the machine beforehand.
 #   make env    .venv with everything pinned, and the C++ extension
 #   make demo   post-train a policy inside a learned world, and say where the report is
+#   make libero LIBERO beside it: packages, assets, one frame of each suite as proof (docs/libero.md)
 #   make test   lint, types, C++ tests, Python tests: at most 20 minutes on two cores
 #   make check  what takes longer: sanitizers, slow tests
 #   make gpu    on a machine with an NVIDIA GPU and its own torch: build, test, measure; under 9 minutes (ARGS="--only vae --resume")
@@ -8,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: env demo test check gpu lint test-cpp test-python
+.PHONY: env libero demo test check gpu lint test-cpp test-python
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +33,16 @@ $(VENV)/packages.stamp: constraints.txt pyproject.toml .ci/system-packages
 $(VENV)/extension.stamp: $(VENV)/packages.stamp CMakeLists.txt $(filter-out csrc/tests/%,$(CPP)) $(PACKAGES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
+
+# LIBERO and robosuite declare packages that would replace torch and OpenCV, and that they do not import: they come without, and the extra has the rest
+$(VENV)/libero.stamp: $(VENV)/packages.stamp
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["libero"], sep="\n")' > $(VENV)/libero.txt
+	$(PIP) install -q -c constraints.txt -r $(VENV)/libero.txt
+	$(PIP) install -q -c constraints.txt --no-deps robosuite bddl hf-libero
+	touch $@
+
+libero: env $(VENV)/libero.stamp
+	$(BIN)/worldenv-doctor --install-assets libero
 
 demo: env
 	$(BIN)/worldenv-train --preset tiny --out $(RUN)

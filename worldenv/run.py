@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from worldenv import checkpoint, config, console
 from worldenv.checkpoint import CheckpointError, Savepoint
@@ -29,6 +29,17 @@ _SAVEPOINT = ".savepoint"
 
 class RunError(ValueError):
     """A run that cannot go on as asked. The message names the folder or stage and the cure."""
+
+
+def held(out: Path) -> IO[str]:
+    """The lock of the folder `out`, held until it is closed or the process ends. Raises RunError where another process holds it."""
+    lock = (out / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise RunError(f"{out}: another process is at work there; wait for it, or choose another --out") from error
+    return lock
 
 
 class Stage:
@@ -109,11 +120,7 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         if not known.is_file():
             checkpoint.write_text(known, json.dumps({"settings": config.to_dict(settings)}, indent=1))
-        self._lock = (out / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{out}: another process is at work there; wait for it, or choose another --out") from error
+        self._lock = held(out)
 
     def folder(self, stage: str) -> Path:
         """Where `stage` writes."""

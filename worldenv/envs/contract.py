@@ -27,6 +27,10 @@ class Snapshot:
     """0 shut .. 1 open."""
     success: bool
     """The task's predicate holds."""
+    fingers: NDArray[np.float64] | None = None
+    """(2,) their positions [m], where they differ from what `gripper` says: one may be pressed further than the other."""
+    wrist: NDArray[np.uint8] | None = None
+    """(H, W, 3): the camera on the hand, where it was asked for."""
 
 
 class TrueEnvironment(Protocol):
@@ -49,7 +53,11 @@ class TrueEnvironment(Protocol):
 
     @property
     def camera(self) -> Camera:
-        """agentview."""
+        """agentview, in the scene of the current episode."""
+        ...
+
+    def camera_of(self, task: int) -> Camera:
+        """agentview in the scene of `task`."""
         ...
 
     def versions(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ import importlib
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -106,15 +107,19 @@ def _open(model: Any, height: int, width: int) -> tuple[Any, Any]:
 class Offscreen:
     """Draws one model into pictures of one size. Not for use by two threads at once."""
 
-    def __init__(self, model: Any, height: int, width: int) -> None:
-        """Open a context for `model` (mujoco.MjModel); its offscreen buffer must be at least (height, width). Raises NoOpenGL."""
+    def __init__(self, model: Any, height: int, width: int, hidden: Sequence[int] = ()) -> None:
+        """Open a context for `model` (mujoco.MjModel); its offscreen buffer must be at least (height, width). Raises NoOpenGL.
+
+        Geoms of the groups `hidden` are not drawn.
+        """
         self._model = model
         self._shape = (height, width, 3)
         self._gl, self._context = _open(model, height, width)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._view = mujoco.MjrRect(0, 0, width, height)
-        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 16)
+        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + model.nsite + 16)
         self._options = mujoco.MjvOption()
+        self._options.geomgroup[list(hidden)] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED.value
         _alive.add(self)

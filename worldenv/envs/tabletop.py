@@ -285,6 +285,10 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         to_world[:3, 3] = self.data.cam_xpos[self._eye]
         return Camera(np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]]), to_world, side, side)
 
+    def camera_of(self, task: int) -> Camera:
+        """See `TrueEnvironment`: all tasks share their scene."""
+        return self.camera
+
     def versions(self) -> dict[str, str]:
         """See `TrueEnvironment`."""
         return {**{package: metadata.version(package) for package in ("mujoco", "numpy")}, "renderer": self._eyes().renderer()}
@@ -323,6 +327,11 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
             raise RuntimeError("Tabletop: no episode yet; call begin (or reset) first")
         return self._task
 
+    @property
+    def sim_state(self) -> NDArray[np.float64]:
+        """MuJoCo's state now: time [s], joint positions, joint velocities."""
+        return np.concatenate([[self.data.time], self._qpos, self._qvel])
+
     def begin(self, task: int, split: Split, index: int) -> Snapshot:
         """See `TrueEnvironment`. Always draws the frame."""
         start = self._start(task, split, index)
@@ -357,7 +366,8 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
             self._qpos[_OPENING] = opening * _TRAVEL_M
         else:
             held = min(max(float(self._qpos[_OPENING].mean()) / _TRAVEL_M, 0.0), 1.0)
-            self._arm = replace(self._arm, gripper=torch.tensor([held], dtype=torch.float64))
+            blocked = torch.tensor([held], dtype=torch.float64)
+            self._arm = replace(self._arm, gripper=blocked, ramp=blocked)
         return self._snapshot(render)
 
     def _eyes(self) -> Offscreen:

@@ -1,0 +1,274 @@
+"""worldenv-eval: success of a policy in the true environment, by the paper's protocols; two evaluations paired; one episode laid open."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from worldenv import checkpoint
+from worldenv.cli.arguments import parse
+from worldenv.envs import suites
+from worldenv.envs.libero_install import LiberoMissing
+from worldenv.envs.offscreen import NoOpenGL
+from worldenv.evaluation import Protocol
+from worldenv.policy.lerobot import LeRobotError
+from worldenv.trials import actors, inspection, runner
+from worldenv.trials.runner import EPISODES_PER_TASK, Evaluation
+
+Suite = Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10"]
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """Evaluate a policy on the fixed test states of a suite. The same command again goes on where it stopped."""
+
+    policy: str = ""
+    """expert, a policy's file, a run's folder, an OpenVLA-OFT directory, or lerobot:PATH with --python."""
+    suite: Suite = "libero_spatial"
+    """Which tasks."""
+    mode: Protocol = "oracle"
+    """oracle: ends at success (Table 1); limit: success at the step limit (Table 3, baselines); reflector: ends where the reflector says (ours)."""
+    episodes: int | None = None
+    """In all, spread over the tasks; by default 50 a task."""
+    tasks: tuple[int, ...] = ()
+    """Only these; by default all (of an expert: all that it can do)."""
+    out: Path | None = None
+    """Folder of this evaluation; by default below runs/eval."""
+    processes: int = 1
+    """With an environment each."""
+    python: str | None = None
+    """Interpreter of lerobot:PATH, one in whose environment lerobot is."""
+    reflector: Path | None = None
+    """Its file, for --mode reflector; by default that of the policy's run."""
+    sample: bool = False
+    """Draw actions by the policy's density; else greedy."""
+    seed: int = 7
+    """Of what is drawn, and of an expert's manner."""
+    demonstrations: int | None = None
+    """Per task, that the policy was trained on: for the record, where the checkpoint does not know."""
+    views: int | None = None
+    """Pictures that an OpenVLA-OFT directory was trained with; the published LIBERO models: 2."""
+    image: int | None = None
+    """Side of the pictures [px]; LIBERO: 256."""
+    device: str = "auto"
+    """Of networks: auto, cpu, cuda."""
+
+
+@dataclass(frozen=True)
+class CurveArgs:
+    """Evaluate the copies of the policy that a run's stage loop kept: success by training step, for each task (the paper's Figure 3)."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    suite: Suite = "libero_spatial"
+    """Which tasks."""
+    tasks: tuple[int, ...] = ()
+    """Only these."""
+    mode: Protocol = "oracle"
+    """As in run."""
+    episodes: int | None = None
+    """Per point, in all; by default 50 a task."""
+    out: Path | None = None
+    """Folder; by default below runs/eval."""
+    processes: int = 1
+    """With an environment each."""
+    device: str = "auto"
+    """Of networks: auto, cpu, cuda."""
+
+
+@dataclass(frozen=True)
+class CompareArgs:
+    """B against A on the same initial states: wins, losses, exact McNemar p-value, difference with its interval."""
+
+    left: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """Folder of an evaluation."""
+    right: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """Folder of another."""
+
+
+@dataclass(frozen=True)
+class InspectArgs:
+    """Play known commands from an initial state, and write everything about it as arrays."""
+
+    suite: Suite
+    """Which tasks."""
+    task: int
+    """Which of them."""
+    actions: Path
+    """A .npy file (T, 7): six motions in [-1, 1], gripper -1 open .. +1 close."""
+    out: Path
+    """The .npz file to write."""
+    init: int = 0
+    """Which initial state."""
+    split: Literal["train", "test"] = "test"
+    """Published states are "test"."""
+    image: int | None = None
+    """Side of the pictures [px]; LIBERO: 256."""
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _tasks(asked: tuple[int, ...], suite: str, policy: str) -> tuple[int, ...]:
+    """Which tasks are evaluated. ValueError for one that is not there, or that the expert cannot do."""
+    count = 3 if suite == "tabletop" else 10
+    able = tuple(range(count))
+    if policy == "expert":
+        able = tuple(getattr(suites.expert(suite), "TASKS", {}).get(suite, able))
+    if odd := [task for task in asked if task not in able]:
+        raise ValueError(f"--tasks {odd[0]}: {f'the expert of {suite} does' if policy == 'expert' else f'{suite} has'} {', '.join(map(str, able))}")
+    return tuple(sorted(set(asked))) or able
+
+
+def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
+    """What is asked for, and the reflector's file. ValueError with one line for what does not fit."""
+    if not args.policy:
+        raise ValueError("--policy: say whom to evaluate: expert, a checkpoint, lerobot:PATH")
+    if args.processes < 1:
+        raise ValueError(f"--processes {args.processes}: want at least 1")
+    who = actors.describe(args.policy, args.demonstrations)
+    if args.policy == "expert" and (args.mode == "reflector" or args.sample):
+        raise ValueError("--policy expert: it is neither watched nor sampled; modes oracle and limit")
+    judge = (args.reflector or who.reflector) if args.mode == "reflector" else None
+    if args.mode == "reflector" and (judge is None or not judge.is_file()):
+        raise ValueError(f"--mode reflector: no reflector at {judge}; give --reflector FILE (reflector.safetensors of a run's stage reward)")
+    tasks = _tasks(args.tasks, args.suite, args.policy)
+    most = who.env.test_states if who.env and args.suite == "tabletop" else 200 if args.suite == "tabletop" else EPISODES_PER_TASK
+    episodes = EPISODES_PER_TASK * len(tasks) if args.episodes is None else args.episodes
+    if not 1 <= episodes <= most * len(tasks):
+        raise ValueError(f"--episodes {episodes}: there are {most} test states for each of {len(tasks)} tasks; give 1 .. {most * len(tasks)}")
+    ours = who.env if who.env and args.suite == "tabletop" and who.env.name == "tabletop" else None
+    image = args.image or (ours.image if ours else suites.picture(args.suite))
+    limit = ours.steps if ours else suites.step_limit(args.suite)
+    views = 0 if args.policy == "expert" else 1  # of a network: known when it is open
+    return Evaluation(
+        args.suite, args.policy, who.identity, args.mode, episodes, tasks, limit, image, views, args.sample, args.seed, who.demonstrations,
+        checkpoint.file_hash(judge) if judge else None, ours,
+    ), judge  # fmt: skip
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")[-60:]
+
+
+def _evaluate(args: RunArgs) -> dict[str, Any]:
+    asked, judge = _evaluation(args)
+    out = args.out or Path("runs/eval") / f"{args.suite}-{_name(args.policy)}-{args.mode}"
+    if args.policy == "expert":
+        return runner.evaluate(asked, out, args.processes, None)
+    robot = suites.robot(args.suite)
+    seed = args.seed if args.sample else None
+    with actors.open_bench(args.policy, robot, _device(args.device), args.python, seed, args.views, judge) as bench:
+        return runner.evaluate(runner.seen_by(asked, bench.actor.views), out, args.processes, bench)
+
+
+def _table(found: dict[str, Any]) -> str:
+    """For people."""
+    rows = [(f"{one['task']:2}  {one['instruction'][:76]:76}", one) for one in found["tasks"]] + [(f"    {'all':76}", found)]
+    lines = [f"{found['suite']}, {found['policy']}, {found['mode']}: at most {found['limits']['steps']} steps, {found['sampling']}"]
+    for name, one in rows:
+        low, high = (100 * end for end in one["interval"])
+        first = one.get("mean_first_success")
+        share, when = 100 * one["successes"] / one["episodes"], "" if first is None else f"step {first:.0f}"
+        lines.append(f"{name}  {one['successes']:3}/{one['episodes']:<3}  {share:5.1f} %  [{low:5.1f}, {high:5.1f}]  {when}")
+    lines += [f"left out: {name}" for name in found["left_out"]]
+    lines.append(
+        f"{found['steps_per_second']} steps/s of an environment, {found['steps_per_cpu_second']} per second of its processor; 95 % Wilson intervals"
+    )
+    return "\n".join(lines)
+
+
+def _run(argv: Sequence[str]) -> int:
+    found = _evaluate(parse("worldenv-eval run", RunArgs, RunArgs(), argv))
+    print(_table(found))
+    print(json.dumps(found))
+    return 0
+
+
+def _curve(argv: Sequence[str]) -> int:
+    args = tyro.cli(CurveArgs, prog="worldenv-eval curve", args=list(argv))
+    kept = sorted((args.run / "stages" / "loop").glob("policy-*.safetensors"))
+    if not kept:
+        raise ValueError(f"{args.run}: no copies of the policy (stages/loop/policy-*.safetensors); train with loop.snapshot_every")
+    points = [(0, args.run / "stages" / "scale" / "policy.safetensors")] + [(int(path.stem.rpartition("-")[2]), path) for path in kept]
+    out = args.out or Path("runs/eval") / f"{args.suite}-{_name(str(args.run))}-curve"
+    rows = []
+    for step, path in points:
+        one = RunArgs(str(path), args.suite, args.mode, args.episodes, args.tasks, out / f"step-{step:04d}", args.processes, device=args.device)
+        found = _evaluate(one)
+        rows.append({"step": step, **{key: found[key] for key in ("episodes", "successes", "interval", "tasks")}})
+        by_task = "  ".join(f"{task['task']}: {task['successes']}/{task['episodes']}" for task in found["tasks"])
+        print(f"step {step:4}  {found['successes']:3}/{found['episodes']:<3}  {by_task}", flush=True)
+    print(json.dumps({"suite": args.suite, "policy": str(args.run), "mode": args.mode, "curve": rows}))
+    return 0
+
+
+def _compare(argv: Sequence[str]) -> int:
+    args = tyro.cli(CompareArgs, prog="worldenv-eval compare", args=list(argv))
+    found = runner.compare(args.left, args.right)
+    low, high = (100 * end for end in found["interval"])
+    for side in ("left", "right"):
+        print(f"{side:5}  {found[side]['policy']:40}  {found[side]['successes']:3}/{found['pairs']:<3}  {found[side]['out']}")
+    print(
+        f"right - left: {100 * found['difference']:+.1f} points [{low:+.1f}, {high:+.1f}], {found['wins']} won, {found['losses']} lost, "
+        f"McNemar p = {found['p_value']:.3g} (exact); {found['unpaired']} episodes have no partner"
+    )
+    print(json.dumps(found))
+    return 0
+
+
+def _inspect(argv: Sequence[str]) -> int:
+    args = tyro.cli(InspectArgs, prog="worldenv-eval inspect", args=list(argv))
+    try:
+        command = np.load(args.actions, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--actions {args.actions}: {error}; want a .npy file (T, 7)") from error
+    if args.out.suffix != ".npz":
+        raise ValueError(f"--out {args.out}: want a name that ends in .npz")
+    found = inspection.inspect(args.suite, args.task, args.split, args.init, command, args.image or suites.picture(args.suite))
+    with checkpoint.atomic(args.out) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **found)  # type: ignore[arg-type]
+    held = [int(t) for t in np.flatnonzero(found["success"])[:1]]
+    print(*(f"{name:18} {array.dtype!s:8} {array.shape}" for name, array in found.items()), sep="\n")
+    print(json.dumps({
+        "suite": args.suite, "task": args.task, "init": args.init, "split": args.split, "steps": len(command), "out": str(args.out),
+        "first_success": held[0] if held else None, "step_limit": int(found["step_limit"]), "state": str(found["state_hash"]),
+    }))  # fmt: skip
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "curve": _curve, "compare": _compare, "inspect": _inspect}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 where the evaluation failed, 2 for what was asked wrongly, 130 where it was stopped; the same command then goes on."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in _COMMANDS:
+        asked = "" if not argv or argv[0] in ("-h", "--help") else f"unknown command {argv[0]!r}; "
+        print(f"worldenv-eval: {asked}commands: {', '.join(_COMMANDS)}; worldenv-eval COMMAND --help says more", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        return _COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print("worldenv-eval: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except ValueError as error:  # of the command line, a checkpoint, or a folder that is another's
+        print(f"worldenv-eval: {error}", file=sys.stderr)
+        return 1 if isinstance(error, runner.TrialError) else 2
+    except (OSError, LiberoMissing, NoOpenGL, LeRobotError) as error:
+        print(f"worldenv-eval: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

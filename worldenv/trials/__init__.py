@@ -1,0 +1,1 @@
+"""Evaluation of a policy by a protocol, in a folder that goes on where it stopped, in as many processes as asked."""

@@ -1,0 +1,376 @@
+"""An evaluation in a folder: the same command goes on where it stopped, whatever was killed, with the same result.
+
+    OUT/eval.json          what is evaluated, and how; a folder belongs to one evaluation
+    OUT/versions.json      what decided the outcomes: packages, assets, renderer; going on with others is refused
+    OUT/episodes.jsonl     one line per finished episode, on disk before it is counted
+    OUT/result.json        the result, when all episodes are finished
+
+An episode is a function of policy, initial state and seed alone: not of the process that it ran in, nor of the order. Whoever acts is asked one
+question at a time, by this process; environments live in processes of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldenv import checkpoint, console, report
+from worldenv.config import EnvConfig
+from worldenv.data.collect import Start
+from worldenv.envs import libero, suites
+from worldenv.evaluation import Protocol, paired, wilson
+from worldenv.run import RunError, held
+from worldenv.trials.actors import Bench
+from worldenv.trials.episode import Answer, Trial, play
+
+EPISODES_PER_TASK = 50
+"""By default: OpenVLA-OFT's, and the paper's."""
+
+
+class TrialError(RunError):
+    """An episode failed, or the process that made it. What is finished stays."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated, and how."""
+
+    suite: str
+    policy: str
+    identity: str
+    """Of the policy: see `actors.Description`."""
+    mode: Protocol
+    episodes: int
+    tasks: tuple[int, ...]
+    """Which; episodes take turns among them."""
+    limit: int
+    """Step limit [control steps at 20 Hz]."""
+    image: int
+    """Side of the pictures [px]."""
+    views: int
+    """Pictures that the policy sees; 0: an expert sees none."""
+    sampled: bool
+    """Actions are drawn, not greedy."""
+    seed: int
+    """Of what is drawn, and of an expert's manner."""
+    demonstrations: int | None
+    """Per task, that the policy was trained on; None: not known, or an expert."""
+    reflector: str | None
+    """SHA-256 of the reflector's file."""
+    env: EnvConfig | None = None
+    """Of the tabletop, where the policy's run has its own."""
+
+    def starts(self) -> list[Start]:
+        """Test states, spread evenly over the tasks, each task's in order."""
+        return [Start(n, self.tasks[n % len(self.tasks)], "test", n // len(self.tasks)) for n in range(self.episodes)]
+
+    def open(self) -> Any:
+        """Its environment; without a renderer for an expert in LIBERO."""
+        return suites.open_suite(self.suite, self.image, self.views == 2, self.views > 0, self.env)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+
+def seen_by(asked: Evaluation, views: int) -> Evaluation:
+    """`asked`, for a policy that turned out to see `views` pictures."""
+    return replace(asked, views=views)
+
+
+class _Folder:
+    """What is on disk."""
+
+    def __init__(self, out: Path, asked: Evaluation) -> None:
+        """Open or make `out`. Raises RunError where it holds another evaluation, other files, or another process is at work."""
+        self.out = out
+        known = out / "eval.json"
+        if known.is_file():
+            theirs, ours = json.loads(known.read_text(encoding="utf-8")), asked.plain()
+            if differing := [f"{key}: {theirs.get(key)} there, {ours[key]} asked" for key in ours if theirs.get(key) != ours[key]]:
+                raise RunError(f"{out} holds another evaluation ({'; '.join(differing[:3])}); choose another --out")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists and is no evaluation of ours; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        if not known.is_file():
+            checkpoint.write_text(known, json.dumps(asked.plain(), indent=1))
+        self._lock = held(out)
+        self.trials = {trial.number: trial for trial in read_trials(out)}
+
+    def add(self, trial: Trial) -> None:
+        """On disk when this returns."""
+        path = self.out / "episodes.jsonl"
+        whole = "".join(json.dumps(one.plain()) + "\n" for one in self.trials.values())
+        if not self.trials or (path.is_file() and path.read_text(encoding="utf-8") != whole):
+            checkpoint.write_text(path, whole)  # takes away half a line that a killed process left
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(trial.plain()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.trials[trial.number] = trial
+
+    def made_with(self, versions: dict[str, str]) -> None:
+        """Raises RunError where earlier episodes were made with others."""
+        path = self.out / "versions.json"
+        if not path.is_file():
+            checkpoint.write_text(path, json.dumps(versions, indent=1))
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [f"{key} {theirs.get(key)}, here {versions.get(key)}" for key in sorted(versions) if theirs.get(key) != versions[key]]:
+            raise RunError(f"{self.out}: its episodes were made with {'; '.join(differing)}: choose another --out, or go back to these")
+
+    def close(self) -> None:
+        """Let others in."""
+        self._lock.close()
+
+
+def read_trials(out: Path) -> list[Trial]:
+    """The finished episodes of the evaluation in `out`; half a line at the end, of a killed process, is none. RunError for a damaged file."""
+    path = out / "episodes.jsonl"
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [Trial(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path}: damaged ({error}); choose another --out") from error
+
+
+def _versions(env: Any) -> dict[str, str]:
+    return {**env.versions(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _episode(env: Any, asked: Evaluation, start: Start) -> Any:
+    expert = suites.expert(asked.suite) if asked.policy == "expert" else None
+    variation = expert.VARIATION if expert else 0
+    return play(env, start, asked.mode, asked.limit, expert, variation, asked.seed)
+
+
+def _drive(game: Any, ask: Callable[[Any], Answer]) -> Trial:
+    """Play `game` to its end, each question being answered by `ask`."""
+    try:
+        question = next(game)
+        while True:
+            question = game.send(ask(question))
+    except StopIteration as stop:
+        trial: Trial = stop.value
+        return trial
+
+
+def _work(pipe: Connection, asked: Evaluation) -> None:
+    """What a process does: episodes as they are asked for, questions to the process that asked."""
+
+    def ask(question: Any) -> Answer:
+        pipe.send(("question", question))
+        answer: Answer = pipe.recv()
+        return answer
+
+    torch.set_num_threads(1)
+    try:
+        env = asked.open()
+        while (start := pipe.recv()) is not None:
+            pipe.send(("trial", (_drive(_episode(env, asked, start), ask), _versions(env))))
+        env.close()
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # the other process has ended
+    except Exception as error:
+        pipe.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def _alone(asked: Evaluation, missing: Sequence[Start], bench: Bench | None) -> Generator[tuple[Trial, dict[str, str]], None, None]:
+    env = asked.open()
+    try:
+        for start in sorted(missing, key=lambda start: (start.task, start.index)):  # scenes are slow to build: one task after the other
+            assert bench is not None or asked.policy == "expert"
+            yield _drive(_episode(env, asked, start), bench.answer if bench else _nobody), _versions(env)
+    finally:
+        env.close()
+
+
+def _nobody(question: Any) -> Answer:
+    raise AssertionError("an expert asks nothing")
+
+
+class _Workers:
+    """Processes with an environment each."""
+
+    def __init__(self, asked: Evaluation, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.processes: dict[Connection, Any] = {}
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, asked), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes[ours] = process
+
+    def close(self) -> None:
+        """End them."""
+        for pipe, process in self.processes.items():
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            pipe.close()
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+
+
+def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, count: int) -> Generator[tuple[Trial, dict[str, str]], None, None]:
+    """Episodes in `count` processes, each preferring the task that it has a scene of. Raises TrialError where one fails or dies."""
+    workers, waiting = _Workers(asked, count), list(missing)
+    at: dict[Connection, Start | None] = {}
+
+    def next_for(pipe: Connection) -> Start | None:
+        if not waiting:
+            return None
+        before = at.get(pipe)
+        left = {start.task: sum(one.task == start.task for one in waiting) for start in waiting}
+        busy = {start.task for other, start in at.items() if start is not None and other is not pipe}
+        task = before.task if before and before.task in left else max(left, key=lambda task: (task not in busy, left[task], -task))
+        chosen = min((start for start in waiting if start.task == task), key=lambda start: start.index)
+        waiting.remove(chosen)
+        return chosen
+
+    def give(pipe: Connection) -> None:
+        at[pipe] = next_for(pipe)
+        pipe.send(at[pipe])
+
+    try:
+        for pipe in workers.processes:
+            give(pipe)
+        while any(start is not None for start in at.values()):
+            ready = wait([pipe for pipe, start in at.items() if start is not None])
+            for pipe in [pipe for pipe in at if pipe in ready]:
+                start = at[pipe]
+                try:
+                    kind, content = pipe.recv()
+                except (EOFError, ConnectionResetError) as error:
+                    workers.processes[pipe].join(timeout=5)
+                    code = workers.processes[pipe].exitcode
+                    raise TrialError(f"the process of episode {start} died (exit code {code}); the same command goes on from here") from error
+                if kind == "failed":
+                    raise TrialError(f"episode {start}: {content}")
+                if kind == "question":
+                    assert bench is not None
+                    pipe.send(bench.answer(content))
+                else:
+                    give(pipe)
+                    yield content
+    finally:
+        workers.close()
+
+
+def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) -> dict[str, Any]:
+    """Make the episodes that are missing in `out`, and the result, which is JSON-ready. `bench` answers questions; an expert needs none.
+
+    Raises RunError where the folder is another evaluation's, TrialError where an episode fails; what is finished stays.
+    """
+    folder = _Folder(out, asked)
+    try:
+        missing = [start for start in asked.starts() if start.number not in folder.trials]
+        if missing:
+            made = _alone(asked, missing, bench) if processes == 1 else _together(asked, missing, bench, min(processes, len(missing)))
+            with contextlib.closing(made):
+                for _ in (bar := console.track(len(folder.trials), asked.episodes, f"eval {asked.suite}")):
+                    trial, versions = next(made)
+                    folder.made_with(versions)
+                    folder.add(trial)
+                    bar.note(success=float(np.mean([one.success for one in folder.trials.values()])))
+        found = result(asked, list(folder.trials.values()), json.loads((out / "versions.json").read_text(encoding="utf-8")))
+        checkpoint.write_text(out / "result.json", json.dumps(found, indent=1))
+        return found
+    finally:
+        folder.close()
+
+
+def _counted(trials: Sequence[Trial]) -> dict[str, Any]:
+    successes = sum(trial.success for trial in trials)
+    return {"episodes": len(trials), "successes": successes, "interval": [round(end, 4) for end in wilson(successes, len(trials))]}
+
+
+def result(asked: Evaluation, trials: Sequence[Trial], versions: dict[str, str]) -> dict[str, Any]:
+    """What `evaluate` found, JSON-ready: the counts with 95 % Wilson intervals, and everything that they depend on."""
+    settle = libero.SETTLE_STEPS if asked.suite in libero.SUITES else 0
+    states = sorted(f"{trial.task} {trial.index} {trial.state}" for trial in trials)
+    names = _instructions(asked)
+    by_task = []
+    for task in asked.tasks:
+        mine = [trial for trial in trials if trial.task == task]
+        if mine:
+            first = [trial.first_success for trial in mine if trial.success and trial.first_success is not None]
+            mean = round(float(np.mean(first)), 1) if first else None
+            by_task.append({"task": task, "instruction": names[task], **_counted(mine), "mean_first_success": mean})
+    steps, seconds, cpu = (sum(getattr(trial, name) for trial in trials) for name in ("steps", "seconds", "cpu_seconds"))
+    return {
+        "suite": asked.suite,
+        "policy": asked.policy,
+        "mode": asked.mode,
+        **_counted(trials),
+        "limits": {"steps": asked.limit, "settle_steps": settle},
+        "tasks": by_task,
+        "left_out": [name for task, name in enumerate(names) if task not in asked.tasks],
+        "demonstrations_per_task": asked.demonstrations,
+        "views": asked.views,
+        "image": asked.image,
+        "sampling": f"sampled, seed {asked.seed}" if asked.sampled else "scripted" if asked.policy == "expert" else "greedy",
+        "renderer": versions["renderer"],
+        "states": hashlib.sha256("\n".join(states).encode()).hexdigest(),
+        "identity": asked.identity,
+        "reflector": asked.reflector,
+        "versions": {name: version for name, version in versions.items() if name != "renderer"},
+        "commit": report.commit(),
+        "steps_per_second": round(steps / max(seconds, 1e-9), 2),
+        "steps_per_cpu_second": round(steps / max(cpu, 1e-9), 2),
+    }
+
+
+def _instructions(asked: Evaluation) -> tuple[str, ...]:
+    if asked.suite == "tabletop":
+        env = suites.open_suite(asked.suite, asked.image)
+        names = env.tasks
+        env.close()
+        return names
+    return libero.instructions(asked.suite)
+
+
+def compare(left: Path, right: Path) -> dict[str, Any]:
+    """`right` against `left`, episode by episode on the same initial states: wins, losses, exact McNemar p, difference with its interval.
+
+    Only states that both have finished count, and both must have been begun alike. RunError where they are not comparable.
+    """
+    asked = []
+    for out in (left, right):
+        if not (out / "eval.json").is_file():
+            raise RunError(f"{out}: no evaluation there (no eval.json)")
+        asked.append(json.loads((out / "eval.json").read_text(encoding="utf-8")))
+    if differing := [f"{name}: {asked[0][name]} and {asked[1][name]}" for name in ("suite", "mode", "limit") if asked[0][name] != asked[1][name]]:
+        raise RunError(f"{left} and {right} cannot be paired: {'; '.join(differing)}")
+    before, after = ({(trial.task, trial.index): trial for trial in read_trials(out)} for out in (left, right))
+    both = sorted(before.keys() & after.keys())
+    if not both:
+        raise RunError(f"{left} and {right} have no initial state in common")
+    if other := [key for key in both if before[key].state != after[key].state]:
+        task, index = other[0]
+        raise RunError(f"task {task}, state {index} is not the same in {left} and {right}, nor are {len(other) - 1} others: were they made alike?")
+    rows = [np.array([one[key].success for key in both]) for one in (before, after)]
+    return {
+        "suite": asked[0]["suite"],
+        "mode": asked[0]["mode"],
+        "left": {"out": str(left), "policy": asked[0]["policy"], "successes": int(rows[0].sum())},
+        "right": {"out": str(right), "policy": asked[1]["policy"], "successes": int(rows[1].sum())},
+        "pairs": len(both),
+        "unpaired": len(before) + len(after) - 2 * len(both),
+        **paired(rows[0], rows[1]),
+    }

@@ -704,9 +704,10 @@ TINY = RunConfig(
     ),
     sft=SftConfig(steps=400, lr=3e-4, prior_per_task=300, prior_steps=1200),
     world=WorldConfig(vae_steps=1000, batch=8, steps=1000),
-    reward=RewardConfig(backbone_steps=400, backbone_lr=2e-3, embeddings=1000),
+    reward=RewardConfig(backbone_steps=400, backbone_lr=2e-3, positives=0.2, embeddings=1000),
     loop=LoopConfig(scale_factor=4.0, contexts=24, iterations=16, batch=24, lora_lr=4e-4, head_lr=1e-4, snapshot_every=4),
-    env=EnvConfig(train_states=200),
+    env=EnvConfig(train_states=200, test_states=400),
+    eval=EvalConfig(episodes=1200),
     explore=ExploreConfig(episodes=900, factors=(1.0, 4.0, 8.0)),
 )  # fmt: skip
 

@@ -22,6 +22,7 @@ _POSITION_SCALE, _ROTATION_SCALE = 0.05, 0.5  # what a command of 1 asks for [m,
 
 _HAND = np.array([0.104, 0.032])  # half size of the palm, along the fingers' line and across
 _PALM = 0.031  # from the fingertips' point up to the palm
+_NARROW_M = 0.035  # half a compartment that is narrower than this decides how things stand in it
 _TIP = 0.006  # from the fingertips' point down to the end of the fingers
 _WIDEST = 0.076  # what fits between the open fingers
 _OPENED = 0.065  # from here on the gripper counts as open
@@ -85,6 +86,13 @@ RIMS = {
 }
 """Kinds that are too wide to be gripped across."""
 
+_HANDLES = {"moka_pot": (0.0, 0.073, 0.042)}
+"""Kinds that are gripped by a handle: the fingertips' point in the object's frame [m]; the fingers close along its x."""
+
+_KNOBS = {"flat_stove": (0.042, 0.030)}
+"""Of a knob that turns about its fixture's origin: length of the end of its bar, along -x when it is off, and height at which it is pushed [m]."""
+_KNOB_BESIDE_M = 0.036  # from the bar's end to the shut fingers' middle, before they push
+
 
 @dataclass(frozen=True)
 class Target:
@@ -135,17 +143,17 @@ def beyond(scene: Scene, place: Doubles) -> float:
     return float(np.linalg.norm(place[:2] - scene.base[:2]) - np.sqrt(max(_ARM**2 - rise**2, 0.0)) - _WRIST_BACK)
 
 
-def _hand_points(grasp: Grasp, spread: float = 0.042) -> Doubles:
-    """(p, 3) points of fingers and palm at `grasp`, the fingers open."""
-    along, across = np.array([-np.sin(grasp.yaw), np.cos(grasp.yaw), 0.0]), np.array([np.cos(grasp.yaw), np.sin(grasp.yaw), 0.0])
-    up = np.array([0.0, 0.0, 1.0])
-    points = []
-    for side in (-1.0, 1.0):
-        for a in (-0.008, 0.008):
-            points += [side * (spread + 0.002) * along + a * across + h * up for h in (-_TIP, 0.01, 0.03)]
-        for out in (0.04, 0.07, 0.10):
-            points += [side * out * along + a * across + (_PALM + 0.004) * up for a in (-0.032, 0.0, 0.032)]
-    return grasp.place + np.array(points)
+_HAND_POINTS = np.array(
+    [(side * 0.044, a, h) for side in (-1, 1) for a in (-0.008, 0.008) for h in (-_TIP, 0.01, 0.03)]
+    + [(side * out, a, h) for side in (-1, 1) for out in (0.045, 0.075, 0.104) for a in (-0.032, 0.032) for h in (0.035, 0.075, 0.115)]
+)
+"""(p, 3) points of open fingers and palm: along the line between the fingers, across it, and up."""
+
+
+def _hand_points(grasp: Grasp) -> Doubles:
+    """(p, 3) points of the gripper at `grasp`, in the world."""
+    s, c = np.sin(grasp.yaw), np.cos(grasp.yaw)
+    return grasp.place + _HAND_POINTS @ np.array([[-s, c, 0.0], [c, s, 0.0], [0.0, 0.0, 1.0]])
 
 
 def grasps(scene: Scene, name: str, manner: Manner) -> list[Grasp]:
@@ -164,6 +172,10 @@ def grasps(scene: Scene, name: str, manner: Manner) -> list[Grasp]:
             out = np.array([np.cos(angle), np.sin(angle), 0.0])
             found.append(Grasp(middle + rim.radius * out + [0.0, 0.0, rim.height - manner.depth], _half_turn(angle - np.pi / 2)))
         return found
+    handle = _HANDLES.get(body.kind)
+    if handle:
+        yaw = np.arctan2(body.turn[1, 0], body.turn[0, 0]) - np.pi / 2
+        return [Grasp(body.place + body.turn @ np.array(handle) - [0.0, 0.0, manner.depth], _half_turn(yaw))]
     low, high = boxes.bounds(np.zeros(3), np.eye(3))
     found = []
     for axis in range(3):
@@ -195,7 +207,7 @@ def best_grasp(scene: Scene, goal: Goal, manner: Manner) -> Grasp:
         side = np.cos(np.arctan2(*(grasp.place - scene.bodies[name].place)[1::-1]) - 2 * np.pi * manner.taste)
         there = spot + grasp.place - scene.bodies[name].place
         far = max(beyond(scene, grasp.place), 0.0) + max(beyond(scene, there), 0.0)
-        scores.append(min(clear, 0.012) - far - 0.004 * abs(grasp.yaw) + 0.002 * side)
+        scores.append(min(clear, 0.015) - far - 0.004 * abs(grasp.yaw) + 0.002 * side)
     return candidates[int(np.argmax(scores))]
 
 
@@ -241,41 +253,62 @@ def _spot(scene: Scene, goal: Goal, manner: Manner) -> Doubles:
     reach = np.abs(region.turn @ region.half)
     place[2] -= reach[2]
     place[1] += aside
-    others = [
-        g.what for g, met in zip(scene.goals, scene.met, strict=True) if g.where == goal.where and g.what != goal.what
-    ]  # two things that share a region lie side by side
-    if others:
-        first = goal.what < others[0]
-        place[1] += (-0.5 if first else 0.5) * reach[1]
+    others = [g.what for g in scene.goals if g.where == goal.where and g.what != goal.what]
+    if others:  # two things that share a region lie side by side, along the side on which they are narrow
+        low, high = scene.boxes.of(goal.what).bounds(np.zeros(3), np.eye(3))
+        axis = int(np.argmin(np.round((high - low)[:2], 2)[::-1]) == 0)
+        half = (high - low)[axis] / 2 + 0.002
+        place[axis] += (-1.0 if goal.what < others[0] else 1.0) * min(half, (0.33 if goal.predicate == "in" else 0.6) * reach[axis])
     return place
+
+
+def _held_offset(scene: Scene, goal: Goal) -> tuple[Doubles, float]:
+    """How the gripper holds the goal's object: from its origin to the fingertips' point (3,) [m], and how far it hangs below that point [m]."""
+    low, _ = scene.boxes.of(goal.what).bounds(np.zeros(3), np.eye(3))
+    return scene.place - scene.bodies[goal.what].place, max(scene.place[2] - low[2], 0.0)
 
 
 def _place(scene: Scene, goal: Goal, manner: Manner) -> Target:
     """Carry what is held to where it belongs, and let go of it there."""
-    name = goal.what
-    body = scene.bodies[name]
-    mine = scene.boxes.of(name)
-    low, _ = mine.bounds(np.zeros(3), np.eye(3))
     spot = _spot(scene, goal, manner)
-    offset = scene.place - body.place
-    hang = max(scene.place[2] - low[2], 0.0)
-    rest = scene.boxes.without(name)
-    place = np.array([spot[0] + offset[0], spot[1] + offset[1], spot[2] + hang + 0.008])
-    if goal.where in scene.regions:  # into reach, as far as the region goes
-        room = np.maximum(np.abs(scene.regions[goal.where].turn @ scene.regions[goal.where].half)[:2] - 0.03, 0.0)
-        inward = scene.base[:2] - place[:2]
-        shift = (max(beyond(scene, place + [0.0, 0.0, 0.03]), 0.0) + 0.01) * inward / np.linalg.norm(inward)
-        place[:2] += np.clip(shift, -room, room)
-    if goal.predicate == "in":  # the palm does not enter, what is let go falls in
-        region = scene.regions[goal.where]
-        walls = rest.of(region.owner)
-        top = (walls.centre[:, 2] + walls.reach()[:, 2]).max()
-        place[2] = max(place[2], top - _PALM + 0.012)
+    offset, hang = _held_offset(scene, goal)
+    rest = scene.boxes.without(goal.what)
     yaw = yaw_of(scene.turn)
+    place = np.array([spot[0] + offset[0], spot[1] + offset[1], spot[2] + hang + 0.008])
+    slack = 0.008
+    if goal.where in scene.regions:
+        region = scene.regions[goal.where]
+        reach = np.abs(region.turn @ region.half)[:2]
+        if beyond(scene, place + [0.0, 0.0, 0.03]) > 0.0:  # into reach, as far as the region goes
+            inward = scene.base[:2] - place[:2]
+            shift = (beyond(scene, place + [0.0, 0.0, 0.03]) + 0.01) * inward / np.linalg.norm(inward)
+            place[:2] += np.clip(shift, -np.maximum(reach - 0.03, 0.0), np.maximum(reach - 0.03, 0.0))
+        if goal.predicate == "in":  # the palm does not enter, what is let go falls in
+            walls = rest.of(region.owner)
+            place[2] = max(place[2], (walls.centre[:, 2] + walls.reach()[:, 2]).max() - _PALM + 0.012)
+            slack = 0.03
+            if min(reach) < _NARROW_M:  # what is narrow is turned to fit
+                yaw = 0.0 if reach[1] < reach[0] else np.pi / 2
     off = scene.place - place
-    if np.linalg.norm(off[:2]) < 0.015 and off[2] < 0.008:
+    if np.linalg.norm(off[:2]) < 0.015 and off[2] < slack and abs(_half_turn(yaw - yaw_of(scene.turn))) < 0.1:
         return Target(scene.place, yaw, _OPEN)
     return _over(scene, place, yaw, rest, hang, manner, _SHUT)
+
+
+def _turn_on(scene: Scene, goal: Goal, manner: Manner) -> Target:
+    """Push the end of the knob's bar around, with shut fingers, from the side that turns it on."""
+    body = scene.bodies[goal.what]
+    length, height = _KNOBS[body.kind]
+    angle = next(value for joint, value in scene.joints.items() if joint.startswith(goal.what))
+    across = body.turn @ np.array([-np.sin(angle), np.cos(angle), 0.0])  # of the bar
+    end = body.place - length * body.turn @ np.array([np.cos(angle), np.sin(angle), 0.0]) + [0.0, 0.0, height]
+    off = scene.place - end
+    side = float(off @ across)
+    lateral = float(np.linalg.norm((off - side * across)[:2]))
+    yaw = _half_turn(np.arctan2(body.turn[1, 1], body.turn[0, 1]) - np.pi / 2)
+    if -0.01 < side < _KNOB_BESIDE_M + 0.015 and lateral < 0.015 and off[2] < 0.015:
+        return Target(end - 0.06 * across, yaw, _SHUT)
+    return _over(scene, end + _KNOB_BESIDE_M * across, yaw, scene.boxes, 0.0, manner, _SHUT)
 
 
 def next_target(scene: Scene, manner: Manner) -> Target:
@@ -289,6 +322,8 @@ def next_target(scene: Scene, manner: Manner) -> Target:
             if scene.held == goal.what:
                 return _place(scene, goal, manner)
             return _pick(scene, goal, manner)
+        if goal.predicate == "turnon":
+            return _turn_on(scene, goal, manner)
     return Target(scene.place + [0.0, 0.0, 0.05], yaw_of(scene.turn), _OPEN)
 
 

@@ -19,6 +19,7 @@ PREDICATES = {"on": 2, "in": 2, "open": 1, "close": 1, "turnon": 1}
 """LIBERO's goal predicates that an expert can be asked for, and their number of arguments."""
 
 _MESH, _PLANE = 7, 0
+_HANGING_M = 0.012  # what touches nothing and is nearer to the fingertips' point than this hangs in the gripper
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Goal:
 
 
 def parse_goals(state: Sequence[Sequence[str]]) -> tuple[Goal, ...]:
-    """Goals of a parsed BDDL `goal_state`, in the order in which they can be reached: what has to be shut at the end comes last.
+    """Goals of a parsed BDDL `goal_state`, in the order in which they are reached: knobs first, before pots stand around; what is to be shut last.
 
     ValueError for a predicate or number of arguments that no expert knows.
     """
@@ -42,7 +43,7 @@ def parse_goals(state: Sequence[Sequence[str]]) -> tuple[Goal, ...]:
         if PREDICATES.get(predicate.lower()) != len(arguments):
             raise ValueError(f"goal {predicate} {' '.join(arguments)}: experts know {', '.join(f'{p} with {n}' for p, n in PREDICATES.items())}")
         goals.append(Goal(predicate.lower(), *arguments))
-    return tuple(sorted(goals, key=lambda goal: goal.predicate == "close"))
+    return tuple(sorted(goals, key=lambda goal: {"turnon": 0, "close": 2}.get(goal.predicate, 1)))
 
 
 @dataclass(frozen=True)
@@ -154,22 +155,19 @@ def _owners(inner: Any) -> NDArray[np.str_]:
     return np.array([name_of_root.get(model.body_rootid[body], "") for body in model.geom_bodyid])
 
 
-def _held(inner: Any, owner: NDArray[np.str_]) -> str:
-    """The object that both fingers touch, or that a finger touches and nothing else: contacts of a firm grip flicker."""
+def _held(inner: Any, owner: NDArray[np.str_], boxes: Boxes, place: Doubles) -> str:
+    """The object that both fingers touch, or that hangs between them touching nothing else: contacts of a firm grip flicker."""
     fingers = inner.robots[0].gripper.important_geoms
     touching = inner.sim.data.contact.geom.reshape(-1, 2)
-    sides = []
-    for finger in ("left_finger", "right_finger"):
-        mine = np.isin(touching, [inner.sim.model.geom_name2id(name) for name in fingers[finger]])
-        sides.append(set(owner[touching[mine.any(1)][~mine[mine.any(1)]]]) & inner.objects_dict.keys())
-    both = sides[0] & sides[1]
-    if not both:
-        between = owner[touching]
-        for name in sides[0] | sides[1]:
-            others = between[(between == name).any(1)]
-            if set(others.ravel()) <= {name, "robot"}:
-                both.add(name)
-    return str(min(both, default=""))
+    pairs = owner[touching]
+    sides = [np.isin(touching, [inner.sim.model.geom_name2id(name) for name in fingers[finger]]).any(1) for finger in ("left_finger", "right_finger")]
+    for name in inner.objects_dict:
+        with_it = (pairs == name).any(1)
+        if all((with_it & side).any() for side in sides):
+            return str(name)
+        if set(pairs[with_it].ravel()) <= {name, "robot"} and boxes.of(name).distance(place[None])[0] < _HANGING_M:
+            return str(name)
+    return ""
 
 
 def look(inner: Any) -> Scene:
@@ -201,7 +199,8 @@ def look(inner: Any) -> Scene:
     fingers = [data.qpos[i] for i in robot._ref_gripper_joint_pos_indexes]
     goals = parse_goals(problem["goal_state"])
     met = tuple(bool(inner._eval_predicate([g.predicate, g.what, *([g.where] if g.where else [])])) for g in goals)
+    place, turn = data.site_xpos[grip].copy(), data.site_xmat[grip].reshape(3, 3).copy()
     return Scene(
-        data.site_xpos[grip].copy(), data.site_xmat[grip].reshape(3, 3).copy(), float(fingers[0] - fingers[1]), _held(inner, owner), data.body_xpos[model.body_name2id("robot0_base")].copy(),
+        place, turn, float(fingers[0] - fingers[1]), _held(inner, owner, boxes, place), data.body_xpos[model.body_name2id("robot0_base")].copy(),
         bodies, regions, boxes, joints, goals, met,
     )  # fmt: skip

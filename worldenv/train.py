@@ -467,7 +467,7 @@ def write_report(desk: Desk, stage: Stage) -> None:
         "demos": metrics["demos"],
         "sft": metrics["sft"],
         "scale": metrics["scale"],
-        "explore": metrics["explore"],
+        "explore": {**metrics["explore"], "outcomes": report.lengths_by_outcome(desk.episodes("explore").entries)},
         "eval": {name: metrics["eval"][name] for name in ("sft", "loop", "paired")},
         "world": {**metrics["world"], **measured, "outcome_agreement": measured["outcome_agreement_loop"]},
         "reward": metrics["reward"],

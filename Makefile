@@ -3,7 +3,7 @@
 #   make demo   post-train a policy inside a learned world, and say where the report is
 #   make libero LIBERO beside it: packages, assets, one frame of each suite as proof (docs/libero.md)
 #   make test   lint, types, C++ tests, Python tests: at most 20 minutes on two cores
-#   make check  what takes longer: sanitizers, slow tests
+#   make check  what takes longer: sanitizers, slow tests; those of LIBERO where WORLDENV_LIBERO_ASSETS is set
 #   make gpu    on a machine with an NVIDIA GPU and its own torch: build, test, measure; under 9 minutes (ARGS="--only vae --resume")
 
 SHELL := /bin/bash
@@ -67,6 +67,7 @@ check: env
 	.ci/sanitize address
 	.ci/sanitize thread
 	.ci/sanitize undefined
+	[ -z "$${WORLDENV_LIBERO_ASSETS:-}" ] || $(MAKE) libero
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 gpu:

@@ -21,9 +21,10 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, and counted as skipped, where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked gpu or libero are skipped, and counted as skipped, where what they need is not there."""
+    gpu, assets = torch.cuda.is_available(), bool(os.environ.get("WORLDENV_LIBERO_ASSETS"))
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("libero") and not assets:
+            item.add_marker(pytest.mark.skip(reason="needs LIBERO (make libero) and WORLDENV_LIBERO_ASSETS"))

@@ -136,6 +136,12 @@ class _Scene:
         numbers = np.concatenate([self.inner.get_sim_state(), self.model.body_pos.ravel(), self.model.body_quat.ravel()])
         return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
 
+    def refresh(self) -> None:
+        """Positions and contacts of now, for who looks; what the next step depends on stays as it is."""
+        warm = self.data.qacc_warmstart.copy()
+        mujoco.mj_forward(self.model, self.data)
+        self.data.qacc_warmstart[:] = warm
+
     def alterable(self) -> tuple[NDArray[np.float64], ...]:
         """Arrays of the model that episodes change."""
         return self.model.body_pos, self.model.body_quat, self.model.site_rgba
@@ -302,11 +308,11 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
 
     @property
     def inner(self) -> Any:
-        """LIBERO's own environment (ControlEnv) of the current task, to look at: whoever steps it breaks the promise of determinism.
+        """LIBERO's own environment of the current task (a BDDLBaseDomain), to look at: whoever steps it breaks the promise of determinism.
 
-        `inner.env` is the robosuite domain, `inner.sim` the simulation. Its positions are those of the end of the last control step.
+        What its simulation (`inner.sim`) says of positions and contacts is of the end of the last control step.
         """
-        return self.scene(self.task).inner
+        return self.scene(self.task).env
 
     @property
     def poses(self) -> dict[str, NDArray[np.float64]]:
@@ -314,6 +320,10 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         scene = self.scene(self.task)
         ids = scene.env.obj_body_id
         return {name: np.concatenate([scene.data.xpos[i], scene.data.xquat[i][[1, 2, 3, 0]]]) for name, i in ids.items()}
+
+    def scene_picture(self) -> NDArray[np.uint8]:
+        """A picture (H, W, 3) of now, as frames are; those are drawn at most 4 ms earlier."""
+        return self._picture(self.scene(self.task), _AGENTVIEW)
 
     @property
     def gripper_pose(self) -> NDArray[np.float64]:
@@ -327,7 +337,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     @property
     def sim_state(self) -> NDArray[np.float64]:
         """LIBERO's flattened state now: time [s], joint positions, joint velocities."""
-        return np.array(self.inner.get_sim_state())
+        return np.array(self.scene(self.task).inner.get_sim_state())
 
     @property
     def initial_state(self) -> NDArray[np.float64]:
@@ -388,7 +398,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     def _step(self, scene: _Scene, command: NDArray[np.floating[Any]], render: bool) -> bool:
         self._drawing = render and self._pictures
         *_, done, _ = scene.inner.step(np.asarray(command, np.float64))  # clips it to [-1, 1]
-        mujoco.mj_kinematics(scene.model, scene.data)  # positions of now, for who looks; the next step begins with its own
+        scene.refresh()
         return bool(done)
 
     def _snapshot(self, success: bool) -> Snapshot:
@@ -420,7 +430,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         for array, kept in zip(scene.alterable(), moment.fixtures, strict=True):
             array[:] = kept
         mujoco.mj_setState(scene.model, scene.data, moment.physics, _PHYSICS)
-        mujoco.mj_kinematics(scene.model, scene.data)
+        scene.refresh()
         controller, probe = scene.robot.controller, scene.env._observables[_PROBE]
         controller.goal_pos, controller.goal_ori = (kept.copy() for kept in moment.goal)
         controller.new_update = True  # what it knows of the robot is of another moment

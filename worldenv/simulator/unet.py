@@ -54,6 +54,10 @@ class CausalConv(nn.Conv3d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
         batch, frames, height, width, channels = x.shape
+        if torch.compiler.is_exporting():  # channels stay last: a runtime would turn everything round for a convolution and back
+            before = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+            taps = torch.cat([torch.cat([x[:, :1], before[:, :-1]], dim=1), before, x], dim=-1)
+            return F.linear(taps.view(-1, _TAPS * channels), self.weight.flatten(2).transpose(1, 2).flatten(1), self.bias).view(x.shape)
         before = x[:, :1].expand(-1, _TAPS - 1, -1, -1, -1)
         padded = torch.cat([before, x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
         weight = self.weight.squeeze(-1)  # one picture of frames by pixels, one tall kernel
@@ -158,7 +162,7 @@ class ContextAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
         """(B N, C) like `x`: the N tokens of all frames of each clip."""
-        q = _heads(self.to_q(x), len(pair.key), self.heads)
+        q = _heads(self.to_q(x), pair.key.shape[0], self.heads)
         out: torch.Tensor = self.to_out(F.scaled_dot_product_attention(q, *pair).transpose(1, 2).reshape(x.shape))
         return out
 

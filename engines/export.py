@@ -120,9 +120,9 @@ def offsets(path: Path) -> dict[str, tuple[int, int]]:
 
 def dynamic_shapes(module: nn.Module, recipe: EngineRecipe) -> tuple[Any, ...]:
     """The recipe's ranges as torch.export takes them, in the order of the module's arguments."""
-    dims = {name: torch.export.Dim(name, min=max(1, low), max=high) for name, (low, _, high) in recipe.ranges.items()}
+    dims = {name: torch.export.Dim(name, min=max(1, low), max=high) for name, (low, _, high) in recipe.ranges.items() if low < high}
     shapes = [
-        {i: dims[symbol(axis)] for i, (axis, length) in enumerate(binding.axes.items()) if isinstance(length, tuple)} for binding in recipe.inputs
+        {i: dims[symbol(axis)] for i, axis in enumerate(binding.axes) if symbol(axis) in dims} for binding in recipe.inputs
     ]
     kinds = [one.kind for one in inspect.signature(module.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds:

@@ -50,7 +50,7 @@ def missing_library(name: str) -> str | None:
 
 
 def _logger(trt: Any, said: list[str]) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

@@ -11,7 +11,7 @@ from test_reflector import SMALL as SMALL_REFLECTOR
 from test_simulator import SMALL as SIMULATOR
 
 from worldenv import compiled
-from worldenv.benchmarks import bench_engines, networks
+from worldenv.benchmarks import engine_rows, networks
 from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT, TINY
 from worldenv.engines import backend, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
@@ -29,7 +29,7 @@ def everything(evac=TINY.simulator, oft=TINY.policy, llava=TINY.reflector, preci
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_every_scale_has_all_recipes(precision: str) -> None:
-    for sizes in ((), (EVAC, OPENVLA_OFT, LLAVA_ONEVISION), (bench_engines.NARROW_EVAC, bench_engines.NARROW_OFT, bench_engines.NARROW_LLAVA)):
+    for sizes in ((), (EVAC, OPENVLA_OFT, LLAVA_ONEVISION), (engine_rows.NARROW_EVAC, engine_rows.NARROW_OFT, engine_rows.NARROW_LLAVA)):
         recipes = everything(*sizes, precision=precision)
         assert tuple(one.name for one in recipes) == compiled.NAMES
         assert all(one.tolerance > 0 and one.plain() for one in recipes)
@@ -37,7 +37,7 @@ def test_every_scale_has_all_recipes(precision: str) -> None:
     assert [one.name for one in recipes if one.precision == "fp8"] == (["simulator_unet"] if precision == "fp8" else [])
 
 
-@pytest.mark.parametrize("config", [TINY.simulator, EVAC, SIMULATOR, bench_engines.NARROW_EVAC], ids=["tiny", "published", "small", "narrow"])
+@pytest.mark.parametrize("config", [TINY.simulator, EVAC, SIMULATOR, engine_rows.NARROW_EVAC], ids=["tiny", "published", "small", "narrow"])
 def test_a_unet_recipe_has_the_widths_of_the_network(config) -> None:  # type: ignore[no-untyped-def]
     """Time rows and attention blocks in the network's own order; a recipe that swapped two blocks would differ."""
     unet = networks.meta_simulator(config).unet

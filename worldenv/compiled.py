@@ -144,7 +144,7 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
 def choose(network: Network, settings: EnginesConfig, store: Store, device: torch.device, recorded: Sequence[Any]) -> Choice:
     """The back end that `settings` name, or of `auto` the first that passed and is faster than eager; else eager. What is not taken is said."""
     names = AUTOMATIC.get(device.type, ()) if settings.back_end == "auto" else (settings.back_end,)
-    why = []
+    why: list[str] = []
     for name in names:
         if name == "eager":
             break

@@ -27,6 +27,7 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import DemosConfig, RunConfig
 from worldenv.data import collect as data
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.engines.parity import Parity
 from worldenv.engines.store import Store
 from worldenv.envs.experts import reaching as reach
 from worldenv.envs.experts import tabletop as expert
@@ -319,7 +320,7 @@ def loop(desk: Desk, stage: Stage) -> None:
         learner.load_tree(kept["learner"])
         history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
     practice = _practice(desk, learner.policy, stage.folder)
-    per, refits = settings.contexts * settings.group, dict[str, compiled.Parity]()
+    per, refits = settings.contexts * settings.group, dict[str, Parity]()
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()
         store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from worldenv import compiled, console
-from worldenv.benchmarks import bench_engines
+from worldenv.benchmarks import engine_rows
 from worldenv.cli.arguments import parse
 from worldenv.engines import backend, parity
 from worldenv.engines.recipe import EngineError
@@ -89,7 +89,7 @@ def build(args: BuildArgs) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and here else "cpu")
     precision = args.precision if args.precision != "auto" else "bf16" if not here or device.type == "cuda" else "fp32"
     words = [word for word in args.only.split(",") if word]
-    subject = bench_engines.subject(args.preset, args.size, args.run, device, precision)
+    subject = engine_rows.subject(args.preset, args.size, args.run, device, precision)
     networks = [one for one in subject.networks if not words or any(word in one.name for word in words)]
     if not networks:
         raise ValueError(f"--only {args.only}: there are {', '.join(one.name for one in subject.networks)}")
@@ -122,7 +122,7 @@ def build(args: BuildArgs) -> int:
     return 1 if any("error" in row or row.get("passed") is False for row in rows) else 0
 
 
-def _closed_loop(subject: bench_engines.Subject, store: Store, made: Sequence[compiled.Choice]) -> list[dict[str, Any]]:
+def _closed_loop(subject: engine_rows.Subject, store: Store, made: Sequence[compiled.Choice]) -> list[dict[str, Any]]:
     """What a closed loop of chunks says of the simulator's engines, where all of them were made here."""
     mine = [one for one in made if one.network.recipe.loop_tolerance is not None]
     if subject.simulator is None or len(mine) < len(parity.LOOP_CHUNKS):

@@ -1,7 +1,7 @@
 """Rows of worldenv-bench engines. Ceiling: the FLOPs of eager's graph at the measured matrix rate, every weight read once.
 
-Each back end of this machine is built (into a folder that is thrown away), compared on recorded inputs, and timed pair by pair against eager in
-the same run, in the same type and with the same threads. The last case is a whole rollout of the tiny preset, every network by its engine.
+Each back end of this machine is built, or found where worldenv-engine keeps its plans, compared on recorded inputs, and timed pair by pair against
+eager in the same run, in the same type and with the same threads. The last case is a whole rollout of the tiny preset, every network by its engine.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -45,6 +46,8 @@ NARROW_LLAVA = dataclasses.replace(LLAVA_ONEVISION, vision_layers=1, layers=1)
 """The published widths, heads and pictures, with as few layers as there can be."""
 _INSTRUCTIONS = ("put the bowl on the plate", "open the drawer")
 _CPU = torch.device("cpu")
+DEFAULT_STORE = Path("runs/engines")
+"""Of plans that belong to no run."""
 _SCORES_AGREE = 1e-3
 """Largest difference of a score between rollouts by engines and by eager networks, which must end at the same steps."""
 
@@ -148,8 +151,7 @@ def _published_case(variant: str, name: str, setting: Setting) -> Row:
     made, lengths = PUBLISHED[variant]
     network = _fixed(made(setting, "fp32" if setting.dtype == torch.float32 else "bf16"), lengths)
     given = [network.recipe.example({}, seed, str(setting.device)) for seed in range(2)]
-    with tempfile.TemporaryDirectory() as folder:
-        row = _engine_row(network, name, setting, given, Store(Path(folder)))
+    row = _engine_row(network, name, setting, given, _store(setting))
     return dataclasses.replace(row, case=f"engines {variant} {name}")
 
 
@@ -171,6 +173,11 @@ def random_reflector(size: config.ReflectorConfig, setting: Setting) -> LlavaRef
     for parameter in judge.llava.parameters():
         parameter.data = parameter.data.to(setting.dtype)
     return judge
+
+
+def _store(setting: Setting) -> Store:
+    """Where worldenv-engine keeps its plans, so that what was built is not built again; a brief run leaves nothing."""
+    return Store(Path(tempfile.gettempdir()) / f"worldenv-engines-{os.getpid()}" if setting.brief else DEFAULT_STORE)
 
 
 def _engine_row(network: compiled.Network, name: str, setting: Setting, recorded: Sequence[Any], store: Store) -> Row:
@@ -212,24 +219,23 @@ def _rollout_row(setting: Setting) -> Row:
         bench_rollout.scheduled(bench, bench.schedule(), bench.jobs[:4])
     settings = config.EnginesConfig()
     eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in everything]
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder))
-        choices = [compiled.choose(one, settings, store, _CPU, recorders[one.name].recorded) for one in everything]
-        mine = {one.network.name: one for one in compiled.checked_loop(simulator, choices[:3], store, torch.from_numpy(bench.jobs[0].context.frame))}
-        choices = [mine.get(one.network.name, one) for one in choices]
+    store = _store(setting)
+    choices = [compiled.choose(one, settings, store, _CPU, recorders[one.name].recorded) for one in everything]
+    mine = {one.network.name: one for one in compiled.checked_loop(simulator, choices[:3], store, torch.from_numpy(bench.jobs[0].context.frame))}
+    choices = [mine.get(one.network.name, one) for one in choices]
 
-        def seconds(chosen: Sequence[compiled.Choice]) -> tuple[float, bench_rollout.Outcome]:
-            with compiled.placed(chosen):
-                began = time.process_time()
-                made = bench_rollout.scheduled(bench, bench.schedule(), bench.jobs)
-                return time.process_time() - began, made
+    def seconds(chosen: Sequence[compiled.Choice]) -> tuple[float, bench_rollout.Outcome]:
+        with compiled.placed(chosen):
+            began = time.process_time()
+            made = bench_rollout.scheduled(bench, bench.schedule(), bench.jobs)
+            return time.process_time() - began, made
 
-        pairs, until = [], time.monotonic() + 4 * setting.seconds
-        for number in range(max(3, setting.pairs)):
-            if number >= 3 and time.monotonic() > until:
-                break
-            ours, theirs = (seconds(chosen) for chosen in (choices, eager))
-            pairs.append((ours, theirs))
+    pairs, until = [], time.monotonic() + 4 * setting.seconds
+    for number in range(max(3, setting.pairs)):
+        if number >= 3 and time.monotonic() > until:
+            break
+        ours, theirs = (seconds(chosen) for chosen in (choices, eager))
+        pairs.append((ours, theirs))
     taken, plain = ([pair[which][0] for pair in pairs] for which in range(2))
     error = bench_rollout.score_error(pairs[0][0][1].rollouts, pairs[0][1][1].rollouts)
     share = {row["stage"]: row["busy_s"] for row in pairs[-1][0][1].statistics["stages"]} if pairs[-1][0][1].statistics else {}
@@ -246,8 +252,7 @@ def _rollout_row(setting: Setting) -> Row:
 
 def _case(network_name: str, name: str, setting: Setting) -> Row:
     network = next(one for one in _tiny(setting.device).networks if one.name == network_name)
-    with tempfile.TemporaryDirectory() as folder:
-        return _engine_row(network, name, setting, _recorded(setting.device)[network_name], Store(Path(folder)))
+    return _engine_row(network, name, setting, _recorded(setting.device)[network_name], _store(setting))
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ import difflib
 import importlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,6 +31,9 @@ from worldenv.engines.store import Plan, Store, Wanted
 BACK_ENDS = ("eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt")
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "tensorrt_rtx", "inductor")}
 """What `auto` tries beside eager, by kind of device. On a CPU Inductor compiles for minutes and gains a twentieth (docs/engines.md)."""
+
+WITHOUT_REFIT = ("tensorrt_rtx",)
+"""Back ends whose plans keep their weights."""
 
 
 class Engine(Protocol):
@@ -125,13 +128,15 @@ def wanted(name: str, module: nn.Module, recipe: EngineRecipe, arch: str) -> Wan
     return Wanted(recipe.name, name, arch, recipe.precision, export.architecture(module, recipe), weights, back_end(name).versions())
 
 
-def planned(name: str, module: nn.Module, recipe: EngineRecipe, arch: str, store: Store) -> Plan:
-    """The plan of `module` for `arch` by back end `name`: the one in `store`, or a new one.
+def planned(
+    name: str, module: nn.Module, recipe: EngineRecipe, arch: str, store: Store, recorded: Sequence[Sequence[torch.Tensor]] = ()
+) -> Plan:
+    """The plan of `module` for `arch` by back end `name`: the one in `store`, or a new one. fp8 is calibrated on `recorded` inputs.
 
     Raises EngineError where a library is missing, this machine cannot build for `arch`, the export or the build fails, or the disk is full.
     """
     chosen = back_end(name)
     if missing := chosen.requires():
         raise EngineError(missing)
-    ready = export.prepared(module, recipe)
+    ready = export.prepared(module, recipe, recorded)
     return store.get(wanted(name, ready, recipe, arch), lambda folder: chosen.build(ready, recipe, folder, arch, store))

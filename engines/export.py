@@ -17,7 +17,7 @@ import shutil
 import struct
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ class _Wide(nn.Module):
         return wide.to(x.dtype)
 
 
-def prepared(module: nn.Module, recipe: EngineRecipe) -> nn.Module:
-    """A copy of `module` in the recipe's precision, without gradients; the norms named in `recipe.wide` compute in float32."""
+def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequence[torch.Tensor]] = ()) -> nn.Module:
+    """A copy of `module` in the recipe's precision, without gradients; the norms named in `recipe.wide` compute in float32.
+
+    fp8 is calibrated on `recorded` inputs. EngineError where no quantiser is installed.
+    """
     made = copy.deepcopy(module).eval().requires_grad_(False)
     if recipe.dtype == torch.float32:
         return made.float()
@@ -63,7 +66,7 @@ def prepared(module: nn.Module, recipe: EngineRecipe) -> nn.Module:
     if recipe.precision == "fp8":
         from worldenv.engines import fp8
 
-        made = fp8.quantised(made, recipe)
+        made = fp8.quantised(made, recipe, recorded)
     for name, one in list(made.named_modules()):
         if any(name == end or name.endswith(f".{end}") for end in recipe.wide) and isinstance(one, nn.LayerNorm | nn.GroupNorm):
             parent, _, last = name.rpartition(".")
@@ -192,10 +195,11 @@ def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = 
         raise EngineError(f"{recipe.name}: {error.name} is not installed, and exports need it: pip install onnx onnxscript") from error
     program = traced(module, recipe)
     names = [binding.name for binding in recipe.inputs]
+    outputs = [f"out_{name}" for name in recipe.outputs]  # operators of a graph are called mean and the like, and names must differ
     try:
         with torch.no_grad(), _quietly():
             made = torch.onnx.export(
-                program, (), dynamo=True, opset_version=opset, input_names=names, output_names=list(recipe.outputs), verbose=False, optimize=False,
+                program, (), dynamo=True, opset_version=opset, input_names=names, output_names=outputs, verbose=False, optimize=False,
             )
     except Exception as error:
         operator = _wrong_operator(error)

@@ -36,7 +36,8 @@ def quantised(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequen
     Without recorded inputs random ones are taken, which are good for building and for nothing else. EngineError as `quantiser`.
     """
     name = quantiser()
-    given = list(recorded) or [recipe.example(seed=seed) for seed in range(2)]
+    given = [[one.to(recipe.kind_of(binding)) for binding, one in zip(recipe.inputs, call, strict=True)] for call in recorded]
+    given = given or [list(recipe.example(seed=seed)) for seed in range(2)]
     if name == "modelopt":
         quantization: Any = importlib.import_module("modelopt.torch.quantization")
 

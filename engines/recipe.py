@@ -114,6 +114,15 @@ class EngineRecipe:
             made.append(value.to(device))
         return tuple(made)
 
+    def lengths(self, given: Sequence[torch.Tensor]) -> dict[str, int]:
+        """Of the axes that may vary, in inputs that `check` has let pass."""
+        return {
+            symbol(axis): now
+            for binding, one in zip(self.inputs, given, strict=True)
+            for (axis, length), now in zip(binding.axes.items(), one.shape, strict=True)
+            if isinstance(length, tuple)
+        }
+
     def check(self, given: Sequence[torch.Tensor]) -> None:
         """Raises EngineError that names an input of another type or of a length outside its range."""
         if len(given) != len(self.inputs):

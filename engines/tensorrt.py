@@ -136,7 +136,7 @@ class TensorRT:
             self._context.set_input_shape(binding.name, tuple(tensor.shape))
             self._context.set_tensor_address(binding.name, tensor.data_ptr())
         made = []
-        for name in self.recipe.outputs:
+        for name in (f"out_{one}" for one in self.recipe.outputs):
             kind = _TYPES[str(self._engine.get_tensor_dtype(name)).rpartition(".")[2]]
             out = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=kind, device=self._device)
             self._context.set_tensor_address(name, out.data_ptr())

@@ -21,11 +21,11 @@ def group_norm_ref(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: tor
 def _as_graph(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """For whoever compiles a graph: one form for all sizes, of operators that every runtime has; statistics run along whole rows of channels."""
     wide, (count, _, channels) = x.float(), x.shape
-    sums = (wide.mean(1), torch.linalg.vector_norm(wide, dim=1).square() / x.shape[1])
-    moments = torch.stack(sums).view(2, count, groups, channels // groups)
-    mean, square = moments.mean(-1, keepdim=True).expand(moments.shape).reshape(2, count, 1, channels).unbind()
-    scale = torch.rsqrt((square - mean * mean).clamp_min(0.0) + eps) * weight
-    return (wide * scale + (bias - mean * scale)).to(x.dtype)
+    sums = (wide.mean(1), (wide * wide).mean(1))
+    mean, square = (one.view(count, groups, channels // groups).mean(-1, keepdim=True) for one in sums)
+    scale = torch.rsqrt((square - mean * mean).clamp_min(0.0) + eps) * weight.view(groups, -1)
+    shift = bias.view(groups, -1) - mean * scale
+    return (wide * scale.view(count, 1, channels) + shift.view(count, 1, channels)).to(x.dtype)
 
 
 def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:

@@ -29,7 +29,7 @@ from worldenv.engines import (
     simulator_unet,
     simulator_vae,
 )
-from worldenv.engines.backend import AUTOMATIC, Engine, Running, back_end, planned
+from worldenv.engines.backend import AUTOMATIC, WITHOUT_REFIT, Engine, Running, back_end, planned
 from worldenv.engines.eager import Eager
 from worldenv.engines.export import prepared, state
 from worldenv.engines.parity import Parity, Recorder
@@ -134,7 +134,7 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
     chosen = back_end(name)
     if missing := chosen.requires():
         raise EngineError(missing)
-    plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store)
+    plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
     engine = chosen.load(plan.folder, network.recipe, device)
     found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, timed)
     store.write_parity(plan.key, found.plain())
@@ -149,6 +149,8 @@ def choose(network: Network, settings: EnginesConfig, store: Store, device: torc
         if name == "eager":
             break
         try:
+            if network.recipe.refit and name in WITHOUT_REFIT:
+                raise EngineError(f"{network.name}: {name} builds plans that cannot be refitted")
             made = built(network, name, store, device, recorded, timed=True)
         except EngineError as error:
             reason = str(error)
@@ -158,9 +160,9 @@ def choose(network: Network, settings: EnginesConfig, store: Store, device: torc
             if made.parity.passed and not (slower and settings.back_end == "auto"):
                 return dataclasses.replace(made, why="; ".join(why))
             reason = f"{network.name}: {name}: {made.parity.said}{', slower than eager' if made.parity.passed else ''}"
+        why.append(reason)
         if back_end(name).requires() is None or settings.back_end != "auto":
             console.say(f"engines: {reason}; {'the next back end' if name != names[-1] else 'eager'} is used")
-            why.append(reason)
     return Choice(network, Eager(network.eager, network.recipe), None, None, "; ".join(why))
 
 
@@ -268,21 +270,21 @@ def checked_loop(simulator: Evac, choices: Sequence[Choice], store: Store, frame
 
 @dataclass
 class Fitted:
-    """A policy's engines, which follow its weights."""
+    """Engines in their places; those of the policy follow its weights."""
 
     choices: list[Choice]
     recorded: Mapping[str, Sequence[Any]]
     refits: int = 0
 
     def refit(self) -> dict[str, Parity]:
-        """Give all engines the policy's present weights, LoRA added to the pristine ones, and compare again.
+        """Give the policy's engines its present weights, LoRA added to the pristine ones, and compare again.
 
         An engine that refuses, or fails, is replaced by eager, which is said. Returns what was found, by name.
         """
         self.refits += 1
         found = {}
         for i, one in enumerate(self.choices):
-            if one.engine.back_end == "eager":
+            if one.engine.back_end == "eager" or not one.network.recipe.refit:
                 continue
             began = time.monotonic()
             try:

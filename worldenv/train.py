@@ -105,6 +105,8 @@ class Desk:
     def fit_engines(self, folder: Path, policy: OpenVLAOFT, world: World, simulator: Evac | None, reflector: Judge | None) -> compiled.Fitted:
         """Engines for the networks of rollouts of `policy` in `world`, in their places; what was taken is kept in stage folder `folder`."""
         settings, engines = self.settings, self.settings.engines
+        if simulator is None:  # the true environment is most of such a rollout
+            engines = dataclasses.replace(engines, back_end="eager")
         precision = compiled.precision_of(engines, self.device)
         networks = compiled.of_policy(policy, precision)
         networks += compiled.of_simulator(simulator, precision) if simulator is not None else []

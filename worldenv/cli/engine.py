@@ -19,14 +19,13 @@ from worldenv.engines import backend, parity
 from worldenv.engines.recipe import EngineError
 from worldenv.engines.store import Store
 
-_DEFAULT = Path("runs/engines")
 NEVER_RUN = "built, never run"
 """Of a plan for another machine: nothing is known of what it computes."""
 
 
 @dataclass(frozen=True)
 class _Where:
-    store: Path = _DEFAULT
+    store: Path = engine_rows.DEFAULT_STORE
     """Folder of the plans."""
     limit_gb: float = 20.0
     """Plans are kept up to this; those used longest ago go first [GB]."""

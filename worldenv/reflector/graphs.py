@@ -41,7 +41,7 @@ class Prefill(nn.Module):
         allowed = torch.cat((sees_old, sees_new), dim=-1)
         mask = torch.zeros(allowed.shape, dtype=embedding.dtype, device=embedding.device)
         mask = mask.masked_fill(~allowed, torch.finfo(embedding.dtype).min)
-        memory: Any = DynamicCache([(pair[0], pair[1]) for pair in past.unbind(0)])
+        memory: Any = DynamicCache([(past[layer, 0], past[layer, 1]) for layer in range(past.shape[0])])
         answer = self.model(inputs_embeds=embedding, attention_mask=mask[:, None], position_ids=position, past_key_values=memory, use_cache=True)
         old = past.shape[-2]
         fresh = torch.stack([torch.stack((layer.keys[..., old:, :], layer.values[..., old:, :])) for layer in memory.layers])

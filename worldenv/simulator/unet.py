@@ -99,9 +99,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """(B, T, H, W, C) of `x` (B, T, H, W, C_in) and `embedding` (B, T, 1, 1, C), the output of `emb_layers`."""
-        y = self.in_layers(x) + embedding
-        y = self.skip_connection(x) + self.out_layers(y)
-        out: torch.Tensor = self.temopral_conv(y)
+        pictures = x.flatten(0, 1)
+        y = self.in_layers(pictures) + embedding.flatten(0, 1)
+        y = self.skip_connection(pictures) + self.out_layers(y)
+        out: torch.Tensor = self.temopral_conv(y.view(*x.shape[:2], *y.shape[1:]))
         return out
 
 
@@ -176,7 +177,8 @@ class _Gated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two products, not one that is cut in two: halves of a row are slow to walk, twice as slow in all on a CPU.
-        value, gate = (F.linear(x, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True))
+        half = self.proj.out_features // 2
+        value, gate = (F.linear(x, self.proj.weight[rows], self.proj.bias[rows]) for rows in (slice(half), slice(half, None)))
         return value * F.gelu(gate)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from worldenv.benchmarks.bench_ceilings import copy, matmul
 from worldenv.benchmarks.bench_chunk_loop import chunk_loop
+from worldenv.benchmarks.bench_engines import engines
 from worldenv.benchmarks.bench_hoisting import hoisting
 from worldenv.benchmarks.bench_kernels import kernels, maps
 from worldenv.benchmarks.bench_reflector import reflector
@@ -24,6 +25,7 @@ CASES: dict[str, Case] = {
     "reflector": reflector,
     "kernels": kernels,
     "maps": maps,
+    "engines": engines,
 }
 
 

@@ -573,6 +573,23 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class EnginesConfig:
+    """What runs the networks of rollouts, in stages loop and eval. Learning is always PyTorch's."""
+
+    back_end: Literal["auto", "eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt"] = "auto"
+    """auto: for each network the first of this machine's back ends whose engine passed parity here and is faster than eager. What was taken is kept
+    with the run, and a run goes on with it. Rollouts depend on it in their last bits."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """auto: fp32 on a CPU, bf16 on a GPU. fp8 quantises the simulator's U-Net, the rest stays bf16 (docs/engines.md)."""
+    limit_gb: float = 20.0
+    """Plans in the run's folder are kept up to this; those used longest ago go first [GB]."""
+
+    def __post_init__(self) -> None:
+        if self.limit_gb <= 0:
+            raise ValueError(f"engines.limit_gb={self.limit_gb}: want a size above 0")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Stage eval: greedy success in the true environment."""
 
@@ -618,6 +635,7 @@ class RunConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    engines: EnginesConfig = field(default_factory=EnginesConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -733,6 +751,7 @@ def fast(settings: RunConfig) -> RunConfig:
         world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),
         reward=dataclasses.replace(settings.reward, backbone_steps=20, head_epochs=4, embeddings=200, classifier_steps=20),
         loop=dataclasses.replace(settings.loop, contexts=3, iterations=2, snapshot_every=1),
+        engines=dataclasses.replace(settings.engines, back_end="eager"),  # exporting takes longer than all of its rollouts
         eval=dataclasses.replace(settings.eval, episodes=30, curve_episodes=6),
         report=dataclasses.replace(settings.report, replays=6, videos=3),
     )

@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worldenv import audit, checkpoint, config, console, evaluation, noise, report
+from worldenv import audit, checkpoint, compiled, config, console, evaluation, noise, report
 from worldenv.checkpoint import Savepoint
 from worldenv.config import DemosConfig, RunConfig
 from worldenv.data import collect as data
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.engines.parity import Parity
+from worldenv.engines.store import Store
 from worldenv.envs.experts import reaching as reach
 from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.reaching import STEPS as REACHING_STEPS
@@ -53,8 +55,9 @@ from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
 from worldenv.world import ImaginedWorld, World
 
-LOOP_NUMBERS, REPLAY_NUMBERS = 1 << 24, 1 << 31
-"""First rollout numbers of LOOP and of the audit; exploration counts from 0. Numbers are the second half of noise keys: no two alike."""
+LOOP_NUMBERS, REPLAY_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 3 << 30
+"""First rollout numbers of LOOP, of the audit and of what engines are compared on; exploration counts from 0. Numbers are the second half of
+noise keys: no two alike."""
 
 
 class Desk:
@@ -95,9 +98,35 @@ class Desk:
     def reflector(self) -> LlavaReflector | ClassifierReflector:
         return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(self.device)
 
-    def world(self, reflector: Judge | None) -> ImaginedWorld:
-        simulator = self.simulator()
+    def world(self, reflector: Judge | None, simulator: Evac | None = None) -> ImaginedWorld:
+        simulator = self.simulator() if simulator is None else simulator
         return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.env.camera, simulator.config.latent, self.seed, self.device)
+
+    def fit_engines(self, folder: Path, policy: OpenVLAOFT, world: World, simulator: Evac | None, reflector: Judge | None) -> compiled.Fitted:
+        """Engines for the networks of rollouts of `policy` in `world`, in their places; what was taken is kept in stage folder `folder`."""
+        settings, engines = self.settings, self.settings.engines
+        if simulator is None:  # the true environment is most of such a rollout
+            engines = dataclasses.replace(engines, back_end="eager")
+        precision = compiled.precision_of(engines, self.device)
+        networks = compiled.of_policy(policy, precision)
+        networks += compiled.of_simulator(simulator, precision) if simulator is not None else []
+        networks += compiled.of_reflector(reflector, precision)
+        tasks = len(self.env.tasks)
+        jobs = [Assignment(RECORD_NUMBERS + n, n, self.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
+
+        def rollouts() -> None:
+            with self.flights(policy, world, math.inf) as flights:
+                list(flights.fly(jobs))
+
+        store = Store(self.run.out / "engines", int(engines.limit_gb * 1e9))
+        return compiled.fitted(networks, rollouts, engines, store, self.device, folder / "engines.json", simulator)
+
+    def flights(self, policy: Policy, world: World, threshold: float, keep_frames: bool = False) -> Flights:
+        """On this run's schedule."""
+        return Flights(
+            self.replicas(policy, world), seed=self.seed, steps=self.settings.env.steps, threshold=threshold, schedule=self.schedule,
+            keep_frames=keep_frames,
+        )  # fmt: skip
 
     @property
     def schedule(self) -> Schedule:
@@ -253,15 +282,28 @@ def _contexts(desk: Desk, iteration: int) -> list[Context]:
     return chosen
 
 
-def _practice_world(desk: Desk) -> tuple[World, float]:
-    """Where LOOP's rollouts happen, and the score above which they end."""
+@dataclass(frozen=True)
+class _Practice:
+    """Where LOOP's rollouts happen."""
+
+    world: World
+    threshold: float
+    """A score above it ends a rollout."""
+    engines: compiled.Fitted
+
+
+def _practice(desk: Desk, policy: OpenVLAOFT, folder: Path) -> _Practice:
+    """For `policy`, with engines as stage loop in `folder` took them, or takes them now."""
+    simulator: Evac | None = None
+    reflector: Judge | None = None
     if desk.settings.loop.control == "true-simulator":
         world: World = TrueWorld(desk.env, desk.device)
         threshold = 0.5
     else:
-        reflector = desk.reflector()
-        world, threshold = desk.world(reflector), reflector.config.threshold
-    return world, threshold if desk.settings.loop.termination else math.inf
+        simulator, reflector = desk.simulator(), desk.reflector()
+        world, threshold = desk.world(reflector, simulator), reflector.config.threshold
+    engines = desk.fit_engines(folder, policy, world, simulator, reflector)
+    return _Practice(world, threshold if desk.settings.loop.termination else math.inf, engines)
 
 
 def _snapshot(stage: Stage, iterations: int) -> Path:
@@ -270,9 +312,8 @@ def _snapshot(stage: Stage, iterations: int) -> Path:
 
 def loop(desk: Desk, stage: Stage) -> None:
     """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
-    settings, env = desk.settings.loop, desk.settings.env
+    settings = desk.settings.loop
     learner = Learner(desk.policy("scale"), settings, desk.seed)
-    world, threshold = _practice_world(desk)
     savepoint = stage.savepoint("iterations")
     history: list[dict[str, float]] = []
     groups: list[dict[str, list[float]]] = []
@@ -280,7 +321,8 @@ def loop(desk: Desk, stage: Stage) -> None:
     if (kept := savepoint.load()) is not None:
         learner.load_tree(kept["learner"])
         history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
-    per = settings.contexts * settings.group
+    practice = _practice(desk, learner.policy, stage.folder)
+    per, refits = settings.contexts * settings.group, dict[str, Parity]()
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()
         store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")
@@ -291,8 +333,8 @@ def loop(desk: Desk, stage: Stage) -> None:
             for n in range(per)
         ]
         jobs = [job for job in jobs if job.number not in made]
-        replicas = desk.replicas(learner.policy, world)
-        with Flights(replicas, seed=desk.seed, steps=env.steps, threshold=threshold, schedule=desk.schedule) as flights:
+        refits = practice.engines.refit()
+        with desk.flights(learner.policy, practice.world, practice.threshold) as flights:
             for flight in flights.fly(jobs):
                 store.add(flight.rollout())
         collected = time.monotonic()
@@ -314,6 +356,8 @@ def loop(desk: Desk, stage: Stage) -> None:
         bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
     policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
     learner.export_adapter(stage.folder / "lora_adapter")
+    stage.metrics["engines"] = {one.network.name: one.plain for one in practice.engines.choices}
+    stage.timings["refit_s"] = {name: one.refit_s for name, one in refits.items()}
     stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history, "groups": groups}
     stage.timings["seconds_per_iteration"] = float(np.mean(seconds))
 
@@ -345,7 +389,8 @@ def _replayed_pair(desk: Desk, number: int, which: int, row: int) -> tuple[torch
         raise RunError(f"rollout {number} is one of stage eval, which has not been done in {desk.run.out}")
     pair, policy = _pairs(path)[row], desk.policy("scale" if name == "sft" else "loop")
     policy.scale_factor = desk.settings.loop.scale_factor
-    made = _alone(desk, policy, desk.world(reflector), math.inf, Assignment(number, 0, pair.context))
+    imagined, _ = _audited(desk, policy, reflector, desk.run.folder("eval"), name)
+    made = _alone(desk, policy, imagined, math.inf, Assignment(number, 0, pair.context))
     command, score = torch.cat([query.command for query in made.queries]).cpu().numpy(), made.rollout().score.flatten()
     parts: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
         "command": (command, pair.command), "frames": (made.frames().numpy(), pair.imagined), "score": (score.numpy(), pair.imagined_score),
@@ -368,16 +413,16 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
     learner = Learner(desk.policy("scale"), settings, desk.seed)
     if kept is not None:
         learner.load_tree(kept["learner"])
-    world, threshold = _practice_world(desk)
+    practice = _practice(desk, learner.policy, folder)
+    practice.engines.refit()
     context = _contexts(desk, iteration)[(number - LOOP_NUMBERS) % (settings.contexts * settings.group) // settings.group]
-    made = _alone(desk, learner.policy, world, threshold, Assignment(number, stored[number].group, context)).rollout()
+    made = _alone(desk, learner.policy, practice.world, practice.threshold, Assignment(number, stored[number].group, context)).rollout()
     return made.score[made.live], stored[number].score[stored[number].live], differing(made, stored[number]), str(path)
 
 
 def _alone(desk: Desk, policy: Policy, world: World, threshold: float, job: Assignment) -> Flight:
     """One rollout without any other."""
-    replicas, steps = [Replica(policy, world)], desk.settings.env.steps
-    with Flights(replicas, seed=desk.seed, steps=steps, threshold=threshold, schedule=desk.schedule, keep_frames=True) as flights:
+    with desk.flights(policy, world, threshold, keep_frames=True) as flights:
         (flight,) = flights.fly([job])
     return flight
 
@@ -394,11 +439,10 @@ def evaluate(desk: Desk, stage: Stage) -> None:
     stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
     stage.metrics["curve"] = _curve(desk)
-    imagined = desk.world(reflector)
-    held_out = desk.explored[1]
-    stage.metrics["world"] = _fidelity(desk, imagined, held_out)
+    stage.metrics["world"] = _fidelity(desk, desk.world(reflector), desk.explored[1])
     for i, name in enumerate(("sft", "loop")):
-        pairs = _replays(desk, name, imagined, reflector, REPLAY_NUMBERS + i * settings.report.replays)
+        pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
+        stage.metrics.setdefault("engines", {})[name] = engines
         stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
         checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
 
@@ -426,16 +470,26 @@ def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) 
     return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, episodes, chunk) for name, frames in by.items()}}
 
 
-def _replays(desk: Desk, name: str, imagined: ImaginedWorld, reflector: Judge, first: int) -> list[audit.Pair]:
-    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true."""
-    policy = desk.policy("scale" if name == "sft" else "loop")
+def _audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name: str) -> tuple[ImaginedWorld, compiled.Fitted]:
+    """An imagined world for `policy` and stage eval's engines in it; `name` is of sft or loop."""
     policy.scale_factor = desk.settings.loop.scale_factor
+    simulator = desk.simulator()
+    imagined = desk.world(reflector, simulator)
+    (folder / name).mkdir(exist_ok=True)
+    return imagined, desk.fit_engines(folder / name, policy, imagined, simulator, reflector)
+
+
+def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audit.Pair], dict[str, Any]]:
+    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true; and what ran the imagined ones."""
+    policy, reflector = desk.policy("scale" if name == "sft" else "loop"), desk.reflector()
+    imagined, engines = _audited(desk, policy, reflector, folder, name)
     tasks, states = len(desk.env.tasks), desk.env.states("train")
     contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
-    return audit.replay(
+    pairs = audit.replay(
         desk.replicas(policy, imagined), desk.env, reflector, contexts, seed=desk.seed, first_number=first,
         steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
     )  # fmt: skip
+    return pairs, {one.network.name: one.plain for one in engines.choices}
 
 
 def _plain(pair: audit.Pair) -> dict[str, Any]:
@@ -473,18 +527,29 @@ def write_report(desk: Desk, stage: Stage) -> None:
         "reward": metrics["reward"],
         "loop": {
             "returns": [row["return"] for row in history],
+            "engines": metrics["loop"]["engines"],
             "metrics": history,
             "curve": metrics["eval"]["curve"],
             "seconds_per_iteration": records["loop"]["timings"]["seconds_per_iteration"],
             "rollouts_per_second": records["loop"]["timings"]["rollouts_per_second"],
         },
-        "notes": _notes(desk),
+        "notes": [*_notes(desk), _run_by(metrics["loop"]["engines"])],
     }
     pairs = _pairs(desk.run.folder("eval") / "replays-loop.safetensors")
     scores = checkpoint.load(desk.run.folder("reward") / "held-out.safetensors")
     figures = report.Figures(score=scores["score"], success=scores["success"])
     report.write(desk.run.out, written, figures, _videos(pairs, desk.reflector().config.threshold, settings.report.videos))
     checkpoint.write_text(stage.folder / "written", "report.json, report.html, figures, videos\n")
+
+
+def _run_by(engines: dict[str, dict[str, Any]]) -> str:
+    """What ran the networks of LOOP's rollouts, and why not something else."""
+    by: dict[str, list[str]] = {}
+    for name, one in engines.items():
+        by.setdefault(one["back_end"], []).append(name)
+    said = "; ".join(f"{back_end} ({', '.join(names)})" for back_end, names in by.items())
+    why = [one["why"] for one in engines.values() if one.get("why")]
+    return f"Rollouts of LOOP were run by {said}." + (f" Not taken: {'; '.join(why)}." if why else "")
 
 
 def _notes(desk: Desk) -> list[str]:
@@ -555,8 +620,8 @@ STAGES: dict[str, Plan] = {
     "explore": Plan(explore, ("scale",), lambda c: [c.seed, c.env, c.explore]),
     "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.simulator, c.world]),
     "reward": Plan(reward, ("demos", "explore", "world"), lambda c: [c.seed, c.reflector, c.reward]),
-    "loop": Plan(loop, ("demos", "scale", "world", "reward"), lambda c: [c.seed, c.env, c.loop]),
-    "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report]),
+    "loop": Plan(loop, ("demos", "scale", "world", "reward"), lambda c: [c.seed, c.env, c.loop, c.engines]),
+    "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report, c.engines]),
     "report": Plan(write_report, ("demos", "sft", "scale", "explore", "world", "reward", "loop", "eval"), lambda c: [c]),
 }
 

@@ -23,7 +23,8 @@ class BenchArgs:
     """Measure cases against their baselines in one run: a table, then one line of JSON. Exit code 1 where something computes wrong numbers."""
 
     case: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed), reflector, kernels, maps. Alone,
+    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed), reflector, kernels, maps,
+    engines. Alone,
     with flags of their own: plan, scheduler, rollout."""
     device: str = "auto"
     """auto takes cuda where there is one, else cpu."""

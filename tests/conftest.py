@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
+
+import worldenv.cli  # noqa: F401  first: how threads wait is read when torch is loaded
+
+import torch  # isort: skip
 
 # Two threads are what the smallest machine has; more make no test faster, and several test runs may share a machine.
 torch.set_num_threads(int(os.environ.get("WORLDENV_TEST_THREADS", "2")))

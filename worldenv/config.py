@@ -9,11 +9,34 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+_SIGNED = ("curriculum_begin", "curriculum_end")
+_COUNTS = ("batch", "vae_batch", "backbone_batch", "head_batch", "classifier_batch", "per_task", "contexts", "check_every", "image")
+_SHARES = ("held_out", "map_share", "sampled_levels", "aligned_starts", "ema", "positives", "beta2")
+
+
+def _check_numbers(config: Any, path: str = "") -> None:
+    """Raise ValueError that names the first number anywhere in `config` that no stage could work with: not finite, below 0, a share above 1."""
+    for entry in dataclasses.fields(config):
+        name, given = f"{path}{entry.name}", getattr(config, entry.name)
+        if dataclasses.is_dataclass(given):
+            _check_numbers(given, f"{name}.")
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = 1 if entry.name in _COUNTS else 0
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={given}: want a finite number")
+            if value < least and entry.name not in _SIGNED:
+                raise ValueError(f"{name}={given}: want at least {least}")
+            if value > 1 and entry.name in _SHARES:
+                raise ValueError(f"{name}={given}: a share, want 0 .. 1")
 
 
 @dataclass(frozen=True)
@@ -258,6 +281,10 @@ class SimulatorConfig:
     def __post_init__(self) -> None:
         if self.height % self.vae.factor or self.width % self.vae.factor:
             raise ValueError(f"height={self.height}, width={self.width}: want multiples of {self.vae.factor}, the side of a latent's patch")
+        if self.memory < 2 or self.chunk < 1:
+            raise ValueError(f"memory={self.memory}, chunk={self.chunk}: want at least 2, the first frame and the last, and at least 1")
+        if not (math.isfinite(self.guidance) and math.isfinite(self.guidance_rescale)):
+            raise ValueError(f"guidance={self.guidance}, guidance_rescale={self.guidance_rescale}: want finite numbers")
         if self.posterior == "sample" and self.memory > self.chunk:
             raise ValueError(f"posterior='sample', memory={self.memory} > chunk={self.chunk}: the first chunk's noise has no room for the memory's")
 
@@ -640,6 +667,7 @@ class RunConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
         if self.policy.chunk != self.simulator.chunk:

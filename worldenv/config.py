@@ -751,6 +751,7 @@ TINY = RunConfig(
     sft=SftConfig(steps=400, lr=3e-4, prior_per_task=300, prior_steps=1200),
     world=WorldConfig(vae_steps=1000, batch=8, steps=1000),
     reward=RewardConfig(backbone_steps=400, backbone_lr=2e-3, positives=0.2, embeddings=1000),
+    engines=EnginesConfig(back_end="eager"),  # at this size a run's exports take about as long as its rollouts then save (docs/engines.md)
     loop=LoopConfig(scale_factor=4.0, contexts=24, iterations=16, batch=24, lora_lr=4e-4, head_lr=1e-4, snapshot_every=4),
     env=EnvConfig(train_states=200, test_states=400),
     eval=EvalConfig(episodes=1200),
@@ -779,7 +780,6 @@ def fast(settings: RunConfig) -> RunConfig:
         world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),
         reward=dataclasses.replace(settings.reward, backbone_steps=20, head_epochs=4, embeddings=200, classifier_steps=20),
         loop=dataclasses.replace(settings.loop, contexts=3, iterations=2, snapshot_every=1),
-        engines=dataclasses.replace(settings.engines, back_end="eager"),  # exporting takes longer than all of its rollouts
         eval=dataclasses.replace(settings.eval, episodes=30, curve_episodes=6),
         report=dataclasses.replace(settings.report, replays=6, videos=3),
     )

@@ -43,8 +43,10 @@ def _check_numbers(config: Any, path: str = "") -> None:
 class EnvConfig:
     """The true environment."""
 
-    name: Literal["tabletop"] = "tabletop"
-    """Which environment."""
+    name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "tabletop"
+    """Which environment: the embedded one, or a suite of LIBERO (docs/libero.md)."""
+    tasks: tuple[int, ...] = ()
+    """Which of its tasks, by their numbers there; none: all. They must share a camera, as the tasks of libero_spatial do."""
     image: int = 64
     """Side of the square camera picture [px]."""
     steps: int = 32
@@ -54,7 +56,7 @@ class EnvConfig:
     train_states: int = 50
     """Fixed initial states per task for demonstrations, exploration and LOOP."""
     test_states: int = 200
-    """Fixed initial states per task for evaluation only, disjoint from the others."""
+    """Fixed initial states per task for evaluation only, disjoint from the others. LIBERO has the 50 that it publishes."""
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,12 @@ class DemosConfig:
 
     per_task: int = 5
     """Demonstrations per task."""
+    after_success: int | None = None
+    """Control steps that a demonstration goes on after the first success; None: to the step limit."""
+
+    def __post_init__(self) -> None:
+        if self.per_task < 1 or (self.after_success is not None and self.after_success < 0):
+            raise ValueError(f"demos.per_task={self.per_task}, demos.after_success={self.after_success}: want at least 1 and 0")
 
 
 @dataclass(frozen=True)
@@ -428,6 +436,14 @@ class ExploreConfig:
     """Factors on the scale, one after another over the episodes: a spread of behaviour for the world model."""
     held_out: float = 0.1
     """Share of episodes kept from training, for stop rules and for the figures of the report."""
+    batch: int = 32
+    """Episodes that are made side by side in one scene; of a batch that was cut short, all are made again."""
+    processes: int = 1
+    """Processes that make batches side by side, each with a scene of its own. What comes out does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.processes < 1:
+            raise ValueError(f"explore.batch={self.batch}, explore.processes={self.processes}: want at least 1 of each")
 
 
 @dataclass(frozen=True)
@@ -672,6 +688,8 @@ class RunConfig:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
         if self.policy.chunk != self.simulator.chunk:
             raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one chunk; make them equal")
+        if self.sft.prior_steps and not self.sft.start and self.env.name != "tabletop":
+            raise ValueError(f"sft.prior_steps={self.sft.prior_steps}: the prior's scenes are the tabletop's; with {self.env.name} set it to 0")
         if self.env.steps % self.policy.chunk:
             raise ValueError(f"env.steps={self.env.steps} is not a multiple of policy.chunk={self.policy.chunk}")
 
@@ -758,7 +776,20 @@ TINY = RunConfig(
     explore=ExploreConfig(episodes=900, factors=(1.0, 4.0, 8.0)),
 )  # fmt: skip
 
-PRESETS: dict[str, RunConfig] = {"tiny": TINY}
+LIBERO = dataclasses.replace(
+    TINY,
+    preset="libero",
+    env=EnvConfig(name="libero_spatial", tasks=(0, 2), steps=216, train_states=50, test_states=50),
+    demos=DemosConfig(after_success=16),
+    sft=dataclasses.replace(TINY.sft, steps=2000, prior_per_task=0, prior_steps=0),
+    explore=ExploreConfig(episodes=60, factors=(1.0, 4.0), batch=8, processes=2),
+    loop=dataclasses.replace(TINY.loop, contexts=6, iterations=10, batch=12, snapshot_every=5),
+    eval=EvalConfig(episodes=60, curve_episodes=20),
+    report=ReportConfig(replays=12),
+)
+"""The tiny networks on two tasks of LIBERO-Spatial, whose limit of 220 steps is no multiple of the chunk: 216, which is the stricter."""
+
+PRESETS: dict[str, RunConfig] = {"tiny": TINY, "libero": LIBERO}
 
 
 def preset(name: str) -> RunConfig:
@@ -771,10 +802,11 @@ def preset(name: str) -> RunConfig:
 
 def fast(settings: RunConfig) -> RunConfig:
     """The same run with every stage cut short: it shows that the path is whole, and says nothing about success."""
-    return dataclasses.replace(
+    sft = settings.sft
+    short = dataclasses.replace(
         settings,
         fast=True,
-        sft=dataclasses.replace(settings.sft, steps=40, prior_per_task=4, prior_steps=20),
+        sft=dataclasses.replace(sft, steps=40, prior_per_task=min(4, sft.prior_per_task), prior_steps=min(20, sft.prior_steps)),
         scale=dataclasses.replace(settings.scale, steps=60),
         explore=dataclasses.replace(settings.explore, episodes=36),
         world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),
@@ -782,6 +814,20 @@ def fast(settings: RunConfig) -> RunConfig:
         loop=dataclasses.replace(settings.loop, contexts=3, iterations=2, snapshot_every=1),
         eval=dataclasses.replace(settings.eval, episodes=30, curve_episodes=6),
         report=dataclasses.replace(settings.report, replays=6, videos=3),
+    )
+    return short if settings.env.name == "tabletop" else _scarce(short)
+
+
+def _scarce(settings: RunConfig) -> RunConfig:
+    """One task, and few episodes: where drawing a frame takes as long as a whole episode of the tabletop."""
+    return dataclasses.replace(
+        settings,
+        env=dataclasses.replace(settings.env, tasks=settings.env.tasks[:1] or (0,), steps=160),
+        demos=dataclasses.replace(settings.demos, per_task=1),
+        explore=dataclasses.replace(settings.explore, episodes=4),
+        loop=dataclasses.replace(settings.loop, contexts=1, batch=settings.loop.group),
+        eval=dataclasses.replace(settings.eval, episodes=2, curve_episodes=1),
+        report=dataclasses.replace(settings.report, replays=1),
     )
 
 

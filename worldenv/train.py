@@ -29,16 +29,17 @@ from worldenv.data import collect as data
 from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.engines.parity import Parity
 from worldenv.engines.store import Store
+from worldenv.envs import suites
+from worldenv.envs.chosen import ChosenTasks
+from worldenv.envs.contract import TrueEnvironment
 from worldenv.envs.experts import reaching as reach
-from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.reaching import STEPS as REACHING_STEPS
 from worldenv.envs.reaching import Reaching
-from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.kinematics import ControllerModel, fit
 from worldenv.learning import frame_classifier, processes, reward_head, scale_head, sft, world_model
 from worldenv.learning.loop.update import Learner
-from worldenv.nouns import Context
+from worldenv.nouns import Camera, Context
 from worldenv.policy import lora
 from worldenv.policy import weights as policies
 from worldenv.policy.contract import Policy
@@ -60,6 +61,24 @@ LOOP_NUMBERS, REPLAY_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 3 << 30
 noise keys: no two alike."""
 
 
+def open_env(settings: config.EnvConfig) -> ChosenTasks:
+    """The true environment that `settings` name, with the tasks that they choose."""
+    whole: TrueEnvironment = suites.open_suite(settings.name, settings.image, config=settings)
+    return ChosenTasks(whole, settings.tasks)
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """The scripted expert of a suite, which looks into the environment itself."""
+
+    suite: str
+
+    def command(self, env: ChosenTasks, variation: NDArray[np.float64]) -> NDArray[np.float32]:
+        """See `data.Expert`."""
+        command: NDArray[np.float32] = suites.expert(self.suite).command(env.whole, variation)
+        return command
+
+
 class Desk:
     """What every stage can reach: settings, device, the environment, and what earlier stages left."""
 
@@ -69,8 +88,18 @@ class Desk:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
     @functools.cached_property
-    def env(self) -> Tabletop:
-        return Tabletop(self.settings.env)
+    def env(self) -> ChosenTasks:
+        return open_env(self.settings.env)
+
+    @functools.cached_property
+    def camera(self) -> Camera:
+        """agentview, which all tasks of a run share: the simulator learns to draw one view."""
+        views = [self.env.camera_of(task) for task in range(len(self.env.tasks))]
+        for task, view in enumerate(views):
+            if not all(np.allclose(getattr(view, name), getattr(views[0], name), atol=1e-6) for name in ("intrinsics", "camera_to_world")):
+                first, other = self.env.tasks[0], self.env.tasks[task]
+                raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --settings.env.tasks")
+        return views[0]
 
     def episodes(self, stage: Literal["demos", "explore"]) -> EpisodeSet:
         return EpisodeSet(self.run.folder(stage))
@@ -100,7 +129,7 @@ class Desk:
 
     def world(self, reflector: Judge | None, simulator: Evac | None = None) -> ImaginedWorld:
         simulator = self.simulator() if simulator is None else simulator
-        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.env.camera, simulator.config.latent, self.seed, self.device)
+        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, simulator.config.latent, self.seed, self.device)
 
     def fit_engines(self, folder: Path, policy: OpenVLAOFT, world: World, simulator: Evac | None, reflector: Judge | None) -> compiled.Fitted:
         """Engines for the networks of rollouts of `policy` in `world`, in their places; what was taken is kept in stage folder `folder`."""
@@ -146,7 +175,9 @@ class Desk:
 
 def demos(desk: Desk, stage: Stage) -> None:
     """A scripted expert shows every task a few times."""
-    stage.metrics |= data.demonstrate(desk.env, expert, expert.VARIATION, desk.settings.env.steps, desk.settings.demos, desk.seed, stage.folder)
+    settings = desk.settings
+    expert, variation = _Expert(settings.env.name), suites.expert(settings.env.name).VARIATION
+    stage.metrics |= data.demonstrate(desk.env, expert, variation, settings.env.steps, settings.demos, desk.seed, stage.folder)
 
 
 def begun_policy(desk: Desk, episodes: Sequence[Episode], savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
@@ -193,8 +224,21 @@ def scale(desk: Desk, stage: Stage) -> None:
 
 def explore(desk: Desk, stage: Stage) -> None:
     """The policy acts with its noise in the true environment, past success."""
-    policy, steps = desk.policy("scale"), desk.settings.env.steps
-    stage.metrics |= data.explore(desk.env, policy, steps, desk.settings.explore, desk.seed, stage.folder, desk.device)
+    settings, policy = desk.settings.explore, desk.run.folder("scale") / "policy.safetensors"
+    if settings.processes == 1:
+        _explore_part(desk.env, policy, desk.settings, stage.folder, desk.device, (0, 1))
+    else:
+        data.explore_apart(functools.partial(_explore_apart, policy, desk.settings, stage.folder, desk.device), settings.processes)
+    stage.metrics |= data.explored(len(desk.env.tasks), settings, stage.folder)
+
+
+def _explore_part(env: ChosenTasks, policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:
+    data.explore(env, policies.load(policy, device), settings.env.steps, settings.explore, settings.seed, out, device, part)
+
+
+def _explore_apart(policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:
+    """One of several processes: its own scene, its own copy of the policy."""
+    _explore_part(open_env(settings.env), policy, settings, out, device, part)
 
 
 def _world_episodes(desk: Desk) -> tuple[list[Episode], list[Episode]]:
@@ -206,7 +250,7 @@ def _world_episodes(desk: Desk) -> tuple[list[Episode], list[Episode]]:
 def _fit_world(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[Evac, dict[str, Any]]:
     training, held_out = _world_episodes(desk)
     return world_model.train(
-        desk.settings.simulator, desk.settings.world, training, held_out, desk.env.camera, desk.env.robot, desk.seed, desk.device, savepoint
+        desk.settings.simulator, desk.settings.world, training, held_out, desk.camera, desk.env.robot, desk.seed, desk.device, savepoint
     )
 
 

@@ -7,12 +7,20 @@ goal is next, whether its object is held, whether the gripper is over it, and wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worldenv.envs.experts.libero_scene import Boxes, Doubles, Goal, Scene, look
+from worldenv.envs.libero import Libero
+
+TASKS: dict[str, tuple[int, ...]] = {
+    "libero_spatial": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+    "libero_object": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
+    "libero_goal": (1, 2, 4, 6, 7, 8),
+    "libero_10": (0, 1, 2, 4, 5, 6, 7, 8),
+}
+"""Tasks of each suite that there is an expert for. The others open drawers, close doors, push, or reach into a rack or a microwave."""
 
 VARIATION = 6
 """Numbers in (0, 1) that make one demonstration differ from another."""
@@ -22,8 +30,9 @@ _POSITION_SCALE, _ROTATION_SCALE = 0.05, 0.5  # what a command of 1 asks for [m,
 
 _HAND = np.array([0.104, 0.032])  # half size of the palm, along the fingers' line and across
 _PALM = 0.031  # from the fingertips' point up to the palm
+_REST_M = 0.08  # over everything near, when all is done
 _NARROW_M = 0.035  # half a compartment that is narrower than this decides how things stand in it
-_TIP = 0.006  # from the fingertips' point down to the end of the fingers
+_TIP = 0.010  # from the fingertips' point down to the end of the fingers
 _WIDEST = 0.076  # what fits between the open fingers
 _OPENED = 0.065  # from here on the gripper counts as open
 
@@ -89,9 +98,10 @@ RIMS = {
 _HANDLES = {"moka_pot": (0.0, 0.073, 0.042)}
 """Kinds that are gripped by a handle: the fingertips' point in the object's frame [m]; the fingers close along its x."""
 
-_KNOBS = {"flat_stove": (0.042, 0.030)}
-"""Of a knob that turns about its fixture's origin: length of the end of its bar, along -x when it is off, and height at which it is pushed [m]."""
-_KNOB_BESIDE_M = 0.036  # from the bar's end to the shut fingers' middle, before they push
+_KNOBS = {"flat_stove": (-0.004, 0.032)}
+"""Of a knob whose bar lies along its fixture's x when it is off: the middle of the bar, and the height at which it is gripped [m]."""
+_KNOB_GRIPPED_M = 0.045  # fingers nearer than this have the bar between them
+_KNOB_TWIST = 0.8  # how far the gripper is asked to turn ahead of the knob [rad]
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,7 @@ def grasps(scene: Scene, name: str, manner: Manner) -> list[Grasp]:
             continue
         middle = body.place + frame @ ((near + far) / 2 * [1, 1, 0])
         height = max((low[2] + high[2]) / 2, high[2] - 0.026) - manner.depth
-        height = max(height, low[2] + _TIP + 0.002)
+        height = max(height, low[2] + _TIP + 0.001)
         found.append(Grasp(np.array([middle[0], middle[1], height]), _half_turn(np.arctan2(direction[1], direction[0]) - np.pi / 2)))
     return found
 
@@ -290,41 +300,45 @@ def _place(scene: Scene, goal: Goal, manner: Manner) -> Target:
             if min(reach) < _NARROW_M:  # what is narrow is turned to fit
                 yaw = 0.0 if reach[1] < reach[0] else np.pi / 2
     off = scene.place - place
-    if np.linalg.norm(off[:2]) < 0.015 and off[2] < slack and abs(_half_turn(yaw - yaw_of(scene.turn))) < 0.1:
-        return Target(scene.place, yaw, _OPEN)
+    arrived = np.linalg.norm(off[:2]) < 0.015 and off[2] < slack and abs(_half_turn(yaw - yaw_of(scene.turn))) < 0.1
+    met = scene.met[scene.goals.index(goal)]
+    if arrived or (met and (goal.predicate == "in" or off[2] < 0.03)):
+        return Target(scene.place, yaw_of(scene.turn), _OPEN)
     return _over(scene, place, yaw, rest, hang, manner, _SHUT)
 
 
 def _turn_on(scene: Scene, goal: Goal, manner: Manner) -> Target:
-    """Push the end of the knob's bar around, with shut fingers, from the side that turns it on."""
+    """Grip the knob's bar across and turn it."""
     body = scene.bodies[goal.what]
-    length, height = _KNOBS[body.kind]
+    middle, height = _KNOBS[body.kind]
     angle = next(value for joint, value in scene.joints.items() if joint.startswith(goal.what))
-    across = body.turn @ np.array([-np.sin(angle), np.cos(angle), 0.0])  # of the bar
-    end = body.place - length * body.turn @ np.array([np.cos(angle), np.sin(angle), 0.0]) + [0.0, 0.0, height]
-    off = scene.place - end
-    side = float(off @ across)
-    lateral = float(np.linalg.norm((off - side * across)[:2]))
-    yaw = _half_turn(np.arctan2(body.turn[1, 1], body.turn[0, 1]) - np.pi / 2)
-    if -0.01 < side < _KNOB_BESIDE_M + 0.015 and lateral < 0.015 and off[2] < 0.015:
-        return Target(end - 0.06 * across, yaw, _SHUT)
-    return _over(scene, end + _KNOB_BESIDE_M * across, yaw, scene.boxes, 0.0, manner, _SHUT)
+    along = body.turn @ np.array([np.cos(angle), np.sin(angle), 0.0])  # the bar
+    place = body.place + middle * along + [0.0, 0.0, height]
+    yaw = float(np.arctan2(along[1], along[0]))
+    off = scene.place - place
+    turned = _half_turn(yaw - yaw_of(scene.turn))
+    if np.linalg.norm(off[:2]) < 0.015 and off[2] < 0.015:
+        if scene.opening < _KNOB_GRIPPED_M:
+            return Target(place, yaw + _KNOB_TWIST, _SHUT)
+        if abs(turned) < 0.15 and off[2] < 0.008 or scene.opening < _OPENED:
+            return Target(place, yaw, _SHUT)
+    return _over(scene, place, yaw, scene.boxes, 0.0, manner, _OPEN)
 
 
 def next_target(scene: Scene, manner: Manner) -> Target:
-    """The skill that the scene asks for."""
+    """The skill that the scene asks for: of the first goal that does not hold, or whose object is still in the gripper."""
     for goal, met in zip(scene.goals, scene.met, strict=True):
+        if goal.predicate in ("on", "in") and scene.held == goal.what:
+            return _place(scene, goal, manner)
         if met:
-            if goal.what == scene.held:
-                return Target(scene.place, yaw_of(scene.turn), _OPEN)
             continue
         if goal.predicate in ("on", "in"):
-            if scene.held == goal.what:
-                return _place(scene, goal, manner)
             return _pick(scene, goal, manner)
         if goal.predicate == "turnon":
             return _turn_on(scene, goal, manner)
-    return Target(scene.place + [0.0, 0.0, 0.05], yaw_of(scene.turn), _OPEN)
+        raise ValueError(f"no expert for {goal.predicate} {goal.what}")
+    height = clear_height(scene.boxes, scene.place, scene.place) + _REST_M
+    return Target(np.array([*scene.place[:2], max(height, scene.place[2])]), yaw_of(scene.turn), _OPEN)
 
 
 def steer(scene: Scene, target: Target, manner: Manner) -> NDArray[np.float32]:
@@ -343,7 +357,12 @@ def _rotation_vector(turn: Doubles) -> Doubles:
     return axis / (2 * max(sine, 1e-9)) * np.arctan2(sine, cosine)
 
 
-def command(env: Any, variation: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The expert's next command (7,) in [-1, 1]. `variation` (VARIATION,) in (0, 1) is one demonstration's manner."""
+def command(env: Libero, variation: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The expert's next command (7,) in [-1, 1]. `variation` (VARIATION,) in (0, 1) is one demonstration's manner.
+
+    ValueError for a task that there is no expert for.
+    """
+    if env.task not in TASKS[env.suite]:
+        raise ValueError(f"{env.suite}: no expert for task {env.task}, {env.tasks[env.task]!r}; there is one for tasks {TASKS[env.suite]}")
     scene, manner = look(env.inner.env), Manner.of(variation)
     return steer(scene, next_target(scene, manner), manner)

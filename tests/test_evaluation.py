@@ -38,6 +38,12 @@ def test_wilson_as_published(successes, episodes, interval):
     assert wilson(successes, episodes) == pytest.approx(interval, abs=5e-5)
 
 
+def test_wilson_of_none_and_of_all_ends_exactly():
+    for episodes in range(1, 60):
+        assert wilson(0, episodes)[0] == 0.0
+        assert wilson(episodes, episodes)[1] == 1.0
+
+
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_is_where_the_score_test_turns(case):
     successes, episodes = case

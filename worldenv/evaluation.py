@@ -122,7 +122,8 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
     share, z2 = successes / episodes, _Z95**2
     middle = (share + z2 / (2 * episodes)) / (1 + z2 / episodes)
     half = _Z95 * math.sqrt(share * (1 - share) / episodes + z2 / (4 * episodes**2)) / (1 + z2 / episodes)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low = max(0.0, middle - half) if successes else 0.0  # exactly so, not to rounding
+    return low, min(1.0, middle + half) if successes < episodes else 1.0
 
 
 def mcnemar(wins: int, losses: int) -> float:

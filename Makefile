@@ -3,7 +3,8 @@
 #   make demo   post-train a policy inside a learned world, and say where the report is
 #   make libero LIBERO beside it: packages, assets, one frame of each suite as proof (docs/libero.md)
 #   make test   lint, types, C++ tests, Python tests: at most 20 minutes on two cores
-#   make check  what takes longer: sanitizers, slow tests
+#   make check  what takes longer: sanitizers, slow tests, plans for GPUs by TensorRT for RTX (which it installs into build/);
+#               LIBERO's tests where WORLDENV_LIBERO_ASSETS is set
 #   make gpu    on a machine with an NVIDIA GPU and its own torch: build, test, measure; under 9 minutes (ARGS="--only vae --resume")
 
 SHELL := /bin/bash
@@ -16,6 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.hpp' -o -name '*.cpp')
 RUN := runs/tiny
+RTX := build/tensorrt-rtx
 # where there is no .venv, the machine's own: a GPU machine brings its torch
 GPU_PYTHON := $(firstword $(wildcard $(BIN)/python) python3)
 # an editable install knows the packages that there were when it was made
@@ -63,11 +65,16 @@ test-cpp: env
 test-python: env
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
-check: env
+$(RTX)/stamp: .ci/tensorrt-rtx.txt $(VENV)/packages.stamp
+	$(PIP) install -q --no-deps --upgrade --target $(RTX) -r .ci/tensorrt-rtx.txt
+	touch $@
+
+check: env $(RTX)/stamp
 	.ci/sanitize address
 	.ci/sanitize thread
 	.ci/sanitize undefined
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	[ -z "$${WORLDENV_LIBERO_ASSETS:-}" ] || $(MAKE) libero
+	PYTHONPATH=$(RTX) $(BIN)/python -m pytest -q -m "slow and not gpu"
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

@@ -81,6 +81,11 @@ class DrawnEnds(ImaginedWorld):
         return shown, after
 
 
+def inside(world: Any) -> tuple[Evac, Any]:
+    """Simulator and judge of an imagined world."""
+    return world._simulator, world._reflector
+
+
 @dataclass(frozen=True)
 class Bench:
     """What is rolled out, and until when."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 
 from worldenv.benchmarks.bench_ceilings import copy, matmul
 from worldenv.benchmarks.bench_chunk_loop import chunk_loop
+from worldenv.benchmarks.bench_engines import engines
 from worldenv.benchmarks.bench_hoisting import hoisting
 from worldenv.benchmarks.bench_kernels import kernels, maps
 from worldenv.benchmarks.bench_reflector import reflector
@@ -24,6 +24,7 @@ CASES: dict[str, Case] = {
     "reflector": reflector,
     "kernels": kernels,
     "maps": maps,
+    "engines": engines,
 }
 
 
@@ -34,8 +35,7 @@ def run(names: Sequence[str], setting: Setting, only: Sequence[str] = ()) -> Ite
     """
     for name in names:
         if name not in CASES:
-            near = difflib.get_close_matches(name, CASES, n=1, cutoff=0.0)[0]
-            raise ValueError(f"no case {name!r}; did you mean {near!r}? There are: {', '.join(CASES)}")
+            raise ValueError(f"no case {name!r}; there are {', '.join(CASES)}")
     variants = {(name, variant): measure for name in names for variant, measure in CASES[name](setting).items()}
     chosen = {key: measure for key, measure in variants.items() if not only or any(word in key[1] for word in only)}
     if not chosen:

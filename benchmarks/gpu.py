@@ -65,6 +65,13 @@ PARTS = (
     Part("vae_256x256", 60.0, ("vae",), "256x256"),
     Part("chunk_loop_320x512", 150.0, ("chunk_loop",), "320x512"),
     Part("chunk_loop_256x256", 120.0, ("chunk_loop",), "256x256"),
+    # To compile is most of these, so they come last; --resume goes on with them
+    Part("engines_unet_320x512", 500.0, ("engines",), "simulator_unet 320x512"),
+    Part("engines_unet_256x256", 500.0, ("engines",), "simulator_unet 256x256"),
+    Part("engines_vae", 400.0, ("engines",), "simulator_vae"),
+    Part("engines_policy", 400.0, ("engines",), "policy"),
+    Part("engines_vision", 300.0, ("engines",), "reflector_vision"),
+    Part("engines_llm", 500.0, ("engines",), "reflector_llm"),
 )
 
 

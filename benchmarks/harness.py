@@ -86,6 +86,12 @@ class Row:
     """Half the distance between the quartiles, as a share of the median; for people only."""
     note: str = field(default="", metadata={"table": True})
     """Measured parity error or what else a reader should know; for people only."""
+    engine: str | None = None
+    """Of an engine's row: which network it is."""
+    max_rel_error: float | None = None
+    """Its largest relative L2 distance to eager on recorded inputs."""
+    tolerance: float | None = None
+    """The largest that is accepted."""
 
     def plain(self) -> dict[str, Any]:
         """For programs."""

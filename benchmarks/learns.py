@@ -5,9 +5,10 @@
     python -m benchmarks.learns --table
 
 The first form is a whole run of `worldenv-train` with one part taken out by name, in its own folder below --runs; stages that another run
-there has done with the same settings are taken over. The second trains what a user would try first instead of LOOP: fine-tuning for
-twice as long, on the demonstrations or on these and the successes of the exploration. Every form pairs the result with the fine-tuned policy
-on the same test states, and adds one row to benchmarks/results/learns.jsonl. --table prints all rows, and pools seeds.
+there has done with the same settings are taken over; in the true simulator no world model is trained. The second trains what a user would try
+first instead of LOOP: fine-tuning for twice as long, on the demonstrations or on these and the successes of the exploration. Every form pairs
+the result with the fine-tuned policy on the same test states, and adds one row to benchmarks/results/learns.jsonl. --table prints all rows, and
+pools seeds.
 """
 
 from __future__ import annotations
@@ -120,6 +121,24 @@ def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
     }
 
 
+def _true_simulator(args: LearnsArgs, out: Path) -> dict[str, Any]:
+    """LOOP where nothing is imagined: stages up to loop without a world model, then both policies by the predicate on stage eval's test states."""
+    desk = train.Desk(Run(out, settings_for(args)))
+    chosen, steps = evaluation.starts(desk.env, desk.settings.eval.episodes), desk.settings.env.steps
+    policies_by = {"sft": desk.policy("scale"), "loop": desk.policy("loop")}
+    outcomes = {
+        name: evaluation.evaluate(policy, desk.env, chosen, steps, None, 1.0, desk.device, f"eval {name}") for name, policy in policies_by.items()
+    }
+    record = desk.run.record("loop")
+    return {
+        "eval": {name: one.tally(desk.env.tasks) for name, one in outcomes.items()},
+        "paired": evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle")),
+        "loop": {"returns": [row["return"] for row in record["metrics"]["history"]], **record["timings"]},
+        "clip_fraction": float(np.mean([row["clip_fraction"] for row in record["metrics"]["history"]])),
+        "seconds": {name: desk.run.record(name)["seconds"] for name in ("sft", "loop")},
+    }
+
+
 def _from_report(out: Path) -> dict[str, Any]:
     record = report.read(out)
     return {
@@ -138,7 +157,8 @@ def measure(args: LearnsArgs) -> dict[str, Any]:
     folder = args.runs / f"seed-{args.seed}"
     method = dataclasses.replace(args, instead=None)
     settings, out = settings_for(method), folder / variant(method)
-    train.train(out, settings, reuse=_siblings(folder, out))
+    true = args.control == "true-simulator"
+    train.train(out, settings, reuse=_siblings(folder, out), until="loop" if true else None)
     return {
         "benchmark": "learns",
         "variant": variant(args),
@@ -146,7 +166,7 @@ def measure(args: LearnsArgs) -> dict[str, Any]:
         "preset": args.preset,
         "commit": report.commit(),
         "settings": config.fingerprint(settings),
-        **(_alternative(args, out) if args.instead else _from_report(out)),
+        **(_alternative(args, out) if args.instead else _true_simulator(args, out) if true else _from_report(out)),
     }
 
 

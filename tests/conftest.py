@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
+
+import worldenv.cli  # noqa: F401  first: how threads wait is read when torch is loaded
+
+import torch  # isort: skip
 
 # Two threads are what the smallest machine has; more make no test faster, and several test runs may share a machine.
 torch.set_num_threads(int(os.environ.get("WORLDENV_TEST_THREADS", "2")))
@@ -21,9 +24,10 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, and counted as skipped, where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked gpu or libero are skipped, and counted as skipped, where what they need is not there."""
+    gpu, assets = torch.cuda.is_available(), bool(os.environ.get("WORLDENV_LIBERO_ASSETS"))
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("libero") and not assets:
+            item.add_marker(pytest.mark.skip(reason="needs LIBERO (make libero) and WORLDENV_LIBERO_ASSETS"))

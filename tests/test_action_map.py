@@ -166,6 +166,18 @@ def test_two_arms_keep_their_sides() -> None:
     np.testing.assert_allclose(delta[1, [0, 6, 7, 9, 13]], [-0.01, 0.5, 0.0, 0.02, 0.6], atol=1e-12)
 
 
+@pytest.mark.parametrize("pitch", [90.0, -90.0])
+def test_where_roll_and_yaw_are_one_turn_yaw_is_none(pitch: float) -> None:
+    # pointing forward, as the AgiBot's example pose does: there the angles of rounding would be deltas of up to pi
+    half = np.radians([pitch, 40.0, 10.0]) / 2
+    rolls = [np.array([np.sin(roll), 0.0, 0.0, np.cos(roll)]) for roll in half[1:]]
+    y, w = np.sin(half[0]), np.cos(half[0])
+    turned = [np.array([w * x, y * c, -y * x, w * c]) for x, _, _, c in rolls]  # first about x, then about y
+    pose = np.stack([np.concatenate([[0.0, 0.0, 0.1], q]) for q in turned])[:, None]
+    delta = action_map.deltas(pose, np.zeros((2, 1)), AGIBOT_G1.arms[:1])
+    np.testing.assert_allclose(np.degrees(delta[0, 3:6]), [-30.0, 0.0, 0.0], atol=1e-9)
+
+
 def test_draw_refuses_batches_that_differ() -> None:
     still = path([(0.0, 0.0, 0.1)])
     with pytest.raises(ValueError, match="before"):

@@ -122,6 +122,8 @@ def test_the_command_prints_a_table_and_one_line(capsys: pytest.CaptureFixture[s
     ("argv", "words"),
     [
         (["simulator_unett"], "did you mean 'simulator_unet'"),
+        (["plann"], "did you mean 'plan'"),
+        (["copy", "plan"], "plan has flags of its own"),
         ([], "name a case"),
         (["copy", "--only", "1x1"], "--only 1x1: there are copy"),
         (["copy", "--device", "tpu9"], "--device tpu9"),

@@ -8,6 +8,7 @@ batch that is cut smaller; a failed demonstration kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import zipfile
@@ -278,6 +279,32 @@ def test_demonstrations_succeed_and_failures_give_way_to_the_next_state(env, tmp
         collect.demonstrate(env, Clumsy(fails), expert.VARIATION, 32, DemosConfig(per_task=5), 0, tmp_path / "more")
 
 
+def test_demonstrations_end_after_success_where_that_is_asked(env, tmp_path):
+    config = DemosConfig(per_task=2, after_success=5)
+    first = collect.demonstrate(env, expert, expert.VARIATION, 32, config, 0, tmp_path)
+    for entry in EpisodeSet(tmp_path).entries:
+        assert entry.steps == min(32, entry.first_success + 5)
+    assert {entry.steps for entry in EpisodeSet(tmp_path).entries} != {32}
+
+    class Silent:
+        def command(self, env, variation):
+            raise AssertionError("shown again")
+
+    assert collect.demonstrate(env, Silent(), expert.VARIATION, 32, config, 0, tmp_path) == first
+
+
+def test_a_killed_demonstration_goes_on_and_counts_the_same(env, tmp_path):
+    fails = []
+    for index in (0, 2):
+        env.begin(1, "train", index)
+        fails.append(env.pucks[0])
+    whole = collect.demonstrate(env, Clumsy(fails), expert.VARIATION, 32, DemosConfig(per_task=3), 0, tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    for number in (0, 1, 2, 3, 4):  # a kill within the second task
+        (tmp_path / f"cut/{number:06d}.npz").write_bytes((tmp_path / f"whole/{number:06d}.npz").read_bytes())
+    assert collect.demonstrate(env, Clumsy(fails), expert.VARIATION, 32, DemosConfig(per_task=3), 0, tmp_path / "cut") == whole
+
+
 def test_observations_come_before_actions(env, tmp_path):
     collect.demonstrate(env, expert, expert.VARIATION, 32, DemosConfig(per_task=1), 3, tmp_path)
     for episode in EpisodeSet(tmp_path):
@@ -290,8 +317,9 @@ def test_observations_come_before_actions(env, tmp_path):
 
 
 def explored(env, out, episodes=14, batch=4, policy=None, seed=5):
-    policy = policy or Pusher()
-    return collect.explore(env, policy, 16, ExploreConfig(episodes=episodes, factors=(1.0, 3.0)), seed, out, CPU, batch=batch)
+    config = ExploreConfig(episodes=episodes, factors=(1.0, 3.0), batch=batch)
+    collect.explore(env, policy or Pusher(), 16, config, seed, out, CPU)
+    return collect.explored(len(env.tasks), config, out)
 
 
 def test_exploration_does_not_depend_on_batches_and_goes_past_success(env, tmp_path):
@@ -361,3 +389,27 @@ def test_an_interrupted_exploration_goes_on_and_ends_the_same(env, tmp_path, mon
     asked = len(policy.batches)
     explored(env, tmp_path / "cut", policy=policy)  # all there: nothing is asked again
     assert len(policy.batches) == asked
+
+
+def _explorer(out, part):
+    config = ExploreConfig(episodes=14, factors=(1.0, 3.0), batch=4)
+    collect.explore(Tabletop(EnvConfig(image=16, train_states=6)), Pusher(), 16, config, 5, out, CPU, part)
+
+
+def _dies(part):
+    if part[0]:
+        raise ValueError(f"part {part[0]} of {part[1]} ended")
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_explore_what_one_does(env, tmp_path):
+    whole = explored(env, tmp_path / "whole")
+    collect.explore_apart(functools.partial(_explorer, tmp_path / "apart"), 2)
+    config = ExploreConfig(episodes=14, factors=(1.0, 3.0), batch=4)
+    assert collect.explored(3, config, tmp_path / "apart") == whole
+    (tmp_path / "apart/index.json").unlink()
+    (tmp_path / "apart/000003.npz").unlink()
+    with pytest.raises(ValueError, match="13 episodes, want 14"):
+        collect.explored(3, config, tmp_path / "apart")
+    with pytest.raises(ValueError, match="part 1 of 2 ended"):
+        collect.explore_apart(_dies, 2)

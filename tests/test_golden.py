@@ -159,6 +159,41 @@ def test_runner_fails_without_a_case(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row["pass"] for row in rows] == [False]
 
 
+@pytest.mark.parametrize("missing", ["folder", "case", "case.json"])
+def test_a_sound_case_beside_it_does_not_hide_a_missing_one(missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = planted(tmp_path / "all" / "one", {"image_out": {"max_abs": 3e-5}}, {}).parent
+    folders = [folder]
+    if missing == "case.json":
+        shutil.copytree(folder / "one", folder / "two")
+        (folder / "two" / "case.json").unlink()
+    else:
+        folders.append(tmp_path / "none")
+        if missing == "case":
+            folders[-1].mkdir()
+    code, rows = verdict(capsys, *folders)
+    assert code == 1
+    assert [row["pass"] for row in rows] == [True, False]
+
+
+def test_samples_of_a_sampler_case_have_their_own_fps_and_domain(tmp_path: Path) -> None:
+    shutil.copytree(CASES / "evac_unet", tmp_path / "evac_unet")
+    case = json.loads((CASES / "evac_sampler" / "case.json").read_text())
+    case["runs"] = {"eta1": {**case["runs"]["eta1"], "steps": 2}}
+    one = {key: value for key, value in load_file(CASES / "evac_sampler" / "tensors.safetensors").items() if key[:3] != "eta0"}
+    one["eta1.noise.steps"] = one["eta1.noise.steps"][:2]
+    other = {**one, "eta1.in.fs": one["eta1.in.fs"] + 22, "eta1.in.domain_id": one["eta1.in.domain_id"] - 4}
+    batched = [key for key in one if key.startswith("eta1.") and ".tab." not in key]
+    both = {**one, **{key: torch.cat([one[key], other[key]], dim=int(key == "eta1.noise.steps")) for key in batched}}
+    made = []
+    for i, tensors in enumerate((one, other, both)):
+        folder = tmp_path / f"{i}"
+        folder.mkdir()
+        save_file(tensors, folder / "tensors.safetensors")
+        made.append(golden_evac.evac_sampler(folder, case)["eta1.out.latents"])
+    assert (made[0] - made[1]).abs().max() > 1e-2, "neither is heard"
+    torch.testing.assert_close(made[2], torch.cat(made[:2]), rtol=0.0, atol=2e-5)
+
+
 def test_first_matching_limit_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits = {"action16_out": {"max_abs": 10.0}, "action*_out": {"max_abs": 3e-5}, "image_out": {"max_abs": 3e-5}}
     shifted = load_file(CASES / "evac_resamplers" / "tensors.safetensors")["action16_out"] + 1.0

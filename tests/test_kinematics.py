@@ -46,12 +46,17 @@ def episodes(model: ControllerModel, count: int, steps: int) -> tuple[list[np.nd
     return [np.concatenate([a[None], b]) for a, b in zip(state.pose.numpy(), path.pose.numpy(), strict=True)], list(command)
 
 
-@pytest.mark.parametrize("model", [MODEL, WALLED, dataclasses.replace(MODEL, gain=(9.0,) * 6)], ids=["free", "walled", "huge turns"])
+@pytest.mark.parametrize(
+    "model",
+    [MODEL, WALLED, dataclasses.replace(MODEL, gain=(9.0,) * 6), ControllerModel.of(PANDA)],
+    ids=["free", "walled", "huge turns", "coupled"],
+)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 8), (3, 40), (0, 8), (2, 0)], ids=str)
 def test_core_equals_the_law(model: ControllerModel, shape: tuple[int, int]) -> None:
     batch, steps = shape
     state = dataclasses.replace(start(batch), velocity=torch.from_numpy(0.02 * draw(3, batch, 6)))
     command = 1.3 * draw(4, batch, steps, 7)
+    command[:, steps // 3 : steps // 2, 3:6] = 0.0
     path, after = kinematics.follow(state, torch.from_numpy(command), model)
     assert path.pose.shape == (batch, steps, 7)
     if not steps:
@@ -83,7 +88,7 @@ def test_a_batch_is_its_rows_and_the_start_is_left_alone() -> None:
         assert torch.equal(alone.pose[0], path.pose[i])
         assert torch.equal(end.velocity[0], after.velocity[i])
     again = kinematics.stack(kinematics.unstack(after))
-    assert all(torch.equal(getattr(again, name), getattr(after, name)) for name in ("pose", "gripper", "velocity"))
+    assert all(torch.equal(getattr(again, field.name), getattr(after, field.name)) for field in dataclasses.fields(KinematicState))
 
 
 def test_a_held_command_reaches_the_steady_speed_and_dies_out() -> None:
@@ -159,13 +164,14 @@ def test_fit_finds_the_constants(noise_m: float) -> None:
 
 
 def test_fit_tells_panda_from_the_tabletop() -> None:
-    poses, commands = episodes(ControllerModel.of(PANDA), 6, 40)
+    panda = dataclasses.replace(PANDA, coupling=None, holds_turn=False)
+    poses, commands = episodes(ControllerModel.of(panda), 6, 40)
     model = kinematics.fit(poses, commands, TABLETOP)
     near, far = (kinematics.drift(one, poses, commands, 8) for one in (model, ControllerModel.of(TABLETOP)))
-    assert near[0] < 1e-12
-    assert near[1] < 1e-12
-    assert far[0] > 1e-3
-    assert far[1] > 1e-2
+    assert near.position.mean() < 1e-12
+    assert near.angle.mean() < 1e-12
+    assert far.position.mean() > 1e-3
+    assert far.angle.mean() > 1e-2
 
 
 def test_fit_keeps_nominal_constants_where_the_data_cannot_tell() -> None:
@@ -263,11 +269,11 @@ def test_drift_grows_with_a_wrong_model_and_needs_long_enough_episodes() -> None
     poses, commands = episodes(MODEL, 4, 20)
     wrong = dataclasses.replace(MODEL, gain=tuple(1.1 * gain for gain in MODEL.gain))
     near, far = kinematics.drift(wrong, poses, commands, 1), kinematics.drift(wrong, poses, commands, 16)
-    assert 0 < near[0] < far[0]
-    assert 0 < near[1] < far[1]
+    assert 0 < near.position.mean() < far.position.mean()
+    assert 0 < near.angle.mean() < far.angle.mean()
     path, _ = kinematics.follow(kinematics.rest(torch.from_numpy(poses[0][:1]), torch.ones(1)), torch.from_numpy(commands[0][None]), wrong)
     whole = kinematics.drift(wrong, poses[:1], commands[:1], 20)
-    assert whole[0] == pytest.approx(float((path.pose[0, -1, :3] - torch.from_numpy(poses[0][-1, :3])).norm()))
+    assert whole.position.mean() == pytest.approx(float((path.pose[0, -1, :3] - torch.from_numpy(poses[0][-1, :3])).norm()))
     for horizon in (0, 21):
         with pytest.raises(ValueError, match="horizon"):
             kinematics.drift(wrong, poses, commands, horizon)
@@ -292,9 +298,9 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"rest: pose \(7,\)"):
         kinematics.rest(torch.ones(7), torch.ones(1))
     with pytest.raises(ValueError, match="KinematicState"):
-        KinematicState(state.pose, state.gripper, state.velocity[:1])
+        dataclasses.replace(state, velocity=state.velocity[:1])
     with pytest.raises(ValueError, match="float64"):
-        KinematicState(state.pose.float(), state.gripper, state.velocity)
+        dataclasses.replace(state, pose=state.pose.float())
     poses, commands = episodes(MODEL, 2, 10)
     for bad_poses, bad_commands in (
         ([], []),
@@ -315,6 +321,11 @@ def test_bad_input_is_named() -> None:
         {"decay": (1.0,) * 6},
         {"decay": (-0.1,) * 6},
         {"gripper_step": float("nan")},
+        {"coupling": ((0.0,) * 17,) * 6},
+        {"coupling": ((0.0,) * 12 + (0.7,) * 6,) * 6},
+        {"coupling": ((float("nan"),) * 18,) * 6},
+        {"gripper_shares": (0.8, 0.3)},
+        {"gripper_shares": (0.0, 0.0)},
         {"low": (0.0, 0.0, 0.0), "high": (1.0, -1.0, 1.0)},
     ],
     ids=str,
@@ -333,27 +344,92 @@ def test_a_stored_model_of_another_version_is_refused() -> None:
 
 
 def test_core_refuses_what_does_not_fit() -> None:
-    rows = [
-        np.zeros((2, 7)),
-        np.zeros(2),
-        np.zeros((2, 6)),
-        np.zeros((2, 3, 7)),
-        *(np.zeros(6) for _ in range(3)),
-        0.1,
-        np.zeros(3),
-        np.zeros(3),
-    ]
-    _core.follow(*rows)
-    for where, bad in (
-        (0, np.zeros((3, 7))),
-        (1, np.zeros(3)),
-        (2, np.zeros((2, 7))),
-        (3, np.zeros((2, 7))),
-        (4, np.zeros(5)),
-        (8, np.zeros(2)),
-    ):
+    constants = [*(np.zeros(6) for _ in range(3)), 0.1, np.zeros(3), np.zeros(3), np.zeros((6, 18)), True, 1.0, 0.0]
+    model = _core.ControllerModel(*constants)
+    state, command = np.zeros((2, 25)), np.zeros((2, 3, 7))
+    _core.follow(state, command, model)
+    for bad in ((state[:1], command), (np.zeros((2, 24)), command), (np.zeros(25), command), (state, command[0]), (state, np.zeros((2, 3, 6)))):
         with pytest.raises(ValueError, match="want"):
-            _core.follow(*(bad if i == where else row for i, row in enumerate(rows)))
-    for bad in (np.zeros((2, 7), np.float32), np.zeros((2, 14))[:, ::2]):
+            _core.follow(*bad, model)
+    for bad in ((state.astype(np.float32), command), (np.zeros((2, 50))[:, ::2], command), (state, command.astype(np.float32))):
         with pytest.raises(TypeError):
-            _core.follow(bad, *rows[1:])
+            _core.follow(*bad, model)
+    for where, wrong in ((0, np.zeros(5)), (1, np.zeros(7)), (2, np.zeros((6, 1))), (4, np.zeros(2)), (5, np.zeros(4)), (6, np.zeros((18, 6)))):
+        with pytest.raises(ValueError, match="want"):
+            _core.ControllerModel(*(wrong if i == where else one for i, one in enumerate(constants)))
+
+
+COUPLED = ControllerModel.of(PANDA)
+
+
+def test_old_laws_are_special_cases_to_the_last_bit() -> None:
+    """Nothing coupled is the same as coupled by zeros, and a gripper that is its ramp is the old gripper."""
+    state, command = start(4), torch.from_numpy(1.3 * draw(31, 4, 30, 7))
+    zeros = dataclasses.replace(MODEL, coupling=((0.0,) * 18,) * 6)
+    (path, end), (again, last) = (kinematics.follow(state, command, one) for one in (MODEL, zeros))
+    assert torch.equal(path.pose, again.pose)
+    assert torch.equal(end.velocity, last.velocity)
+    ramp = state.gripper.clone()
+    for t in range(30):
+        ramp = (ramp - 0.125 * torch.sign(command[:, t, 6])).clamp(0, 1)
+        assert torch.equal(path.gripper[:, t], ramp)
+
+
+def test_a_turn_is_held_where_nothing_is_asked() -> None:
+    state = start(2)
+    command = torch.zeros(2, 200, 7, dtype=torch.float64)
+    command[:, 0, 3:6] = torch.tensor([0.6, -0.4, 0.2])
+    aim = kinematics.multiply(kinematics.exp(0.5 * np.array([0.6, -0.4, 0.2])), state.pose[:, 3:].numpy())
+    path, _ = kinematics.follow(state, command, COUPLED)
+    left = kinematics.log(kinematics.multiply(aim, path.pose[:, -1, 3:].numpy() * np.array([-1.0, -1, -1, 1])))
+    assert np.abs(left).max() < 2e-3
+    command[:, 1:, 3] = 1e-9  # all but nothing is something: it asks for where the gripper is now
+    path, _ = kinematics.follow(state, command, COUPLED)
+    left = kinematics.log(kinematics.multiply(aim, path.pose[:, -1, 3:].numpy() * np.array([-1.0, -1, -1, 1])))
+    assert np.linalg.norm(left, axis=1).min() > 0.1
+
+
+def test_fit_finds_a_coupled_controller() -> None:
+    """From other constants, on enough motion; what was not moved stays the robot's own."""
+    rng = np.random.default_rng(3)
+    other = np.array(PANDA.coupling) + 0.02 * rng.normal(size=(6, 18))
+    truth = dataclasses.replace(COUPLED, coupling=tuple(map(tuple, other.tolist())))
+    poses, commands = episodes(truth, 40, 60)
+    for command in commands[::3]:
+        command[20:40, 3:6] = 0.0
+    state = kinematics.rest(torch.from_numpy(np.stack([pose[0] for pose in poses])), torch.ones(40))
+    path, _ = kinematics.follow(state, torch.from_numpy(np.stack(commands)), truth)
+    poses = [np.concatenate([a[:1], b]) for a, b in zip(poses, path.pose.numpy(), strict=True)]
+    model = kinematics.fit(poses, commands, PANDA)
+    assert model.fitted == (True,) * 6
+    near, far = (kinematics.drift(one, poses, commands, 8) for one in (model, COUPLED))
+    assert near.position.mean() < 0.1 * far.position.mean()
+    assert near.angle.mean() < 0.1 * far.angle.mean()
+    assert ControllerModel.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+    little = kinematics.fit([pose[:2] for pose in poses[:1]], [command[:1] for command in commands[:1]], PANDA)
+    assert little.fitted == (False,) * 6
+    np.testing.assert_allclose(little.coupling, PANDA.coupling, atol=0.1)
+
+
+def test_drift_knows_what_was_asked_before() -> None:
+    """Of the model that made the path, no error: after holding a turn, with a gripper under way, from every state."""
+    poses, commands = episodes(COUPLED, 6, 40)
+    for command in commands:
+        command[10:25, 3:6] = 0.0
+    state = kinematics.rest(torch.from_numpy(np.stack([pose[0] for pose in poses])), torch.full((6,), 0.9, dtype=torch.float64))
+    path, _ = kinematics.follow(state, torch.from_numpy(np.stack(commands)), COUPLED)
+    poses = [np.concatenate([a[:1], b]) for a, b in zip(poses, path.pose.numpy(), strict=True)]
+    grippers = [np.append(0.9, opening) for opening in path.gripper.numpy()]
+    errors = kinematics.drift(COUPLED, poses, commands, 8)
+    assert errors.position.max() < 1e-12
+    assert errors.angle.max() < 1e-12
+    assert kinematics.drift(COUPLED, poses, commands, 1, grippers).gripper.max() < 1e-12
+    forgetful = dataclasses.replace(COUPLED, holds_turn=False)
+    assert kinematics.drift(forgetful, poses, commands, 8).angle.max() > 1e-3
+
+
+def test_models_from_before_axes_were_coupled_are_read() -> None:
+    plain = MODEL.to_dict()
+    for name in ("coupling", "holds_turn", "gripper_shares"):
+        del plain[name]
+    assert ControllerModel.from_dict(plain) == MODEL

@@ -91,6 +91,7 @@ def test_controls_and_alternatives_run_whole_and_share_equal_stages(tmp_path, ca
     assert {row["eval"]["sft"]["oracle"]["successes"] for row in rows.values()} == {rows["method"]["eval"]["sft"]["oracle"]["successes"]}
     assert (rows["frozen"]["paired"]["wins"], rows["frozen"]["paired"]["losses"]) == (0, 0)
     assert rows["true-simulator"]["loop"]["returns"] != rows["method"]["loop"]["returns"]
+    assert not (tmp_path / "runs" / "seed-0" / "true-simulator" / "stages" / "world").exists()
     assert rows["more-sft"]["episodes_used"] == 15
     explored = EpisodeSet(tmp_path / "runs" / "seed-0" / "method" / "stages" / "explore")
     shown = [e for e in explored if e.success.any() and not e.success[0]]  # so few steps of training may leave none

@@ -87,7 +87,7 @@ def test_a_policy_that_begins_from_reaching_is_told_of_the_demonstrations(tmp_pa
     fast = config.fast(config.TINY)
     settings = dataclasses.replace(fast, sft=dataclasses.replace(fast.sft, batch=4, prior_per_task=2, prior_steps=3))
     desk = train.Desk(Run(tmp_path / "run", settings))
-    demonstrate(desk.env, pusher, pusher.VARIATION, 32, DemosConfig(per_task=1), 0, tmp_path / "demos")
+    demonstrate(desk.env.whole, pusher, pusher.VARIATION, 32, DemosConfig(per_task=1), 0, tmp_path / "demos")
     shown = list(EpisodeSet(tmp_path / "demos"))
     policy, metrics = train.begun_policy(desk, shown, lambda part: Savepoint(tmp_path / part))
     assert (metrics["prior"]["steps"], metrics["prior"]["chunks"]) == (3, 6 * (reaching.STEPS - policy.chunk + 1))

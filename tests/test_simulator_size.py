@@ -16,6 +16,8 @@ from worldenv.config import EVAC, PRESETS
 
 DEAD = 51_118_080
 """Parameters of the 64 matrices of the released U-Net that no block reads."""
+CLIP_OUTPUT = 2 * 1280 + 1280 * 1024
+"""Last norm and projection of ViT-H/14's image tower, which no token passes."""
 PUBLISHED_TFLOP = {"320x512": 15.833, "256x256": 6.186}
 """Of one step of the released code (one multiply-add is 2), 20 frames, 272 tokens."""
 
@@ -25,6 +27,7 @@ def test_parameter_counts() -> None:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in simulator.named_children()}
     assert counts["unet"] == 1_464_484_100 - DEAD
     assert counts["vae"] == 83_653_863
+    assert counts["clip"] == 632_076_800 - CLIP_OUTPUT
     assert counts["image_resampler"] == 48_787_456
     assert counts["action_resampler"] == 47_245_312
     with torch.device("meta"):

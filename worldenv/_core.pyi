@@ -18,19 +18,29 @@ def philox_uniform(seed: int, rollout: _Words, chunk: _Words, step: _Words, stre
 def philox_normal(seed: int, rollout: _Words, chunk: _Words, step: _Words, stream: int, count: int) -> NDArray[np.float32]:
     """Standard normals of the same words, by pairs."""
 
-def follow(
-    pose: _Doubles,
-    gripper: _Doubles,
-    velocity: _Doubles,
-    command: _Doubles,
-    gain: _Doubles,
-    decay: _Doubles,
-    scale: _Doubles,
-    gripper_step: float,
-    low: _Doubles,
-    high: _Doubles,
-) -> tuple[_Doubles, _Doubles, _Doubles, _Doubles, _Doubles]:
-    """B arms through K commands: path pose (B, K, 7) and gripper (B, K), then the last pose (B, 7), gripper (B,), velocity (B, 6)."""
+class ControllerModel:
+    """Constants of how commands become motion."""
+
+    def __init__(
+        self,
+        gain: _Doubles,
+        decay: _Doubles,
+        scale: _Doubles,
+        gripper_step: float,
+        low: _Doubles,
+        high: _Doubles,
+        coupling: _Doubles | None,
+        holds_turn: bool,
+        gripper_now: float,
+        gripper_last: float,
+    ) -> None:
+        """Gain, decay, scale (6,), low, high (3,), coupling (6, 18) or None."""
+
+def follow(state: _Doubles, command: _Doubles, model: ControllerModel) -> tuple[_Doubles, _Doubles, _Doubles]:
+    """B arms through K commands: path pose (B, K, 7) and gripper (B, K), then the state (B, 25) after them.
+
+    A row of the state is pose 7, gripper, velocity 6, asked 6, aim 4, ramp.
+    """
 
 class Stage:
     """One stage of a chunk; a schedule is a list of them, of which the last judges."""

@@ -24,6 +24,8 @@ Doubles = NDArray[np.float64]
 
 _ARM_DIMS = 7
 _SIDES = ("left", "right")
+_LOCK_RAD = 1e-7
+"""Nearer to a pitch of 90 degrees than this, angles are rounding; SciPy, which the published code calls, draws the line there too."""
 _SHADES = 256
 _THIRTEEN = 12.999999999999998  # matplotlib holds 13 / 255 to 16 digits, which is below it, and it shows once cut off
 _BREWER: dict[str, list[tuple[float, float, float]]] = {
@@ -68,10 +70,12 @@ def rotation(quaternion: Doubles) -> Doubles:
 
 
 def _roll_pitch_yaw(matrix: Doubles) -> Doubles:
-    """Angles (..., 3) [rad] about the fixed axes x, then y, then z."""
-    roll = np.arctan2(matrix[..., 2, 1], matrix[..., 2, 2])
-    pitch = np.arctan2(-matrix[..., 2, 0], np.hypot(matrix[..., 2, 1], matrix[..., 2, 2]))
-    yaw = np.arctan2(matrix[..., 1, 0], matrix[..., 0, 0])
+    """Angles (..., 3) [rad] about the fixed axes x, then y, then z. Where x ends up along z, roll and yaw are one turn: then yaw is 0."""
+    level = np.hypot(matrix[..., 2, 1], matrix[..., 2, 2])
+    locked = level < _LOCK_RAD
+    roll = np.where(locked, np.arctan2(-matrix[..., 1, 2], matrix[..., 1, 1]), np.arctan2(matrix[..., 2, 1], matrix[..., 2, 2]))
+    pitch = np.arctan2(-matrix[..., 2, 0], level)
+    yaw = np.where(locked, 0.0, np.arctan2(matrix[..., 1, 0], matrix[..., 0, 0]))
     return np.stack([roll, pitch, yaw], axis=-1)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from worldenv import console
 from worldenv.data.episode import Episode
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.nouns import Context
@@ -48,14 +49,18 @@ def psnr(ours: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
-def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chunk: int) -> list[NDArray[np.uint8]]:
-    """Each episode's commands in `world`, from its first frame: its imagined frames (T, H, W, 3), in order. `batch` episodes at a time."""
+def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chunk: int, label: str) -> list[NDArray[np.uint8]]:
+    """Each episode's commands in `world`, from its first frame: that frame and the imagined ones (T + 1, H, W, 3), in order.
+
+    `batch` episodes at a time; `label` names the progress bar.
+    """
     out: list[NDArray[np.uint8]] = []
-    for start in range(0, len(episodes), batch):
+    for n in console.track(0, math.ceil(len(episodes) / batch), label):
+        start = n * batch
         some = episodes[start : start + batch]
         command = torch.from_numpy(np.stack([e.command for e in some]))
         scenes = world.begin([_context(e) for e in some], range(start, start + len(some)))
-        parts = []
+        parts = [np.stack([e.frame[:1] for e in some])]
         for first in range(0, command.shape[1], chunk):
             made = advance(world, scenes, command[:, first : first + chunk])
             scenes = [one.after for one in made]

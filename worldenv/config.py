@@ -9,19 +9,44 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
+_SIGNED = ("curriculum_begin", "curriculum_end")
+_COUNTS = ("batch", "vae_batch", "backbone_batch", "head_batch", "classifier_batch", "per_task", "contexts", "check_every", "image")
+_SHARES = ("held_out", "map_share", "sampled_levels", "aligned_starts", "ema", "positives", "beta2")
+
+
+def _check_numbers(config: Any, path: str = "") -> None:
+    """Raise ValueError that names the first number anywhere in `config` that no stage could work with: not finite, below 0, a share above 1."""
+    for entry in dataclasses.fields(config):
+        name, given = f"{path}{entry.name}", getattr(config, entry.name)
+        if dataclasses.is_dataclass(given):
+            _check_numbers(given, f"{name}.")
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = 1 if entry.name in _COUNTS else 0
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={given}: want a finite number")
+            if value < least and entry.name not in _SIGNED:
+                raise ValueError(f"{name}={given}: want at least {least}")
+            if value > 1 and entry.name in _SHARES:
+                raise ValueError(f"{name}={given}: a share, want 0 .. 1")
+
 
 @dataclass(frozen=True)
 class EnvConfig:
     """The true environment."""
 
-    name: Literal["tabletop"] = "tabletop"
-    """Which environment."""
+    name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "tabletop"
+    """Which environment: the embedded one, or a suite of LIBERO (docs/libero.md)."""
+    tasks: tuple[int, ...] = ()
+    """Which of its tasks, by their numbers there; none: all. They must share a camera, as the tasks of libero_spatial do."""
     image: int = 64
     """Side of the square camera picture [px]."""
     steps: int = 32
@@ -31,7 +56,7 @@ class EnvConfig:
     train_states: int = 50
     """Fixed initial states per task for demonstrations, exploration and LOOP."""
     test_states: int = 200
-    """Fixed initial states per task for evaluation only, disjoint from the others."""
+    """Fixed initial states per task for evaluation only, disjoint from the others. LIBERO has the 50 that it publishes."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +283,10 @@ class SimulatorConfig:
     def __post_init__(self) -> None:
         if self.height % self.vae.factor or self.width % self.vae.factor:
             raise ValueError(f"height={self.height}, width={self.width}: want multiples of {self.vae.factor}, the side of a latent's patch")
+        if self.memory < 2 or self.chunk < 1:
+            raise ValueError(f"memory={self.memory}, chunk={self.chunk}: want at least 2, the first frame and the last, and at least 1")
+        if not (math.isfinite(self.guidance) and math.isfinite(self.guidance_rescale)):
+            raise ValueError(f"guidance={self.guidance}, guidance_rescale={self.guidance_rescale}: want finite numbers")
         if self.posterior == "sample" and self.memory > self.chunk:
             raise ValueError(f"posterior='sample', memory={self.memory} > chunk={self.chunk}: the first chunk's noise has no room for the memory's")
 
@@ -322,6 +351,12 @@ class DemosConfig:
 
     per_task: int = 5
     """Demonstrations per task."""
+    after_success: int | None = None
+    """Control steps that a demonstration goes on after the first success; None: to the step limit."""
+
+    def __post_init__(self) -> None:
+        if self.per_task < 1 or (self.after_success is not None and self.after_success < 0):
+            raise ValueError(f"demos.per_task={self.per_task}, demos.after_success={self.after_success}: want at least 1 and 0")
 
 
 @dataclass(frozen=True)
@@ -401,6 +436,14 @@ class ExploreConfig:
     """Factors on the scale, one after another over the episodes: a spread of behaviour for the world model."""
     held_out: float = 0.1
     """Share of episodes kept from training, for stop rules and for the figures of the report."""
+    batch: int = 32
+    """Episodes that are made side by side in one scene; of a batch that was cut short, all are made again."""
+    processes: int = 1
+    """Processes that make batches side by side, each with a scene of its own. What comes out does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.processes < 1:
+            raise ValueError(f"explore.batch={self.batch}, explore.processes={self.processes}: want at least 1 of each")
 
 
 @dataclass(frozen=True)
@@ -573,6 +616,23 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class EnginesConfig:
+    """What runs the networks of rollouts, in stages loop and eval. Learning is always PyTorch's."""
+
+    back_end: Literal["auto", "eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt"] = "auto"
+    """auto: for each network the first of this machine's back ends whose engine passed parity here and is faster than eager. What was taken is kept
+    with the run, and a run goes on with it. Rollouts depend on it in their last bits."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """auto: fp32 on a CPU, bf16 on a GPU. fp8 quantises the simulator's U-Net, the rest stays bf16 (docs/engines.md)."""
+    limit_gb: float = 20.0
+    """Plans in the run's folder are kept up to this; those used longest ago go first [GB]."""
+
+    def __post_init__(self) -> None:
+        if self.limit_gb <= 0:
+            raise ValueError(f"engines.limit_gb={self.limit_gb}: want a size above 0")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Stage eval: greedy success in the true environment."""
 
@@ -618,14 +678,18 @@ class RunConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    engines: EnginesConfig = field(default_factory=EnginesConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
         if self.policy.chunk != self.simulator.chunk:
             raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one chunk; make them equal")
+        if self.sft.prior_steps and not self.sft.start and self.env.name != "tabletop":
+            raise ValueError(f"sft.prior_steps={self.sft.prior_steps}: the prior's scenes are the tabletop's; with {self.env.name} set it to 0")
         if self.env.steps % self.policy.chunk:
             raise ValueError(f"env.steps={self.env.steps} is not a multiple of policy.chunk={self.policy.chunk}")
 
@@ -703,14 +767,29 @@ TINY = RunConfig(
         width=64, layers=2, heads=2, kv_heads=1, ffn=128, frames=4, head_width=128, sampler="stable_dyadic",
     ),
     sft=SftConfig(steps=400, lr=3e-4, prior_per_task=300, prior_steps=1200),
-    world=WorldConfig(vae_steps=1000, batch=8, steps=500),
-    reward=RewardConfig(backbone_steps=300, backbone_lr=2e-3, embeddings=1000),
+    world=WorldConfig(vae_steps=1000, batch=8, steps=1000),
+    reward=RewardConfig(backbone_steps=400, backbone_lr=2e-3, positives=0.2, embeddings=1000),
+    engines=EnginesConfig(back_end="eager"),  # at this size a run's exports take about as long as its rollouts then save (docs/engines.md)
     loop=LoopConfig(scale_factor=4.0, contexts=24, iterations=16, batch=24, lora_lr=4e-4, head_lr=1e-4, snapshot_every=4),
-    env=EnvConfig(train_states=200),
-    explore=ExploreConfig(factors=(1.0, 4.0)),
+    env=EnvConfig(train_states=200, test_states=400),
+    eval=EvalConfig(episodes=1200),
+    explore=ExploreConfig(episodes=900, factors=(1.0, 4.0, 8.0)),
 )  # fmt: skip
 
-PRESETS: dict[str, RunConfig] = {"tiny": TINY}
+LIBERO = dataclasses.replace(
+    TINY,
+    preset="libero",
+    env=EnvConfig(name="libero_spatial", tasks=(0, 2), steps=216, train_states=50, test_states=50),
+    demos=DemosConfig(after_success=16),
+    sft=dataclasses.replace(TINY.sft, steps=2000, prior_per_task=0, prior_steps=0),
+    explore=ExploreConfig(episodes=60, factors=(1.0, 4.0), batch=8, processes=2),
+    loop=dataclasses.replace(TINY.loop, contexts=6, iterations=10, batch=12, snapshot_every=5),
+    eval=EvalConfig(episodes=60, curve_episodes=20),
+    report=ReportConfig(replays=12),
+)
+"""The tiny networks on two tasks of LIBERO-Spatial, whose limit of 220 steps is no multiple of the chunk: 216, which is the stricter."""
+
+PRESETS: dict[str, RunConfig] = {"tiny": TINY, "libero": LIBERO}
 
 
 def preset(name: str) -> RunConfig:
@@ -723,10 +802,11 @@ def preset(name: str) -> RunConfig:
 
 def fast(settings: RunConfig) -> RunConfig:
     """The same run with every stage cut short: it shows that the path is whole, and says nothing about success."""
-    return dataclasses.replace(
+    sft = settings.sft
+    short = dataclasses.replace(
         settings,
         fast=True,
-        sft=dataclasses.replace(settings.sft, steps=40, prior_per_task=4, prior_steps=20),
+        sft=dataclasses.replace(sft, steps=40, prior_per_task=min(4, sft.prior_per_task), prior_steps=min(20, sft.prior_steps)),
         scale=dataclasses.replace(settings.scale, steps=60),
         explore=dataclasses.replace(settings.explore, episodes=36),
         world=dataclasses.replace(settings.world, vae_steps=30, steps=30, check_every=10),
@@ -734,6 +814,20 @@ def fast(settings: RunConfig) -> RunConfig:
         loop=dataclasses.replace(settings.loop, contexts=3, iterations=2, snapshot_every=1),
         eval=dataclasses.replace(settings.eval, episodes=30, curve_episodes=6),
         report=dataclasses.replace(settings.report, replays=6, videos=3),
+    )
+    return short if settings.env.name == "tabletop" else _scarce(short)
+
+
+def _scarce(settings: RunConfig) -> RunConfig:
+    """One task, and few episodes: where drawing a frame takes as long as a whole episode of the tabletop."""
+    return dataclasses.replace(
+        settings,
+        env=dataclasses.replace(settings.env, tasks=settings.env.tasks[:1] or (0,), steps=160),
+        demos=dataclasses.replace(settings.demos, per_task=1),
+        explore=dataclasses.replace(settings.explore, episodes=4),
+        loop=dataclasses.replace(settings.loop, contexts=1, batch=settings.loop.group),
+        eval=dataclasses.replace(settings.eval, episodes=2, curve_episodes=1),
+        report=dataclasses.replace(settings.report, replays=1),
     )
 
 

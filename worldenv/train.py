@@ -22,21 +22,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worldenv import audit, checkpoint, config, console, evaluation, noise, report
+from worldenv import audit, checkpoint, compiled, config, console, evaluation, noise, report
 from worldenv.checkpoint import Savepoint
 from worldenv.config import DemosConfig, RunConfig
 from worldenv.data import collect as data
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.engines.parity import Parity
+from worldenv.engines.store import Store
+from worldenv.envs import suites
+from worldenv.envs.chosen import ChosenTasks
+from worldenv.envs.contract import TrueEnvironment
 from worldenv.envs.experts import reaching as reach
-from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.reaching import STEPS as REACHING_STEPS
 from worldenv.envs.reaching import Reaching
-from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.kinematics import ControllerModel, fit
 from worldenv.learning import frame_classifier, processes, reward_head, scale_head, sft, world_model
 from worldenv.learning.loop.update import Learner
-from worldenv.nouns import Context
+from worldenv.nouns import Camera, Context
 from worldenv.policy import lora
 from worldenv.policy import weights as policies
 from worldenv.policy.contract import Policy
@@ -53,8 +56,27 @@ from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
 from worldenv.world import ImaginedWorld, World
 
-LOOP_NUMBERS, REPLAY_NUMBERS = 1 << 24, 1 << 31
-"""First rollout numbers of LOOP and of the audit; exploration counts from 0. Numbers are the second half of noise keys: no two alike."""
+LOOP_NUMBERS, REPLAY_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 3 << 30
+"""First rollout numbers of LOOP, of the audit and of what engines are compared on; exploration counts from 0. Numbers are the second half of
+noise keys: no two alike."""
+
+
+def open_env(settings: config.EnvConfig) -> ChosenTasks:
+    """The true environment that `settings` name, with the tasks that they choose."""
+    whole: TrueEnvironment = suites.open_suite(settings.name, settings.image, config=settings)
+    return ChosenTasks(whole, settings.tasks)
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """The scripted expert of a suite, which looks into the environment itself."""
+
+    suite: str
+
+    def command(self, env: ChosenTasks, variation: NDArray[np.float64]) -> NDArray[np.float32]:
+        """See `data.Expert`."""
+        command: NDArray[np.float32] = suites.expert(self.suite).command(env.whole, variation)
+        return command
 
 
 class Desk:
@@ -66,8 +88,18 @@ class Desk:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
 
     @functools.cached_property
-    def env(self) -> Tabletop:
-        return Tabletop(self.settings.env)
+    def env(self) -> ChosenTasks:
+        return open_env(self.settings.env)
+
+    @functools.cached_property
+    def camera(self) -> Camera:
+        """agentview, which all tasks of a run share: the simulator learns to draw one view."""
+        views = [self.env.camera_of(task) for task in range(len(self.env.tasks))]
+        for task, view in enumerate(views):
+            if not all(np.allclose(getattr(view, name), getattr(views[0], name), atol=1e-6) for name in ("intrinsics", "camera_to_world")):
+                first, other = self.env.tasks[0], self.env.tasks[task]
+                raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --settings.env.tasks")
+        return views[0]
 
     def episodes(self, stage: Literal["demos", "explore"]) -> EpisodeSet:
         return EpisodeSet(self.run.folder(stage))
@@ -95,9 +127,35 @@ class Desk:
     def reflector(self) -> LlavaReflector | ClassifierReflector:
         return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(self.device)
 
-    def world(self, reflector: Judge | None) -> ImaginedWorld:
-        simulator = self.simulator()
-        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.env.camera, simulator.config.latent, self.seed, self.device)
+    def world(self, reflector: Judge | None, simulator: Evac | None = None) -> ImaginedWorld:
+        simulator = self.simulator() if simulator is None else simulator
+        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, simulator.config.latent, self.seed, self.device)
+
+    def fit_engines(self, folder: Path, policy: OpenVLAOFT, world: World, simulator: Evac | None, reflector: Judge | None) -> compiled.Fitted:
+        """Engines for the networks of rollouts of `policy` in `world`, in their places; what was taken is kept in stage folder `folder`."""
+        settings, engines = self.settings, self.settings.engines
+        if simulator is None:  # the true environment is most of such a rollout
+            engines = dataclasses.replace(engines, back_end="eager")
+        precision = compiled.precision_of(engines, self.device)
+        networks = compiled.of_policy(policy, precision)
+        networks += compiled.of_simulator(simulator, precision) if simulator is not None else []
+        networks += compiled.of_reflector(reflector, precision)
+        tasks = len(self.env.tasks)
+        jobs = [Assignment(RECORD_NUMBERS + n, n, self.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
+
+        def rollouts() -> None:
+            with self.flights(policy, world, math.inf) as flights:
+                list(flights.fly(jobs))
+
+        store = Store(self.run.out / "engines", int(engines.limit_gb * 1e9))
+        return compiled.fitted(networks, rollouts, engines, store, self.device, folder / "engines.json", simulator)
+
+    def flights(self, policy: Policy, world: World, threshold: float, keep_frames: bool = False) -> Flights:
+        """On this run's schedule."""
+        return Flights(
+            self.replicas(policy, world), seed=self.seed, steps=self.settings.env.steps, threshold=threshold, schedule=self.schedule,
+            keep_frames=keep_frames,
+        )  # fmt: skip
 
     @property
     def schedule(self) -> Schedule:
@@ -117,7 +175,9 @@ class Desk:
 
 def demos(desk: Desk, stage: Stage) -> None:
     """A scripted expert shows every task a few times."""
-    stage.metrics |= data.demonstrate(desk.env, expert, expert.VARIATION, desk.settings.env.steps, desk.settings.demos, desk.seed, stage.folder)
+    settings = desk.settings
+    expert, variation = _Expert(settings.env.name), suites.expert(settings.env.name).VARIATION
+    stage.metrics |= data.demonstrate(desk.env, expert, variation, settings.env.steps, settings.demos, desk.seed, stage.folder)
 
 
 def begun_policy(desk: Desk, episodes: Sequence[Episode], savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
@@ -164,8 +224,21 @@ def scale(desk: Desk, stage: Stage) -> None:
 
 def explore(desk: Desk, stage: Stage) -> None:
     """The policy acts with its noise in the true environment, past success."""
-    policy, steps = desk.policy("scale"), desk.settings.env.steps
-    stage.metrics |= data.explore(desk.env, policy, steps, desk.settings.explore, desk.seed, stage.folder, desk.device)
+    settings, policy = desk.settings.explore, desk.run.folder("scale") / "policy.safetensors"
+    if settings.processes == 1:
+        _explore_part(desk.env, policy, desk.settings, stage.folder, desk.device, (0, 1))
+    else:
+        data.explore_apart(functools.partial(_explore_apart, policy, desk.settings, stage.folder, desk.device), settings.processes)
+    stage.metrics |= data.explored(len(desk.env.tasks), settings, stage.folder)
+
+
+def _explore_part(env: ChosenTasks, policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:
+    data.explore(env, policies.load(policy, device), settings.env.steps, settings.explore, settings.seed, out, device, part)
+
+
+def _explore_apart(policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:
+    """One of several processes: its own scene, its own copy of the policy."""
+    _explore_part(open_env(settings.env), policy, settings, out, device, part)
 
 
 def _world_episodes(desk: Desk) -> tuple[list[Episode], list[Episode]]:
@@ -177,7 +250,7 @@ def _world_episodes(desk: Desk) -> tuple[list[Episode], list[Episode]]:
 def _fit_world(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[Evac, dict[str, Any]]:
     training, held_out = _world_episodes(desk)
     return world_model.train(
-        desk.settings.simulator, desk.settings.world, training, held_out, desk.env.camera, desk.env.robot, desk.seed, desk.device, savepoint
+        desk.settings.simulator, desk.settings.world, training, held_out, desk.camera, desk.env.robot, desk.seed, desk.device, savepoint
     )
 
 
@@ -193,12 +266,13 @@ def world(desk: Desk, stage: Stage) -> None:
 
 
 def reward(desk: Desk, stage: Stage) -> None:
-    """The reflector learns to see success, in true frames and in frames as the simulator's autoencoder draws them."""
+    """The reflector learns to see success, in true frames and in those that the simulator imagines of the same commands."""
     settings, (training, held_out) = desk.settings, desk.explored
     training = [*desk.episodes("demos"), *training]
-    reconstruct = desk.simulator().reconstruct
+    imagined = desk.world(None)
     drawn, drawn_held_out = (
-        [reconstruct(torch.from_numpy(e.frame).to(desk.device)).cpu().numpy() for e in some] for some in (training, held_out)
+        audit.imagine_episodes(imagined, some, settings.loop.slots, settings.policy.chunk, label)
+        for some, label in ((training, "imagine"), (held_out, "imagine held-out"))
     )
     reflector: LlavaReflector | ClassifierReflector
     if settings.reward.judge == "classifier":
@@ -252,15 +326,28 @@ def _contexts(desk: Desk, iteration: int) -> list[Context]:
     return chosen
 
 
-def _practice_world(desk: Desk) -> tuple[World, float]:
-    """Where LOOP's rollouts happen, and the score above which they end."""
+@dataclass(frozen=True)
+class _Practice:
+    """Where LOOP's rollouts happen."""
+
+    world: World
+    threshold: float
+    """A score above it ends a rollout."""
+    engines: compiled.Fitted
+
+
+def _practice(desk: Desk, policy: OpenVLAOFT, folder: Path) -> _Practice:
+    """For `policy`, with engines as stage loop in `folder` took them, or takes them now."""
+    simulator: Evac | None = None
+    reflector: Judge | None = None
     if desk.settings.loop.control == "true-simulator":
         world: World = TrueWorld(desk.env, desk.device)
         threshold = 0.5
     else:
-        reflector = desk.reflector()
-        world, threshold = desk.world(reflector), reflector.config.threshold
-    return world, threshold if desk.settings.loop.termination else math.inf
+        simulator, reflector = desk.simulator(), desk.reflector()
+        world, threshold = desk.world(reflector, simulator), reflector.config.threshold
+    engines = desk.fit_engines(folder, policy, world, simulator, reflector)
+    return _Practice(world, threshold if desk.settings.loop.termination else math.inf, engines)
 
 
 def _snapshot(stage: Stage, iterations: int) -> Path:
@@ -269,9 +356,8 @@ def _snapshot(stage: Stage, iterations: int) -> Path:
 
 def loop(desk: Desk, stage: Stage) -> None:
     """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
-    settings, env = desk.settings.loop, desk.settings.env
+    settings = desk.settings.loop
     learner = Learner(desk.policy("scale"), settings, desk.seed)
-    world, threshold = _practice_world(desk)
     savepoint = stage.savepoint("iterations")
     history: list[dict[str, float]] = []
     groups: list[dict[str, list[float]]] = []
@@ -279,7 +365,8 @@ def loop(desk: Desk, stage: Stage) -> None:
     if (kept := savepoint.load()) is not None:
         learner.load_tree(kept["learner"])
         history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
-    per = settings.contexts * settings.group
+    practice = _practice(desk, learner.policy, stage.folder)
+    per, refits = settings.contexts * settings.group, dict[str, Parity]()
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()
         store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")
@@ -290,8 +377,8 @@ def loop(desk: Desk, stage: Stage) -> None:
             for n in range(per)
         ]
         jobs = [job for job in jobs if job.number not in made]
-        replicas = desk.replicas(learner.policy, world)
-        with Flights(replicas, seed=desk.seed, steps=env.steps, threshold=threshold, schedule=desk.schedule) as flights:
+        refits = practice.engines.refit()
+        with desk.flights(learner.policy, practice.world, practice.threshold) as flights:
             for flight in flights.fly(jobs):
                 store.add(flight.rollout())
         collected = time.monotonic()
@@ -313,6 +400,8 @@ def loop(desk: Desk, stage: Stage) -> None:
         bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
     policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
     learner.export_adapter(stage.folder / "lora_adapter")
+    stage.metrics["engines"] = {one.network.name: one.plain for one in practice.engines.choices}
+    stage.timings["refit_s"] = {name: one.refit_s for name, one in refits.items()}
     stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history, "groups": groups}
     stage.timings["seconds_per_iteration"] = float(np.mean(seconds))
 
@@ -344,7 +433,8 @@ def _replayed_pair(desk: Desk, number: int, which: int, row: int) -> tuple[torch
         raise RunError(f"rollout {number} is one of stage eval, which has not been done in {desk.run.out}")
     pair, policy = _pairs(path)[row], desk.policy("scale" if name == "sft" else "loop")
     policy.scale_factor = desk.settings.loop.scale_factor
-    made = _alone(desk, policy, desk.world(reflector), math.inf, Assignment(number, 0, pair.context))
+    imagined, _ = _audited(desk, policy, reflector, desk.run.folder("eval"), name)
+    made = _alone(desk, policy, imagined, math.inf, Assignment(number, 0, pair.context))
     command, score = torch.cat([query.command for query in made.queries]).cpu().numpy(), made.rollout().score.flatten()
     parts: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
         "command": (command, pair.command), "frames": (made.frames().numpy(), pair.imagined), "score": (score.numpy(), pair.imagined_score),
@@ -367,16 +457,16 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
     learner = Learner(desk.policy("scale"), settings, desk.seed)
     if kept is not None:
         learner.load_tree(kept["learner"])
-    world, threshold = _practice_world(desk)
+    practice = _practice(desk, learner.policy, folder)
+    practice.engines.refit()
     context = _contexts(desk, iteration)[(number - LOOP_NUMBERS) % (settings.contexts * settings.group) // settings.group]
-    made = _alone(desk, learner.policy, world, threshold, Assignment(number, stored[number].group, context)).rollout()
+    made = _alone(desk, learner.policy, practice.world, practice.threshold, Assignment(number, stored[number].group, context)).rollout()
     return made.score[made.live], stored[number].score[stored[number].live], differing(made, stored[number]), str(path)
 
 
 def _alone(desk: Desk, policy: Policy, world: World, threshold: float, job: Assignment) -> Flight:
     """One rollout without any other."""
-    replicas, steps = [Replica(policy, world)], desk.settings.env.steps
-    with Flights(replicas, seed=desk.seed, steps=steps, threshold=threshold, schedule=desk.schedule, keep_frames=True) as flights:
+    with desk.flights(policy, world, threshold, keep_frames=True) as flights:
         (flight,) = flights.fly([job])
     return flight
 
@@ -393,11 +483,10 @@ def evaluate(desk: Desk, stage: Stage) -> None:
     stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
     stage.metrics["curve"] = _curve(desk)
-    imagined = desk.world(reflector)
-    held_out = desk.explored[1]
-    stage.metrics["world"] = _fidelity(desk, imagined, held_out)
+    stage.metrics["world"] = _fidelity(desk, desk.world(reflector), desk.explored[1])
     for i, name in enumerate(("sft", "loop")):
-        pairs = _replays(desk, name, imagined, reflector, REPLAY_NUMBERS + i * settings.report.replays)
+        pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
+        stage.metrics.setdefault("engines", {})[name] = engines
         stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
         checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
 
@@ -418,23 +507,33 @@ def _curve(desk: Desk) -> list[dict[str, Any]]:
 def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) -> dict[str, Any]:
     """PSNR by chunk on held-out exploration: imagined, the first frame repeated, and the autoencoder's own reconstruction as ceiling."""
     chunk, reconstruct = desk.settings.policy.chunk, desk.simulator().reconstruct
-    ours = audit.imagine_episodes(imagined, episodes, desk.settings.loop.slots, chunk)
+    ours = [frames[1:] for frames in audit.imagine_episodes(imagined, episodes, desk.settings.loop.slots, chunk, "imagine held-out")]
     still = [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes]
     ceiling = [reconstruct(torch.from_numpy(e.frame[1:]).to(desk.device)).cpu().numpy() for e in episodes]
     by = {"psnr_by_chunk": ours, "psnr_copy_first_by_chunk": still, "psnr_ceiling_by_chunk": ceiling}
     return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, episodes, chunk) for name, frames in by.items()}}
 
 
-def _replays(desk: Desk, name: str, imagined: ImaginedWorld, reflector: Judge, first: int) -> list[audit.Pair]:
-    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true."""
-    policy = desk.policy("scale" if name == "sft" else "loop")
+def _audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name: str) -> tuple[ImaginedWorld, compiled.Fitted]:
+    """An imagined world for `policy` and stage eval's engines in it; `name` is of sft or loop."""
     policy.scale_factor = desk.settings.loop.scale_factor
+    simulator = desk.simulator()
+    imagined = desk.world(reflector, simulator)
+    (folder / name).mkdir(exist_ok=True)
+    return imagined, desk.fit_engines(folder / name, policy, imagined, simulator, reflector)
+
+
+def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audit.Pair], dict[str, Any]]:
+    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true; and what ran the imagined ones."""
+    policy, reflector = desk.policy("scale" if name == "sft" else "loop"), desk.reflector()
+    imagined, engines = _audited(desk, policy, reflector, folder, name)
     tasks, states = len(desk.env.tasks), desk.env.states("train")
     contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
-    return audit.replay(
+    pairs = audit.replay(
         desk.replicas(policy, imagined), desk.env, reflector, contexts, seed=desk.seed, first_number=first,
         steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
     )  # fmt: skip
+    return pairs, {one.network.name: one.plain for one in engines.choices}
 
 
 def _plain(pair: audit.Pair) -> dict[str, Any]:
@@ -466,24 +565,35 @@ def write_report(desk: Desk, stage: Stage) -> None:
         "demos": metrics["demos"],
         "sft": metrics["sft"],
         "scale": metrics["scale"],
-        "explore": metrics["explore"],
+        "explore": {**metrics["explore"], "outcomes": report.lengths_by_outcome(desk.episodes("explore").entries)},
         "eval": {name: metrics["eval"][name] for name in ("sft", "loop", "paired")},
         "world": {**metrics["world"], **measured, "outcome_agreement": measured["outcome_agreement_loop"]},
         "reward": metrics["reward"],
         "loop": {
             "returns": [row["return"] for row in history],
+            "engines": metrics["loop"]["engines"],
             "metrics": history,
             "curve": metrics["eval"]["curve"],
             "seconds_per_iteration": records["loop"]["timings"]["seconds_per_iteration"],
             "rollouts_per_second": records["loop"]["timings"]["rollouts_per_second"],
         },
-        "notes": _notes(desk),
+        "notes": [*_notes(desk), _run_by(metrics["loop"]["engines"])],
     }
     pairs = _pairs(desk.run.folder("eval") / "replays-loop.safetensors")
     scores = checkpoint.load(desk.run.folder("reward") / "held-out.safetensors")
     figures = report.Figures(score=scores["score"], success=scores["success"])
     report.write(desk.run.out, written, figures, _videos(pairs, desk.reflector().config.threshold, settings.report.videos))
     checkpoint.write_text(stage.folder / "written", "report.json, report.html, figures, videos\n")
+
+
+def _run_by(engines: dict[str, dict[str, Any]]) -> str:
+    """What ran the networks of LOOP's rollouts, and why not something else."""
+    by: dict[str, list[str]] = {}
+    for name, one in engines.items():
+        by.setdefault(one["back_end"], []).append(name)
+    said = "; ".join(f"{back_end} ({', '.join(names)})" for back_end, names in by.items())
+    why = [one["why"] for one in engines.values() if one.get("why")]
+    return f"Rollouts of LOOP were run by {said}." + (f" Not taken: {'; '.join(why)}." if why else "")
 
 
 def _notes(desk: Desk) -> list[str]:
@@ -554,16 +664,32 @@ STAGES: dict[str, Plan] = {
     "explore": Plan(explore, ("scale",), lambda c: [c.seed, c.env, c.explore]),
     "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.simulator, c.world]),
     "reward": Plan(reward, ("demos", "explore", "world"), lambda c: [c.seed, c.reflector, c.reward]),
-    "loop": Plan(loop, ("demos", "scale", "world", "reward"), lambda c: [c.seed, c.env, c.loop]),
-    "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report]),
+    "loop": Plan(loop, ("demos", "scale", "world", "reward"), lambda c: [c.seed, c.env, c.loop, c.engines]),
+    "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report, c.engines]),
     "report": Plan(write_report, ("demos", "sft", "scale", "explore", "world", "reward", "loop", "eval"), lambda c: [c]),
 }
+
+
+def _inputs(name: str, settings: RunConfig) -> tuple[str, ...]:
+    """Stages that stage `name` reads: in the true environment LOOP imagines nothing, and the predicate judges."""
+    needs = STAGES[name].inputs
+    true = name == "loop" and settings.loop.control == "true-simulator"
+    return tuple(one for one in needs if one not in ("world", "reward")) if true else needs
+
+
+def _up_to(last: str, settings: RunConfig) -> list[str]:
+    """Stage `last` and all that it is made from, in order."""
+    needed, names = {last}, list(STAGES)
+    for name in reversed(names[: names.index(last) + 1]):
+        needed |= set(_inputs(name, settings)) if name in needed else set()
+    return [name for name in names if name in needed]
 
 
 def train(
     out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = (), until: str | None = None
 ) -> None:
-    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone; none comes after `until`.
+    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone. With `until`, that stage and
+    what it is made from, and none else.
 
     Of several processes (worldenv.distributed) the first one does this, and the others join it in stage world.
     A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
@@ -573,15 +699,15 @@ def train(
         _follow(out, settings)
         return
     run = Run(out, settings)
-    names = list(STAGES)
-    names = names[: names.index(until) + 1] if until else names
-    again = names[names.index(first) :] if first else [only] if only else []
+    names = _up_to(until, settings) if until else list(STAGES)
+    order = list(STAGES)
+    again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
     for name in again:
         run.forget(name)
     desk = Desk(run)
     for name in [only] if only else names:
         plan = STAGES[name]
-        fingerprint = run.fingerprint(name, plan.settings(settings), list(plan.inputs))
+        fingerprint = run.fingerprint(name, plan.settings(settings), list(_inputs(name, settings)))
         if run.check(name, fingerprint):
             console.say(f"{name:>7}: skipped, done before")
             continue

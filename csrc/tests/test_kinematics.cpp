@@ -18,7 +18,12 @@ ControllerModel free_model() {
           {-kInfinity, -kInfinity, -kInfinity}, {kInfinity, kInfinity, kInfinity}};
 }
 
-ArmState at_rest() { return {{0.1, 0.2, 0.3, 0, 0, 0, 1}, 1.0, {}}; }
+ArmState at_rest() {
+  ArmState state{{0.1, 0.2, 0.3, 0, 0, 0, 1}, 1.0, {}};
+  state.aim = {0, 0, 0, 1};
+  state.ramp = state.gripper;
+  return state;
+}
 
 bool near(double a, double b) { return std::abs(a - b) < 1e-14; }
 
@@ -123,29 +128,78 @@ void a_wall_holds_and_moves_nobody() {
   REQUIRE(state.pose[1] == 0.2 && state.velocity[1] == 0.0);
 }
 
+void axes_that_are_coupled_move_each_other() {
+  ControllerModel model = free_model();
+  model.coupled = true;
+  model.coupling[18 * 1 + 0] = 0.2;       // y moves with what is asked of x now,
+  model.coupling[18 * 2 + 6 + 0] = -0.3;  // z with what was asked of x last,
+  model.coupling[18 * 4 + 12 + 0] = 2.0;  // ry with how x moved last
+  ArmState state = at_rest();
+  const double push[7] = {1, 0, 0, 0, 0, 0, 0}, still[7] = {};
+  advance(model, push, state);
+  REQUIRE(near(state.velocity[0], 0.005) && near(state.velocity[1], 0.01));
+  REQUIRE(state.velocity[2] == 0.0 && state.velocity[4] == 0.0);
+  advance(model, still, state);
+  REQUIRE(near(state.velocity[0], 0.003) && near(state.velocity[1], 0.01 * 0.55));
+  REQUIRE(near(state.velocity[2], -0.3 * 0.05) && near(state.velocity[4], 2.0 * 0.005));
+  advance(model, still, state);
+  REQUIRE(near(state.velocity[2], -0.3 * 0.05 * 0.5) && near(state.velocity[4], 2.0 * 0.003 + 2.0 * 0.005 * 0.7));
+}
+
+// A turn of 0.5 rad is asked for once and made little by little where the controller holds it, and breaks off where not.
+void a_turn_that_is_held_is_made_in_the_end() {
+  for (const bool holds : {false, true}) {
+    ControllerModel model = free_model();
+    model.holds_turn = holds;
+    ArmState state = at_rest();
+    const double about_z[7] = {0, 0, 0, 0, 0, 1, 0}, still[7] = {0.5, 0, 0, 0, 0, 0, 0};
+    advance(model, about_z, state);
+    for (int step = 0; step < 400; ++step) advance(model, still, state);
+    const double angle = 2.0 * std::atan2(state.pose[5], state.pose[6]);
+    REQUIRE(std::abs(angle - (holds ? 0.5 : 0.5 * 0.1 / (1 - 0.5))) < 1e-6);
+    REQUIRE(std::abs(state.pose[3]) < 1e-9 && std::abs(state.pose[4]) < 1e-9);
+  }
+}
+
+void the_gripper_lags_behind_its_ramp() {
+  ControllerModel model = free_model();
+  model.gripper_now = 0.15;
+  model.gripper_last = 0.22;
+  ArmState state = at_rest();
+  const double shut[7] = {0, 0, 0, 0, 0, 0, 1};
+  advance(model, shut, state);
+  REQUIRE(near(state.ramp, 0.875) && near(state.gripper, 0.15 * 0.875 + 0.22 + 0.63));
+  for (int step = 0; step < 40; ++step) advance(model, shut, state);
+  REQUIRE(state.ramp == 0.0 && state.gripper > 0.0 && state.gripper < 1e-6);
+}
+
 void threads_follow_what_one_follows() {
   const std::size_t rows = 4, steps = 50;
   std::vector<double> command(rows * steps * 7);
   for (std::size_t i = 0; i < command.size(); ++i) command[i] = std::sin(0.7 * static_cast<double>(i));
   struct Arms {
-    std::vector<double> pose, gripper, velocity, path_pose, path_gripper;
+    std::vector<ArmState> state;
+    std::vector<double> path_pose, path_gripper;
   };
-  Arms whole{std::vector<double>(rows * 7), std::vector<double>(rows, 1.0), std::vector<double>(rows * 6),
-             std::vector<double>(rows * steps * 7), std::vector<double>(rows * steps)};
-  for (std::size_t row = 0; row < rows; ++row) whole.pose[row * 7 + 6] = 1.0;
+  Arms whole{std::vector<ArmState>(rows, at_rest()), std::vector<double>(rows * steps * 7),
+             std::vector<double>(rows * steps)};
   Arms parts = whole;
   const auto part = [&](Arms& arms, std::size_t row, std::size_t n) {
-    follow(free_model(), n, steps, &command[row * steps * 7], &arms.pose[row * 7], &arms.gripper[row],
-           &arms.velocity[row * 6], &arms.path_pose[row * steps * 7], &arms.path_gripper[row * steps]);
+    follow(free_model(), n, steps, &command[row * steps * 7], &arms.state[row], &arms.path_pose[row * steps * 7],
+           &arms.path_gripper[row * steps]);
   };
   part(whole, 0, rows);
   {
     std::vector<std::jthread> threads;
     for (std::size_t row = 0; row < rows; ++row) threads.emplace_back([&, row] { part(parts, row, 1); });
   }
-  REQUIRE(whole.pose == parts.pose && whole.velocity == parts.velocity && whole.gripper == parts.gripper);
+  for (std::size_t row = 0; row < rows; ++row) {
+    const ArmState &one = whole.state[row], &other = parts.state[row];
+    REQUIRE(one.pose == other.pose && one.velocity == other.velocity && one.gripper == other.gripper);
+    REQUIRE(one.asked == other.asked && one.aim == other.aim && one.ramp == other.ramp);
+  }
   REQUIRE(whole.path_pose == parts.path_pose && whole.path_gripper == parts.path_gripper);
-  for (std::size_t i = 0; i < 7; ++i) REQUIRE(whole.pose[i] == whole.path_pose[(steps - 1) * 7 + i]);
+  for (std::size_t i = 0; i < 7; ++i) REQUIRE(whole.state[0].pose[i] == whole.path_pose[(steps - 1) * 7 + i]);
 }
 
 }  // namespace
@@ -157,5 +211,8 @@ int main() {
                     {"the sign is continuous", the_sign_is_continuous},
                     {"the gripper stays within", the_gripper_stays_within},
                     {"a wall holds and moves nobody", a_wall_holds_and_moves_nobody},
+                    {"axes that are coupled move each other", axes_that_are_coupled_move_each_other},
+                    {"a turn that is held is made in the end", a_turn_that_is_held_is_made_in_the_end},
+                    {"the gripper lags behind its ramp", the_gripper_lags_behind_its_ramp},
                     {"threads follow what one follows", threads_follow_what_one_follows}});
 }

@@ -1,8 +1,9 @@
 """`python -m tests.golden DIR [DIR...]`: judge the implementation by golden cases: directories with a case.json, or directories of such.
 
 A case names its `kind` and, in `limits`, which outputs are judged and how strictly; no limit is made up here. Prints a line per tensor,
-and as its last line one JSON object `{"cases": [{"case", "tensor", "error", "limit", "pass"}]}`. FAIL, and exit code 1, also for: no case,
-an unknown kind, a case that cannot be run, a limit that names no tensor, and an output that a limit names and nothing produced.
+and as its last line one JSON object `{"cases": [{"case", "tensor", "error", "limit", "pass"}]}`. FAIL, and exit code 1, also for: a DIR without a
+case, tensors without a case.json, an unknown kind, a case that cannot be run, a limit that names no tensor, and an output that a limit
+names and nothing produced.
 """
 
 from __future__ import annotations
@@ -55,13 +56,11 @@ class Row:
         return values
 
 
-def find(folders: Sequence[Path]) -> list[Path]:
-    """The cases in `folders`, themselves or directly below."""
-    return [
-        path.parent
-        for folder in folders
-        for path in ([folder / "case.json"] if (folder / "case.json").is_file() else sorted(folder.glob("*/case.json")))
-    ]
+def find(folder: Path) -> list[Path]:
+    """The cases of `folder`: itself, or what lies directly below and holds a case.json or tensors (which are no case without one)."""
+    if (folder / "case.json").is_file():
+        return [folder]
+    return sorted({path.parent for name in ("case.json", "*.safetensors", "*.npz") for path in folder.glob(f"*/{name}")})
 
 
 def stored(folder: Path) -> dict[str, NDArray[Any]]:
@@ -112,9 +111,9 @@ def judge(folder: Path) -> list[Row]:
             return [*rows, Row(name, "*", None, "no tensor is judged", False)]
         produced = run(folder, case)
         outputs = {key: value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value) for key, value in produced.items()}
-    except Exception:  # any crash of a case is that case's failure, and the others are still judged
+    except Exception as problem:  # any crash of a case is that case's failure, and the others are still judged
         traceback.print_exc()
-        return [Row(name, "*", None, "crashed", False)]
+        return [Row(name, "*", None, f"crashed: {problem!r}", False)]
     for tensor, pattern in claimed.items():
         if not limits[pattern]:
             rows.append(Row(name, tensor, None, "empty limit", False))
@@ -141,14 +140,11 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m tests.golden DIR [DIR...]", file=sys.stderr)
         return 2
     rows = []
-    cases = find([Path(arg) for arg in argv])
-    for folder in cases:
-        judged = judge(folder)
-        rows += judged
-        print(*(row.line() for row in judged), sep="\n", flush=True)
-    if not cases:
-        rows = [Row(" ".join(argv), "*", None, "no case", False)]
-        print(rows[0].line())
+    for arg in argv:
+        for folder in find(Path(arg)) or [None]:  # a folder without a case fails, whatever the others hold
+            judged = [Row(arg, "*", None, "no case", False)] if folder is None else judge(folder)
+            rows += judged
+            print(*(row.line() for row in judged), sep="\n", flush=True)
     # JSON has no infinity; an error that is not finite is no number at all there.
     plain = [{**row.plain(), "error": row.error if row.error is not None and math.isfinite(row.error) else None} for row in rows]
     print(json.dumps({"cases": plain}))

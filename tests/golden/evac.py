@@ -177,19 +177,24 @@ def evac_sampler(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         given = {key.removeprefix(f"{name}."): value for key, value in t.items() if key.startswith(f"{name}.")}
         z, chunk = given["in.memory_and_cond_latent"], case["unet_config"]["chunk"]
         latent, memory = z.shape[1], z.shape[2] - chunk
-        config = SimulatorConfig(
-            unet_config(case["unet_config"]), VAEConfig(32, (1,), 1, latent), _NO_CLIP, _NO_RESAMPLER, _NO_RESAMPLER, *z.shape[-2:],
-            memory=memory, chunk=chunk, denoise_steps=run["steps"], eta=run["eta"], guidance=run["cfg_scale"],
-            guidance_rescale=run["guidance_rescale"], fps_token=int(given["in.fs"].unique()), domain=int(given["in.domain_id"].unique()),
-        )  # fmt: skip
-        simulator = Evac(config).eval()
-        fill(simulator.unet, part(state, "unet"), "golden", DEAD["unet"])
+        made = torch.empty_like(given["noise.init"])
+        told = torch.stack([given["in.fs"], given["in.domain_id"]], dim=1)
+        for fs, domain in told.unique(dim=0).tolist():  # samples of one batch may differ in them; a simulator is told them once
+            config = SimulatorConfig(
+                unet_config(case["unet_config"]), VAEConfig(32, (1,), 1, latent), _NO_CLIP, _NO_RESAMPLER, _NO_RESAMPLER, *z.shape[-2:],
+                memory=memory, chunk=chunk, denoise_steps=run["steps"], eta=run["eta"], guidance=run["cfg_scale"],
+                guidance_rescale=run["guidance_rescale"], fps_token=fs, domain=domain,
+            )  # fmt: skip
+            simulator = Evac(config).eval()
+            fill(simulator.unet, part(state, "unet"), "golden", DEAD["unet"])
 
-        noise = given["noise.init"][:, None]
-        if run["eta"] > 0:
-            noise = torch.cat([noise, given["noise.steps"][:, :, :, memory:].transpose(0, 1)], dim=1)
-        other = given_condition(simulator, given, "_uncond") if "in.context_uncond" in given else None
-        made = simulator.denoise(given_condition(simulator, given), noise, other)
+            rows = (told == torch.tensor([fs, domain])).all(dim=1)
+            some = {key: value[rows] for key, value in given.items() if key.startswith("in.")}
+            noise = given["noise.init"][rows][:, None]
+            if run["eta"] > 0:
+                noise = torch.cat([noise, given["noise.steps"][:, rows, :, memory:].transpose(0, 1)], dim=1)
+            other = given_condition(simulator, some, "_uncond") if "in.context_uncond" in some else None
+            made[rows] = simulator.denoise(given_condition(simulator, some), noise, other)
         out[f"{name}.out.latents"] = torch.cat([z[:, :, :memory], made], dim=2)
         tables = simulator.sampler
         out |= {
@@ -271,8 +276,8 @@ def evac_chunk_loop(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             z = torch.cat([past, past[-1:].expand(chunk, -1, -1, -1)])
             tokens = simulator.image_tokens(simulator.decode(history[:1]).clamp(-1.0, 1.0))
             at = [seen[i] for i in at]
-        noise = t[f"{name}.noise.vae_traj"][memory:]
-        traj = simulator.latent_scale * (moments.mean[coming] + torch.exp(0.5 * moments.logvar[coming]) * noise)
+        map_noise = t[f"{name}.noise.vae_traj"][memory:]
+        traj = simulator.latent_scale * (moments.mean[coming] + torch.exp(0.5 * moments.logvar[coming]) * map_noise)
         deltas = chunk_deltas(t["in.delta_normalised"][None], number, config)
         condition = simulator.condition(
             past.transpose(0, 1)[None],
@@ -281,8 +286,10 @@ def evac_chunk_loop(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             tokens,
             simulator.action_tokens(deltas),
         )
-        steps = t[f"{name}.noise.steps"][:, :, :, memory:].transpose(0, 1)
-        made = simulator.denoise(condition, torch.cat([t[f"{name}.noise.init"][:, None], steps], dim=1))
+        noise = t[f"{name}.noise.init"][:, None]
+        if run["eta"] > 0:
+            noise = torch.cat([noise, t[f"{name}.noise.steps"][:, :, :, memory:].transpose(0, 1)], dim=1)
+        made = simulator.denoise(condition, noise)
         samples = torch.cat([condition.memory, made], dim=2)
         latent = config.vae.z_channels
         parts = condition.fixed.split([latent, 1, latent, 3, 3], dim=1)

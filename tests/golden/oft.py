@@ -123,7 +123,8 @@ def oft_model(folder: Path, case: dict[str, Any]) -> Tensors:
         out[f"{name}.actions_hidden"] = hidden
         out[f"{name}.mu"] = network.action_head(hidden)
         out[f"{name}.log_b"] = network.scale_head(hidden)
-        out[f"{name}.actions_unnormalised"] = action.unnormalise(out[f"{name}.mu"])[0]
+        actions = action.unnormalise(out[f"{name}.mu"])
+        out[f"{name}.actions_unnormalised"] = actions[0] if len(actions) == 1 else actions  # a single query is stored without its batch
     return {name: tensor for name, tensor in out.items() if name in t}
 
 

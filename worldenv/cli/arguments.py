@@ -40,5 +40,15 @@ def parse(program: str, kind: type[T], default: T, argv: Sequence[str]) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = re.sub(r"[^\x20-\x7e]+", " ", said.getvalue())  # the message without the box around it
-        raise ValueError(re.sub(r"[-\s]{2,}", " ", words).strip()) from None
+        raise ValueError(_line(said.getvalue())) from None
+
+
+def _line(box: str) -> str:
+    """tyro's message in one line, without the box around it; of a wrong choice, with the nearest right one."""
+    words = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]+", " ", box)).strip()
+    choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)", words)
+    if choice is None:
+        return words
+    given, flag, names = choice.group(1), choice.group(2), sorted(set(re.findall(r"'(.*?)'", choice.group(3))) - {"None"})
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.0)
+    return f"{flag} {given!r}: did you mean {near[0]!r}? There are: {', '.join(names)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ class BenchArgs:
     """Measure cases against their baselines in one run: a table, then one line of JSON. Exit code 1 where something computes wrong numbers."""
 
     case: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed), reflector, kernels, maps. Alone,
+    """Cases: copy, matmul (this machine's ceilings), simulator_unet, vae, chunk_loop, hoisting (counted, not timed), reflector, kernels, maps,
+    engines. Alone,
     with flags of their own: plan, scheduler, rollout."""
     device: str = "auto"
     """auto takes cuda where there is one, else cpu."""
@@ -64,8 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench_schedule.main(argv)
     try:
         args = parse("worldenv-bench", BenchArgs, BenchArgs(), argv)
+        known = (*cases.CASES, *bench_schedule.NAMES)
         if not args.case:
-            raise ValueError(f"name a case: {', '.join((*cases.CASES, *bench_schedule.NAMES))}")
+            raise ValueError(f"name a case: {', '.join(known)}")
+        for name in args.case:
+            if name in bench_schedule.NAMES:
+                raise ValueError(f"{name} has flags of its own: worldenv-bench {name} ..., by itself")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"no case {name!r}; did you mean {near!r}? There are: {', '.join(known)}")
         if args.compile_only:
             return _compile_only(args)
         if args.threads is not None:

@@ -5,8 +5,10 @@ Both are restartable: an episode that is on disk is not made again, and every ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,26 +59,26 @@ class Recorder:
 
 
 def demonstrate(env: TrueEnvironment, expert: Expert, variation: int, steps: int, config: DemosConfig, seed: int, out: Path) -> dict[str, Any]:
-    """Record `config.per_task` successful demonstrations of every task, `steps` commands each, from its training states in order.
+    """Record `config.per_task` successful demonstrations of every task, at most `steps` commands each, from its training states in order.
 
-    A state at which the expert fails is passed over and counted. Returns metrics; the episodes lie in `out`. ValueError where a task has too
-    few states at which the expert succeeds.
+    A state at which the expert fails is passed over and counted; what is on disk already is not shown again. Returns metrics; the episodes lie
+    in `out`. ValueError where a task has too few states at which the expert succeeds.
     """
     episodes, failures = EpisodeSet(out), 0
+    begun = {(entry.task, entry.number): entry.state_index for entry in episodes.entries}
     for task, instruction in enumerate(env.tasks):
         shown = 0
         for index in range(env.states("train")):
             if shown == config.per_task:
                 break
+            number = task * config.per_task + shown
+            if (known := begun.get((task, number))) is not None:
+                shown, failures = shown + (known == index), failures + (known != index)
+                continue
             manner = noise.uniform(seed, task * env.states("train") + index, 0, 0, noise.Stream.DEMOS, (variation,))
-            recorder = Recorder(task, "train", index, [env.begin(task, "train", index)])
-            for _ in range(steps):
-                recorder.commands.append(expert.command(env, manner))
-                recorder.moments.append(env.advance(recorder.commands[-1]))
+            recorder = _shown(env, expert, Recorder(task, "train", index, [env.begin(task, "train", index)]), manner, steps, config.after_success)
             if recorder.moments[-1].success:
-                number = task * config.per_task + shown
-                if number not in episodes:
-                    episodes.add(number, recorder.episode(env, "expert"))
+                episodes.add(number, recorder.episode(env, "expert"))
                 shown += 1
             else:
                 failures += 1
@@ -85,6 +87,18 @@ def demonstrate(env: TrueEnvironment, expert: Expert, variation: int, steps: int
     episodes.seal()
     first = [entry.first_success for entry in episodes.entries if entry.first_success is not None]
     return {"episodes": len(episodes), "expert_failures": failures, "mean_first_success": float(np.mean(first)), "fingerprint": episodes.fingerprint}
+
+
+def _shown(env: TrueEnvironment, expert: Expert, recorder: Recorder, manner: NDArray[np.float64], steps: int, after_success: int | None) -> Recorder:
+    """One demonstration: to the step limit, or `after_success` steps beyond the first success."""
+    left = steps
+    while left:
+        recorder.commands.append(expert.command(env, manner))
+        recorder.moments.append(env.advance(recorder.commands[-1]))
+        left -= 1
+        if after_success is not None and recorder.moments[-1].success and not any(m.success for m in recorder.moments[:-1]):
+            left = min(left, after_success)
+    return recorder
 
 
 @dataclass(frozen=True)
@@ -145,42 +159,72 @@ def _batches(starts: Sequence[Start], size: int) -> Iterator[Sequence[Start]]:
 
 
 def explore(
-    env: TrueEnvironment, policy: NoisyPolicy, steps: int, config: ExploreConfig, seed: int, out: Path, device: torch.device, batch: int = 32
-) -> dict[str, Any]:
+    env: TrueEnvironment, policy: NoisyPolicy, steps: int, config: ExploreConfig, seed: int, out: Path, device: torch.device,
+    part: tuple[int, int] = (0, 1),
+) -> None:  # fmt: skip
     """Record `config.episodes` episodes of `policy` with its noise, `steps` commands each, past success, from training states in turn.
 
     Tasks, factors on the scale and states take turns, in this order, so every state is seen with every task and factor; `policy.scale_factor` is
-    given back as it was. Returns metrics; the episodes lie in `out`. ValueError where there is nothing to do.
+    given back as it was. Of `part` (i, n), every n-th batch from the i-th on is made; the episodes lie in `out`, and `explored` closes the set.
+    ValueError where there is nothing to do.
     """
     if config.episodes < 1 or not config.factors:
         raise ValueError(f"explore.episodes={config.episodes}, explore.factors={config.factors}: want at least one episode and one factor")
-    episodes, tasks, factors = EpisodeSet(out), len(env.tasks), len(config.factors)
-    before = policy.scale_factor
-    factor = [config.factors[n // tasks % factors] for n in range(config.episodes)]
-    successes = dict.fromkeys(config.factors, 0)
+    tasks, factors, before = len(env.tasks), len(config.factors), policy.scale_factor
+    batches = []
+    for now in config.factors:
+        mine = [n for n in range(config.episodes) if _factor(n, tasks, config) == now]
+        starts = [Start(n, n % tasks, "train", n // (tasks * factors) % env.states("train")) for n in mine]
+        batches += [(now, some) for some in _batches(starts, config.batch)]
+    episodes = EpisodeSet(out)
     try:
-        for now in config.factors:
-            policy.scale_factor = now
-            mine = [n for n in range(config.episodes) if factor[n] == now]
-            starts = [Start(n, n % tasks, "train", n // (tasks * factors) % env.states("train")) for n in mine]
-            some = list(_batches(starts, batch))
-            for i in console.track(0, len(some), f"explore x{now:g}"):
-                missing = {start.number for start in some[i] if start.number not in episodes}
-                if not missing:
-                    continue
-                # a batch that was cut short is made again whole: rounding depends on the batch
-                recorders = act_out(env, policy, some[i], steps, seed, render=True, device=device)
-                for start, recorder in zip(some[i], recorders, strict=True):
-                    if start.number in missing:
-                        episodes.add(start.number, recorder.episode(env, f"policy, scale x{now:g}"))
+        for i in console.track(0, len(batches), "explore"):
+            policy.scale_factor, some = batches[i]
+            missing = {start.number for start in some if start.number not in episodes}
+            if not missing or i % part[1] != part[0]:
+                continue
+            # a batch that was cut short is made again whole: rounding depends on the batch
+            recorders = act_out(env, policy, some, steps, seed, render=True, device=device)
+            for start, recorder in zip(some, recorders, strict=True):
+                if start.number in missing:
+                    episodes.add(start.number, recorder.episode(env, f"policy, scale x{policy.scale_factor:g}"))
     finally:
         policy.scale_factor = before
+
+
+def explored(tasks: int, config: ExploreConfig, out: Path) -> dict[str, Any]:
+    """Close the set that `explore` made in `out`, of an environment with so many `tasks`; returns metrics. ValueError where an episode is missing."""
+    episodes = EpisodeSet(out)
+    if len(episodes) != config.episodes:
+        raise ValueError(f"{out}: {len(episodes)} episodes, want {config.episodes}: a process that explored ended early; give the same command again")
     episodes.seal()
+    factors = [_factor(n, tasks, config) for n in range(config.episodes)]
+    successes = dict.fromkeys(config.factors, 0)
     for entry in episodes.entries:
-        successes[factor[entry.number]] += entry.first_success is not None
+        successes[factors[entry.number]] += entry.first_success is not None
     return {
         "episodes": len(episodes),
         "success": sum(successes.values()) / len(episodes),
-        "success_by_factor": {f"{f:g}": count / max(1, factor.count(f)) for f, count in successes.items()},
+        "success_by_factor": {f"{f:g}": count / max(1, factors.count(f)) for f, count in successes.items()},
         "fingerprint": episodes.fingerprint,
     }
+
+
+def _factor(number: int, tasks: int, config: ExploreConfig) -> float:
+    return config.factors[number // tasks % len(config.factors)]
+
+
+def explore_apart(explorer: Callable[[tuple[int, int]], None], processes: int) -> None:
+    """Call `explorer` with every part (i, `processes`), each in a process of its own that begins from nothing; `explorer` must be picklable.
+
+    Raises what the first one that fails raises, after all have ended.
+    """
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        waiting = [pool.submit(_with_share_of_cores, explorer, (i, processes)) for i in range(processes)]
+    for one in waiting:
+        one.result()
+
+
+def _with_share_of_cores(explorer: Callable[[tuple[int, int]], None], part: tuple[int, int]) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // part[1]))
+    explorer(part)

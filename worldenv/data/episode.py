@@ -114,13 +114,26 @@ class Episode:
         return digest.hexdigest()
 
 
+def camera_to_plain(camera: Camera | None) -> dict[str, Any] | None:
+    """A camera as JSON-ready values; `camera_from_plain` reads them."""
+    if camera is None:
+        return None
+    return {**asdict(camera), "intrinsics": camera.intrinsics.tolist(), "camera_to_world": camera.camera_to_world.tolist()}
+
+
+def camera_from_plain(plain: Mapping[str, Any] | None) -> Camera | None:
+    """The camera that `camera_to_plain` wrote. Raises KeyError, TypeError or ValueError where it is none."""
+    if plain is None:
+        return None
+    return Camera(**{**plain, **{name: np.array(plain[name], np.float64) for name in ("intrinsics", "camera_to_world")}})
+
+
 def _words(episode: Episode) -> dict[str, Any]:
     """What is no array, as JSON."""
-    camera = episode.camera
     return {
         "format": FORMAT,
         **{name: getattr(episode, name) for name in ("instruction", "task", "split", "state_index", "source")},
-        "camera": camera and {**asdict(camera), "intrinsics": camera.intrinsics.tolist(), "camera_to_world": camera.camera_to_world.tolist()},
+        "camera": camera_to_plain(episode.camera),
         "versions": dict(episode.versions),
     }
 
@@ -153,10 +166,7 @@ def load(path: Path) -> Episode:
                 raise ValueError(f"not in format {FORMAT}")
             for name in _DTYPES:
                 words[name] = np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
-        content, camera = words.pop("content"), words.pop("camera")
-        if camera is not None:
-            camera |= {name: np.array(camera[name], np.float64) for name in ("intrinsics", "camera_to_world")}
-            camera = Camera(**camera)
+        content, camera = words.pop("content"), camera_from_plain(words.pop("camera"))
         episode = Episode(**words, camera=camera)
         if episode.content != content:
             raise ValueError("its content does not match its checksum")

@@ -104,6 +104,8 @@ class _Scene:
         self.robot = self.env.robots[0]
         self.random: list[Any] = []
         """State of numpy's generator before reset n of LIBERO's own evaluation."""
+        self.samplers = list(self.env.object_property_initializers)
+        """Of joints: drawers, doors, knobs."""
 
     def reset(self, split: Split, index: int) -> None:
         """Place everything as initial state `index` of `split` has it, LIBERO's global random numbers being left as they were."""
@@ -111,23 +113,28 @@ class _Scene:
         try:
             if split == "train":
                 self.inner.seed(_TRAIN_SEED + index)
-                self._reset()
+                self._reset(1)
                 state = self.inner.get_sim_state()
             else:
                 while len(self.random) <= index:
                     self.inner.seed(0)
                     if self.random:
                         np.random.set_state(self.random[-1])  # noqa: NPY002
-                        self._reset()
+                        self._reset(len(self.random) + 1)
                     self.random.append(np.random.get_state())  # noqa: NPY002
                 np.random.set_state(self.random[index])  # noqa: NPY002
-                self._reset()
+                self._reset(index + 2)
                 state = self.published[index]
         finally:
             np.random.set_state(before)  # noqa: NPY002
         self.inner.set_init_state(state)
 
-    def _reset(self) -> None:
+    def _reset(self, times: int) -> None:
+        """LIBERO's reset without building the model anew. What building it does besides is done here: the gripper's ramp begins at 0; and LIBERO
+        never empties its list of samplers of joints, which so draw once more with each build (`times`).
+        """
+        self.env.object_property_initializers = self.samplers * times
+        self.robot.gripper.current_action = np.zeros(self.robot.gripper.dof)
         with libero_install.quiet():
             self.inner.reset()
 
@@ -135,6 +142,12 @@ class _Scene:
         """SHA-256 of the state just after `reset`: joints, velocities, and where the fixtures are."""
         numbers = np.concatenate([self.inner.get_sim_state(), self.model.body_pos.ravel(), self.model.body_quat.ravel()])
         return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
+
+    def refresh(self) -> None:
+        """Positions and contacts of now, for who looks; what the next step depends on stays as it is."""
+        warm = self.data.qacc_warmstart.copy()
+        mujoco.mj_forward(self.model, self.data)
+        self.data.qacc_warmstart[:] = warm
 
     def alterable(self) -> tuple[NDArray[np.float64], ...]:
         """Arrays of the model that episodes change."""
@@ -302,9 +315,10 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
 
     @property
     def inner(self) -> Any:
-        """LIBERO's own environment (ControlEnv) of the current task, to look at: whoever steps it breaks the promise of determinism.
+        """LIBERO's own environment of the current task (ControlEnv), to look at: whoever steps it breaks the promise of determinism.
 
-        `inner.env` is the robosuite domain, `inner.sim` the simulation. Its positions are those of the end of the last control step.
+        `inner.env` is its domain (BDDLBaseDomain), `inner.sim` its simulation, whose positions and contacts are those of the end of the last control
+        step.
         """
         return self.scene(self.task).inner
 
@@ -314,6 +328,10 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         scene = self.scene(self.task)
         ids = scene.env.obj_body_id
         return {name: np.concatenate([scene.data.xpos[i], scene.data.xquat[i][[1, 2, 3, 0]]]) for name, i in ids.items()}
+
+    def scene_picture(self) -> NDArray[np.uint8]:
+        """A picture (H, W, 3) of now, as frames are; those are drawn at most 4 ms earlier."""
+        return self._picture(self.scene(self.task), _AGENTVIEW)
 
     @property
     def gripper_pose(self) -> NDArray[np.float64]:
@@ -327,7 +345,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     @property
     def sim_state(self) -> NDArray[np.float64]:
         """LIBERO's flattened state now: time [s], joint positions, joint velocities."""
-        return np.array(self.inner.get_sim_state())
+        return np.array(self.scene(self.task).inner.get_sim_state())
 
     @property
     def initial_state(self) -> NDArray[np.float64]:
@@ -388,7 +406,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     def _step(self, scene: _Scene, command: NDArray[np.floating[Any]], render: bool) -> bool:
         self._drawing = render and self._pictures
         *_, done, _ = scene.inner.step(np.asarray(command, np.float64))  # clips it to [-1, 1]
-        mujoco.mj_kinematics(scene.model, scene.data)  # positions of now, for who looks; the next step begins with its own
+        scene.refresh()
         return bool(done)
 
     def _snapshot(self, success: bool) -> Snapshot:
@@ -420,7 +438,7 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         for array, kept in zip(scene.alterable(), moment.fixtures, strict=True):
             array[:] = kept
         mujoco.mj_setState(scene.model, scene.data, moment.physics, _PHYSICS)
-        mujoco.mj_kinematics(scene.model, scene.data)
+        scene.refresh()
         controller, probe = scene.robot.controller, scene.env._observables[_PROBE]
         controller.goal_pos, controller.goal_ori = (kept.copy() for kept in moment.goal)
         controller.new_update = True  # what it knows of the robot is of another moment

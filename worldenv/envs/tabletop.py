@@ -366,7 +366,8 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
             self._qpos[_OPENING] = opening * _TRAVEL_M
         else:
             held = min(max(float(self._qpos[_OPENING].mean()) / _TRAVEL_M, 0.0), 1.0)
-            self._arm = replace(self._arm, gripper=torch.tensor([held], dtype=torch.float64))
+            blocked = torch.tensor([held], dtype=torch.float64)
+            self._arm = replace(self._arm, gripper=blocked, ramp=blocked)
         return self._snapshot(render)
 
     def _eyes(self) -> Offscreen:

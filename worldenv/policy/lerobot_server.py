@@ -100,6 +100,8 @@ def main() -> None:
     """Serve until the input ends; what goes wrong is a message with "error"."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever else is printed goes to stderr
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]  # our modules beside this file would hide others of their names
     try:
         served = Served(sys.argv[1], sys.argv[2])
     except Exception as error:

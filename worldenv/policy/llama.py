@@ -39,7 +39,8 @@ class RMSNorm(nn.Module):
 
 def _rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     cos, sin = rotation
-    low, high = x.chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    low, high = x[..., :half], x[..., half:]
     return x * cos + torch.cat([-high, low], dim=-1) * sin
 
 

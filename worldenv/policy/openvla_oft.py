@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from worldenv.policy.jpeg import jpeg_round_trip
 from worldenv.policy.llama import LanguageModel
 from worldenv.policy.processing import STOP, PromptTokenizer, Statistics, resized
 from worldenv.policy.vision import VisionBackbone
+
+BACKBONE, HEADS = "policy_backbone", "policy_heads"
+"""Names of what runs its networks."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ class OpenVLAOFT:
                 f"want {config.proprio}, {ACTION_DIM}: they belong to another robot"
             )
         self.config, self.network, self.tokenizer, self.statistics = config, network, tokenizer, statistics
+        self.runs: dict[str, Callable[..., Any]] = {}
+        """What runs the networks while the policy acts, by name (`policy.graphs`); where there is none, the network itself does."""
         self.scale_factor = config.scale_factor
         """Factor on the Laplace scale, inside the density: of what is drawn and of what is scored."""
 
@@ -198,10 +203,24 @@ class OpenVLAOFT:
         beta = self.network.scale_head(hidden)
         return self.network.action_head(hidden), laplace.scale(beta, self.scale_factor, self.config.scale_floor, self.config.scale_ceiling)
 
+    def _answer(self, query: Query) -> tuple[torch.Tensor, torch.Tensor]:
+        """`density` of `hidden`, by what runs the networks here."""
+        backbone, heads = self.runs.get(BACKBONE), self.runs.get(HEADS)
+        if backbone is None:
+            hidden = self.hidden(query)
+        else:
+            ids, proprio = query.ids, query.proprio
+            lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if query.lengths is None else query.lengths
+            hidden = backbone(query.pixels, ids, lengths, proprio).float()
+        if heads is None:
+            return self.density(hidden)
+        mu, beta = heads(hidden)
+        return mu, laplace.scale(beta, self.scale_factor, self.config.scale_floor, self.config.scale_ceiling)
+
     @torch.no_grad()
     def act(self, observation: Observation, uniform: torch.Tensor | None = None) -> ActionChunk:
         """See `policy.contract.Policy`."""
-        mu, log_scale = self.density(self.hidden(self.query(observation)))
+        mu, log_scale = self._answer(self.query(observation))
         if uniform is None:
             action, log_prob = mu, laplace.log_prob(mu, mu, log_scale)
         else:

@@ -10,16 +10,17 @@ transformers' video processor is CLIP's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv.config import ReflectorConfig
 from worldenv.kernels.frames import for_reflector
+from worldenv.reflector.graphs import LLM, VISION, graphs
 from worldenv.reflector.prompt import Prompt
 
 VISION_BATCH = 32
@@ -84,6 +85,8 @@ class Llava(nn.Module):
         """`model` as transformers builds or loads it; `prompt` with the tokenizer that belongs to it."""
         super().__init__()
         self.model = model
+        self.runs: dict[str, Callable[..., Any]] = dict(graphs(model))
+        """What runs the networks, by name (`reflector.graphs`): in the beginning these modules themselves."""
         self.prompt = prompt
         vision, text = model.config.vision_config, model.config.text_config
         self.image: int = vision.image_size
@@ -105,15 +108,9 @@ class Llava(nn.Module):
 
     def encode(self, frame: torch.Tensor) -> torch.Tensor:
         """Projected, pooled features (N, frame_tokens, width) of frames (N, H, W, 3) uint8, each for itself."""
-        parts = [self._encode(part) for part in torch.split(frame.to(self.device), VISION_BATCH)]
+        parts = [self.runs[VISION](to_pixels(part, self.image)) for part in torch.split(frame.to(self.device), VISION_BATCH)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _encode(self, frame: torch.Tensor) -> torch.Tensor:
-        tower, inner = self.model.model.vision_tower, self.model.model
-        patches = tower.embeddings(to_pixels(frame, self.image))
-        # hidden_states[-1] of the tower is this: the encoder's output, not yet through post_layernorm
-        features: torch.Tensor = inner.apply_pooling(inner.multi_modal_projector(tower.encoder(inputs_embeds=patches).last_hidden_state))
-        return features
 
     def words(self, tokens: Sequence[int]) -> torch.Tensor:
         """Embeddings (len(tokens), width)."""
@@ -133,15 +130,9 @@ class Llava(nn.Module):
         past (layers, 2, B, kv_heads, P, d): keys (rotated) and values of the old ones. Returns hiddens after the last norm (B, S, width) and the
         new tokens' keys and values, as `past` with S for P.
         """
-        mask = torch.zeros(allowed.shape, dtype=embedding.dtype, device=embedding.device)
-        mask.masked_fill_(~allowed, torch.finfo(embedding.dtype).min)
-        memory: Any = DynamicCache([(keys, values) for keys, values in past])
-        answer = self.model.model.language_model(
-            inputs_embeds=embedding, attention_mask=mask[:, None], position_ids=position, past_key_values=memory, use_cache=True
-        )
         old = past.shape[-2]
-        fresh = torch.stack([torch.stack((layer.keys[..., old:, :], layer.values[..., old:, :])) for layer in memory.layers])
-        return answer.last_hidden_state, fresh
+        hidden, fresh = self.runs[LLM](embedding, allowed[..., :old], allowed[..., old:], position, past)
+        return hidden, fresh
 
     def answer_logit(self, embedding: torch.Tensor) -> torch.Tensor:
         """Logit (...,) float32 of "Yes" against "No" as the first word of the answer; `embedding` (..., width) of the last token."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from worldenv import checkpoint
-from worldenv.report import fields
+from worldenv.report import fields, outcomes
 from worldenv.report.figures import Figures, Plot, draw
 from worldenv.report.page import page
 from worldenv.report.videos import Clip, Video, encode
@@ -49,6 +49,21 @@ def _put(out: Path, files: Mapping[Path, bytes]) -> None:
         ) from error
 
 
+def _plots(report: Mapping[str, Any], figures: Figures) -> list[Plot]:
+    """Of the run, and of its exploration."""
+    explored = report.get("explore", {}).get("outcomes")
+    return [*draw(report, figures), *(outcomes.draw(explored) if explored else ())]
+
+
+def write_outcomes(out: Path, found: outcomes.Outcomes) -> dict[str, Any]:
+    """Write the three plots of `found` and statistics.json to folder `out`; returns the statistics. Raises ValueError, ReportError as `write`."""
+    told = outcomes.summary(found)
+    text = json.dumps({**told, "lengths": found}, indent=1, ensure_ascii=False) + "\n"
+    files = {path.relative_to("figures"): content for path, content in _plot_files(outcomes.draw(found)).items()}
+    _put(out, {**files, Path("statistics.json"): text.encode()})
+    return told
+
+
 def _plot_files(plots: Sequence[Plot]) -> dict[Path, bytes]:
     return {Path("figures") / f"{plot.name}.{kind}": getattr(plot, kind) for plot in plots for kind in ("svg", "png")}
 
@@ -71,7 +86,7 @@ def write(out: Path, report: Mapping[str, Any], figures: Figures | None = None, 
     fields.validate(whole)
     figures = figures or Figures()
     clips = [encode(video) for video in videos]
-    plots = draw(whole, figures)
+    plots = _plots(whole, figures)
     arrays = {"score": figures.score, "success": figures.success, "curves": dict(figures.curves)}
     files = {
         Path("report.json"): (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
@@ -120,6 +135,6 @@ def rebuild(run: Path) -> Path:
     """
     report = read(run)
     figures = Figures(**checkpoint.load(run / _ARRAYS)) if (run / _ARRAYS).is_file() else Figures()
-    plots = draw(report, figures)
+    plots = _plots(report, figures)
     _put(run, {Path("report.html"): page(report, plots, _clips(run)).encode(), **_plot_files(plots)})
     return run / "report.html"

@@ -57,6 +57,10 @@ _SPAN: tuple[_Check, str] = (
     lambda v: isinstance(v, list) and len(v) == 2 and all(map(_number, v)) and -1 <= v[0] <= v[1] <= 1,
     "[low, high] with -1 <= low <= high <= 1",
 )
+_ENGINES: tuple[_Check, str] = (
+    lambda v: isinstance(v, dict) and all(isinstance(one, dict) and isinstance(one.get("back_end"), str) for one in v.values()),
+    "by network, what ran it in rollouts (back_end)",
+)
 _NUMBERS: tuple[_Check, str] = (_numbers, "a list of numbers, not empty")
 _TEXTS: tuple[_Check, str] = (lambda v: isinstance(v, list) and all(isinstance(one, str) for one in v), "a list of texts")
 _TEXT_BY_NAME: tuple[_Check, str] = (
@@ -117,6 +121,7 @@ FIELDS: tuple[Field, ...] = (
     Field("reward.episodes?", _COUNT),
     Field("reward.success_episodes?", _COUNT),
     Field("loop.returns", _NUMBERS),
+    Field("loop.engines?", _ENGINES),
     Field("loop.seconds_per_iteration", _AMOUNT),
     Field("loop.metrics", _STEPS),
     Field("loop.curve?", _CURVE),

@@ -23,14 +23,14 @@ from worldenv.report.fields import POLICIES, PROTOCOLS
 from worldenv.report.tables import ENDED_BY, POLICY_NAMES, share
 
 # One meaning each, in all plots. In the page they are its variables, so that they change with light and dark.
-_INK, _RULE, _BEFORE, _AFTER, _IMAGINED, _CEILING = "#1f2430", "#d4d9e1", "#7b8698", "#1f6fd6", "#ca5b17", "#1c8a4c"
+_INK, _RULE, BEFORE, AFTER, _IMAGINED, _CEILING = "#1f2430", "#d4d9e1", "#7b8698", "#1f6fd6", "#ca5b17", "#1c8a4c"
 _VARIABLES = {
-    _INK: "currentColor", _RULE: "var(--rule)", _BEFORE: "var(--before)", _AFTER: "var(--after)", _IMAGINED: "var(--imagined)",
+    _INK: "currentColor", _RULE: "var(--rule)", BEFORE: "var(--before)", AFTER: "var(--after)", _IMAGINED: "var(--imagined)",
     _CEILING: "var(--ceiling)",
 }  # fmt: skip
 _SIZE = (4.8, 3.1)
 _BINS = 10
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8.5, "text.color": _INK, "text.parse_math": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.facecolor": "none",
     "axes.linewidth": 0.7, "axes.grid": True, "axes.axisbelow": True, "grid.color": _RULE, "grid.linewidth": 0.6,
@@ -101,7 +101,7 @@ def calibration(score: NDArray[np.floating], success: NDArray[np.bool_], bins: i
 
 def draw(report: Mapping[str, Any], figures: Figures) -> list[Plot]:
     """Every plot that the report has numbers for, in the page's order."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         plots = [_success(report), _returns(report), _psnr(report)]
         plots += [plot for plot in (_by_iteration(report), _updates(report), _calibration(report, figures)) if plot is not None]
         return plots + [_curve(i, title, curve) for i, (title, curve) in enumerate(figures.curves.items())]
@@ -116,12 +116,14 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _axes(rows: int = 1) -> tuple[Figure, list[Axes]]:
+def axes_of(rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of the usual size, and its panels from top to bottom."""
     figure = Figure(figsize=_SIZE)
     return figure, list(np.atleast_1d(figure.subplots(rows, 1, sharex=rows > 1)))
 
 
-def _finish(name: str, title: str, caption: str, figure: Figure) -> Plot:
+def finished(name: str, title: str, caption: str, figure: Figure) -> Plot:
+    """The figure as files and for the page."""
     files = {}
     for kind in ("svg", "png"):
         memory = io.BytesIO()
@@ -160,8 +162,8 @@ def _inline(svg: bytes, name: str, title: str) -> str:
 
 
 def _success(report: Mapping[str, Any]) -> Plot:
-    figure, (axes,) = _axes()
-    for policy, colour, shift in zip(POLICIES, (_BEFORE, _AFTER), (0.14, -0.14), strict=True):
+    figure, (axes,) = axes_of()
+    for policy, colour, shift in zip(POLICIES, (BEFORE, AFTER), (0.14, -0.14), strict=True):
         tallies = [report["eval"][policy][protocol] for protocol in PROTOCOLS]
         rate = np.array([100 * one["successes"] / one["episodes"] for one in tallies])
         ends = 100 * np.array([one["interval"] for one in tallies]).T
@@ -176,15 +178,15 @@ def _success(report: Mapping[str, Any]) -> Plot:
     axes.set_ylabel("episode ended by")
     figure.legend(loc="outside upper center", ncols=2)
     caption = "Success in the true environment, test states, with 95 % Wilson intervals."
-    return _finish("success", "Success before and after", caption, figure)
+    return finished("success", "Success before and after", caption, figure)
 
 
 def _returns(report: Mapping[str, Any]) -> Plot:
-    figure, (axes,) = _axes()
+    figure, (axes,) = axes_of()
     returns = report["loop"]["returns"]
     iteration = np.arange(1, len(returns) + 1)
     axes.plot(iteration, returns, color=_IMAGINED, marker="o", ms=3 if len(returns) < 40 else 0, label="imagined return, unverified")
-    for policy, at, colour in zip(POLICIES, (0, len(returns) + 1), (_BEFORE, _AFTER), strict=True):
+    for policy, at, colour in zip(POLICIES, (0, len(returns) + 1), (BEFORE, AFTER), strict=True):
         one = report["eval"][policy]["oracle"]
         rate = one["successes"] / one["episodes"]
         ends = np.maximum([[rate - one["interval"][0]], [one["interval"][1] - rate]], 0)
@@ -199,7 +201,7 @@ def _returns(report: Mapping[str, Any]) -> Plot:
         "Line: mean return of each iteration's sampled rollouts in the imagined world, from training contexts, by the reflector's own "
         "judgement. Squares: greedy success in the true environment on test states. Only the squares say whether the policy got better."
     )
-    return _finish("returns", "Return by iteration", caption, figure)
+    return finished("returns", "Return by iteration", caption, figure)
 
 
 def _by_iteration(report: Mapping[str, Any]) -> Plot | None:
@@ -207,15 +209,15 @@ def _by_iteration(report: Mapping[str, Any]) -> Plot | None:
     points = report["loop"].get("curve", [])
     if len(points) < 2:
         return None
-    figure, (axes,) = _axes()
+    figure, (axes,) = axes_of()
     iteration = [one["iteration"] for one in points]
     for task, dash in zip(points[0].get("by_task", {}), itertools.cycle(("-.", "--", ":"))):
         counts = [one["by_task"][task] for one in points]
-        axes.plot(iteration, [100 * one["successes"] / one["episodes"] for one in counts], dash, lw=1.1, color=_BEFORE, label=task)
+        axes.plot(iteration, [100 * one["successes"] / one["episodes"] for one in counts], dash, lw=1.1, color=BEFORE, label=task)
     rate = np.array([100 * one["successes"] / one["episodes"] for one in points])
     ends = 100 * np.array([one["interval"] for one in points]).T
     error = np.maximum([rate - ends[0], ends[1] - rate], 0)
-    axes.errorbar(iteration, rate, yerr=error, fmt="o-", ms=4, capsize=3, elinewidth=1.2, color=_AFTER, label="all tasks, true")
+    axes.errorbar(iteration, rate, yerr=error, fmt="o-", ms=4, capsize=3, elinewidth=1.2, color=AFTER, label="all tasks, true")
     imagined = [(i, 100 * one["imagined_success"]) for i, one in enumerate(report["loop"]["metrics"], 1) if one.get("imagined_success") is not None]
     if imagined:
         axes.plot(*zip(*imagined, strict=True), lw=0.9, color=_IMAGINED, label="rollouts that LOOP saw succeed, sampled")
@@ -227,16 +229,16 @@ def _by_iteration(report: Mapping[str, Any]) -> Plot | None:
         f"Greedy success in the true environment on {points[0]['episodes']} test states, episodes ended by the predicate, with 95 % Wilson "
         "intervals; nothing was chosen by it. Thin line: what the rollouts of each iteration were judged to be, noise included."
     )
-    return _finish("iterations", "Success by iteration", caption, figure)
+    return finished("iterations", "Success by iteration", caption, figure)
 
 
 def _psnr(report: Mapping[str, Any]) -> Plot:
-    figure, (axes,) = _axes()
+    figure, (axes,) = axes_of()
     world = report["world"]
     lines = (
         ("psnr_ceiling_by_chunk", "autoencoder alone (ceiling)", _CEILING, "--"),
         ("psnr_by_chunk", "imagined", _IMAGINED, "-"),
-        ("psnr_copy_first_by_chunk", "first frame, copied", _BEFORE, "--"),
+        ("psnr_copy_first_by_chunk", "first frame, copied", BEFORE, "--"),
     )
     for key, label, colour, dash in lines:
         axes.plot(np.arange(1, len(world[key]) + 1), world[key], dash, color=colour, marker="o", ms=3.5, label=label)
@@ -248,7 +250,7 @@ def _psnr(report: Mapping[str, Any]) -> Plot:
         "Held-out episodes, imagined from their first frame with their own actions, against the true frames. A world model that is of use "
         "lies above the copied first frame; it cannot lie above what its autoencoder keeps."
     )
-    return _finish("psnr", "Picture quality by chunk", caption, figure)
+    return finished("psnr", "Picture quality by chunk", caption, figure)
 
 
 def _updates(report: Mapping[str, Any]) -> Plot | None:
@@ -270,7 +272,7 @@ def _updates(report: Mapping[str, Any]) -> Plot | None:
     columns = 2 if len(lines) > 2 else 1
     panels = figure.subplots(math.ceil(len(lines) / columns), columns, squeeze=False).flat
     for axes, (label, line) in zip(panels, lines, strict=False):
-        axes.plot(line[:, 0], line[:, 1], color=_AFTER, marker="o", ms=2.5 if len(line) < 40 else 0, lw=1.3)
+        axes.plot(line[:, 0], line[:, 1], color=AFTER, marker="o", ms=2.5 if len(line) < 40 else 0, lw=1.3)
         axes.set_title(label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if label == "clip fraction":
@@ -284,7 +286,7 @@ def _updates(report: Mapping[str, Any]) -> Plot | None:
         "Share of executed steps that the clip keeps from the gradient; largest probability ratio (1: the policy has not moved); "
         "divergence from the policy that drew the rollouts; entropy of its actions."
     )
-    return _finish("updates", "Updates of the policy", caption, figure)
+    return finished("updates", "Updates of the policy", caption, figure)
 
 
 def _calibration(report: Mapping[str, Any], figures: Figures) -> Plot | None:
@@ -293,11 +295,11 @@ def _calibration(report: Mapping[str, Any], figures: Figures) -> Plot | None:
     bins = calibration(figures.score, figures.success)
     figure = Figure(figsize=_SIZE)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], "--", color=_BEFORE, lw=1, label="calibrated")
-    upper.plot(bins.score, bins.frequency, color=_AFTER, marker="o", ms=4, label="reflector")
+    upper.plot([0, 1], [0, 1], "--", color=BEFORE, lw=1, label="calibrated")
+    upper.plot(bins.score, bins.frequency, color=AFTER, marker="o", ms=4, label="reflector")
     upper.set_ylabel("share of successes")
     upper.set_ylim(-0.03, 1.03)
-    lower.bar(bins.score, bins.count, width=0.05, color=_AFTER)
+    lower.bar(bins.score, bins.count, width=0.05, color=AFTER)
     lower.set_ylim(0.7, 1.5 * bins.count.max())
     _logarithmic(lower)
     lower.set_ylabel("frames")
@@ -309,15 +311,15 @@ def _calibration(report: Mapping[str, Any], figures: Figures) -> Plot | None:
         f"{share(report['reward']['ece'])}, AUC {share(report['reward']['auc'])}. Above the dashed line the reflector is too shy, "
         "below it too bold."
     )
-    return _finish("calibration", "Calibration of the reflector", caption, figure)
+    return finished("calibration", "Calibration of the reflector", caption, figure)
 
 
 def _curve(number: int, title: str, curve: NDArray[np.floating]) -> Plot:
-    figure, (axes,) = _axes()
-    axes.plot(curve[:, 0], curve[:, 1], color=_AFTER, lw=1.2)
+    figure, (axes,) = axes_of()
+    axes.plot(curve[:, 0], curve[:, 1], color=AFTER, lw=1.2)
     if (curve[:, 1] > 0).all() and curve[:, 1].max() > 20 * curve[:, 1].min():
         _logarithmic(axes)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss")
     slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    return _finish(f"curve-{number:02d}-{slug}"[:60], title, "", figure)
+    return finished(f"curve-{number:02d}-{slug}"[:60], title, "", figure)

@@ -154,7 +154,7 @@ def _outcomes(title: str, whole: Mapping[str, Any], note: str) -> Table:
 
 
 def reflector(report: Mapping[str, Any]) -> Table:
-    """The reflector on held-out episodes; where it was measured, also on these frames as the simulator's autoencoder draws them."""
+    """The reflector on held-out episodes; where it was measured, also on what the simulator imagines of the same commands."""
     reward = report["reward"]
     lines = (
         ("auc", "AUC", "1: every successful frame scores above every other; 0.5: chance"),
@@ -163,14 +163,15 @@ def reflector(report: Mapping[str, Any]) -> Table:
         ("false_stop_rate", "false stops", "of all episodes, those that it would end while the task is not done"),
         ("ece", "calibration error", "mean distance between score and frequency of success"),
     )
-    sources = {"true frames": reward} | ({"redrawn frames": reward["drawn"]} if "drawn" in reward else {})
+    sources = {"true frames": reward} | ({"imagined frames": reward["drawn"]} if "drawn" in reward else {})
     rows = tuple((f"{name}\n{meaning}", *(share(source[key]) for source in sources.values())) for key, name, meaning in lines)
     note = ""
     if "episodes" in reward and "success_episodes" in reward:
         note = f"{reward['episodes']} episodes, {reward['success_episodes']} of them with a success. "
     if "drawn" in reward:
-        note += "Redrawn: the same frames after the simulator's autoencoder. "
-    note += "Imagined frames are harder than either." if "drawn" in reward else "Imagined frames are harder."
+        note += "Imagined: of the same commands, judged by what the true environment says of them. "
+    else:
+        note += "Imagined frames are harder."
     return Table("Reflector on held-out episodes", ("figure", *sources), rows, note=note)
 
 

@@ -129,8 +129,10 @@ def write_mp4(target: BinaryIO | Path, pictures: Iterable[NDArray[np.uint8]], fp
     with av.open(target if isinstance(target, io.IOBase) else str(target), "w", format="mp4") as container:
         for one in pictures:
             if stream is None:
-                # One thread and no B-frames: the same frames give the same bytes, and every player shows the first frame at time 0.
-                stream = container.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "slow", "threads": "1", "bf": "0"})
+                # One thread, no mbtree (it reads memory that nothing wrote) and no B-frames: the same frames give the same bytes, and every
+                # player shows the first frame at time 0.
+                options = {"crf": "20", "preset": "slow", "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
+                stream = container.add_stream("libx264", rate=fps, options=options)
                 stream.height, stream.width = one.shape[:2]
                 stream.pix_fmt, stream.time_base = "yuv420p", Fraction(1, fps)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))

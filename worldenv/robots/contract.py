@@ -84,6 +84,12 @@ class Robot:
     """Its gripper, 0 shut .. 1 open."""
     background: int = 50
     """Grey level of an empty action map."""
+    coupling: tuple[tuple[float, ...], ...] | None = None
+    """(6, 18): what the axes do to each other, beside gain and decay; see kinematics. None where they do nothing."""
+    holds_turn: bool = False
+    """A rotation command of exactly 0 asks for the orientation that was asked for before."""
+    gripper_shares: tuple[float, float] = (1.0, 0.0)
+    """Shares of the gripper's ramp, now and one step ago, in its opening; the rest is its last opening."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.gripper_step <= 1.0:

@@ -11,9 +11,10 @@ Source: EnerVerse-AC (arXiv:2505.09723) and its public code's order of work; eve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from worldenv.kernels.ddim_step import ddim_step
 from worldenv.kernels.frames import for_vae, to_frames
 from worldenv.nouns import ActionMap
 from worldenv.simulator.conditioning import ClipTower, Resampler
+from worldenv.simulator.graphs import DECODER, ENCODER, UNET, graphs
 from worldenv.simulator.schedule import Sampler, latent_scales
 from worldenv.simulator.unet import KeysValues, UNet
 from worldenv.simulator.vae import VAE, Posterior
@@ -152,6 +154,8 @@ class Evac(nn.Module):
         latent, context = config.vae.z_channels, config.unet.context_dim
         self.unet = UNet(config.unet, latent)
         self.vae = VAE(config.vae)
+        self.runs: dict[str, Callable[..., Any]] = dict(graphs(self.unet, self.vae, config.memory))
+        """What runs the networks of a rollout, by name (`simulator.graphs`): in the beginning these modules themselves. Training does not call it."""
         self.clip = ClipTower(config.clip)
         self.image_resampler = Resampler(config.image_resampler, config.clip.width, context)
         self.action_resampler = Resampler(config.action_resampler, DELTA_DIM, context)
@@ -226,8 +230,8 @@ class Evac(nn.Module):
         return torch.cat(drawn) * self.latent_scale
 
     def _posterior(self, pictures: torch.Tensor) -> Posterior:
-        posterior = self.vae.encode(pictures.to(self.dtype))
-        return Posterior(posterior.mean.to(self.latent_scale.dtype), posterior.logvar.to(self.latent_scale.dtype))
+        mean, logvar = self.runs[ENCODER](pictures.to(self.dtype))
+        return Posterior(mean.to(self.latent_scale.dtype), logvar.to(self.latent_scale.dtype))
 
     def _pictures_per_call(self, device: torch.device) -> int:
         """How many pictures the autoencoder takes at once: what fits a CPU's cache, or is enough to fill a GPU."""
@@ -237,7 +241,7 @@ class Evac(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in about [-1, 1], not clamped, of scaled `latents` (N, z, h, w)."""
         parts = torch.split(latents / self.latent_scale, self._pictures_per_call(latents.device))
-        return torch.cat([self.vae.decode(some.to(self.dtype)).to(self.latent_scale.dtype) for some in parts])
+        return torch.cat([self.runs[DECODER](some.to(self.dtype)).to(self.latent_scale.dtype) for some in parts])
 
     def image_tokens(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, queries, context) of `pictures` (N, 3, H, W) in [-1, 1]."""
@@ -319,16 +323,17 @@ class Evac(nn.Module):
 
     def _stepped(self, now: Denoising) -> Denoising:
         """After one more step of each."""
-        config, condition, remembered = self.config, now.condition, now.condition.memory.shape[2]
+        config, condition = self.config, now.condition
         device, batch = now.noisy.device, len(now.done)
         at = [max(0, self.steps - 1 - done) for done in now.done]  # padding may be a row that is through
         index = torch.full((batch,), at[0], device=device) if len(set(at)) == 1 else torch.tensor(at, device=device)
         levels = now.rows[1 + index]
-        v = self.unet.denoise(torch.cat([now.noisy, condition.fixed], dim=1).to(self.dtype), now.rows[:1], levels, condition.pairs, remembered)
+        run = self.runs[UNET]
+        v = run(torch.cat([now.noisy, condition.fixed], dim=1).to(self.dtype), now.rows[:1], levels, *itertools.chain(*condition.pairs))
         other = None
         if now.unconditional is not None:
             given = torch.cat([now.noisy, now.unconditional.fixed], dim=1).to(self.dtype)
-            other = self.unet.denoise(given, now.rows[:1], levels, now.unconditional.pairs, remembered)
+            other = run(given, now.rows[:1], levels, *itertools.chain(*now.unconditional.pairs))
         noisy, x_0 = ddim_step(
             now.noisy, v, other, condition.memory, self.sampler.table(device), now.scales, index, now.noise if config.eta > 0 else None,
             config.guidance, config.guidance_rescale,

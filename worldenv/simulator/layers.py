@@ -18,9 +18,9 @@ class FrameConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., H', W', C_out)."""
-        pictures = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)  # a channels-last view
-        y = super().forward(pictures).permute(0, 2, 3, 1)
-        return y.reshape(*x.shape[:-3], *y.shape[1:])
+        pictures = x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+        y = super().forward(pictures.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last views
+        return y if x.dim() == 4 else y.reshape(*x.shape[:-3], *y.shape[1:])
 
 
 class FrameNorm(nn.GroupNorm):
@@ -28,6 +28,8 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
+        if torch.compiler.is_exporting() and x.dim() == 4:  # a runtime whose channels come first then turns nothing round between two convolutions
+            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         height, width, channels = x.shape[-3:]
         return group_norm(x.reshape(-1, height * width, channels), self.num_groups, self.weight, self.bias, self.eps).view(x.shape)
 

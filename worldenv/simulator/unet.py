@@ -54,6 +54,10 @@ class CausalConv(nn.Conv3d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
         batch, frames, height, width, channels = x.shape
+        if torch.compiler.is_exporting():  # channels stay last: a runtime would turn everything round for a convolution and back
+            before = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+            taps = torch.cat([torch.cat([x[:, :1], before[:, :-1]], dim=1), before, x], dim=-1)
+            return F.linear(taps.view(-1, _TAPS * channels), self.weight.flatten(2).transpose(1, 2).flatten(1), self.bias).view(x.shape)
         before = x[:, :1].expand(-1, _TAPS - 1, -1, -1, -1)
         padded = torch.cat([before, x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
         weight = self.weight.squeeze(-1)  # one picture of frames by pixels, one tall kernel
@@ -95,9 +99,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """(B, T, H, W, C) of `x` (B, T, H, W, C_in) and `embedding` (B, T, 1, 1, C), the output of `emb_layers`."""
-        y = self.in_layers(x) + embedding
-        y = self.skip_connection(x) + self.out_layers(y)
-        out: torch.Tensor = self.temopral_conv(y)
+        pictures = x.flatten(0, 1)
+        y = self.in_layers(pictures) + embedding.flatten(0, 1)
+        y = self.skip_connection(pictures) + self.out_layers(y)
+        out: torch.Tensor = self.temopral_conv(y.view(*x.shape[:2], *y.shape[1:]))
         return out
 
 
@@ -158,7 +163,7 @@ class ContextAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, pair: KeysValues) -> torch.Tensor:
         """(B N, C) like `x`: the N tokens of all frames of each clip."""
-        q = _heads(self.to_q(x), len(pair.key), self.heads)
+        q = _heads(self.to_q(x), pair.key.shape[0], self.heads)
         out: torch.Tensor = self.to_out(F.scaled_dot_product_attention(q, *pair).transpose(1, 2).reshape(x.shape))
         return out
 
@@ -172,7 +177,8 @@ class _Gated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two products, not one that is cut in two: halves of a row are slow to walk, twice as slow in all on a CPU.
-        value, gate = (F.linear(x, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True))
+        half = self.proj.out_features // 2
+        value, gate = (F.linear(x, self.proj.weight[rows], self.proj.bias[rows]) for rows in (slice(half), slice(half, None)))
         return value * F.gelu(gate)
 
 

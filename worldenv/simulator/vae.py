@@ -189,7 +189,8 @@ class VAE(nn.Module):
         if pictures.shape[-2] % self.config.factor or pictures.shape[-1] % self.config.factor:
             raise ValueError(f"VAE: pictures {tuple(pictures.shape)}, want sides in multiples of {self.config.factor} px")
         moments = self.quant_conv(self.encoder(pictures.permute(0, 2, 3, 1).contiguous()))
-        mean, logvar = moments.permute(0, 3, 1, 2).chunk(2, dim=1)
+        moments, latent = moments.permute(0, 3, 1, 2), self.config.z_channels
+        mean, logvar = moments[:, :latent], moments[:, latent:]  # slices: what chunk() becomes in a graph hides its shapes from a runtime
         return Posterior(mean, logvar.clamp(_LOGVAR_MIN, _LOGVAR_MAX))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

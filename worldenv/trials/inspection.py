@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from worldenv import action_map
 from worldenv.envs import suites
 from worldenv.envs.contract import Split
 from worldenv.envs.libero import SETTLE_STEPS, Libero
 from worldenv.nouns import Camera
+from worldenv.robots.contract import Robot
 
 
-def project(points: NDArray[np.float64], intrinsics: NDArray[np.float64], camera_to_world: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pixels (n, 2) u right, v down of world points (n, 3) [m], not mirrored."""
-    inside = (points - camera_to_world[:3, 3]) @ camera_to_world[:3, :3]
-    ahead = inside @ intrinsics.T
-    pixels: NDArray[np.float64] = ahead[:, :2] / ahead[:, 2:]
-    return pixels
-
-
-def on_frame(points: NDArray[np.float64], camera: Camera) -> NDArray[np.float64]:
-    """Pixels (n, 2) of world points (n, 3) on the frames as policies see them: pixel centres, mirrored where the camera says so."""
-    pixels = project(points, camera.intrinsics, camera.camera_to_world)
-    if camera.mirrored:
-        pixels[:, 0] = camera.width - 1 - pixels[:, 0]
-    return pixels
+def _drawn(pose: NDArray[np.float64], camera: Camera, robot: Robot) -> NDArray[np.float64]:
+    """(T, 2) pixels u right, v down, where action maps draw the gripper at `pose` (T, 7)."""
+    return action_map.project(pose[:, None], camera, robot.arms[-1:])[:, 0, 0]
 
 
 def inspect(suite: str, task: int, split: Split, index: int, command: NDArray[np.floating[Any]], image: int) -> dict[str, NDArray[Any]]:
@@ -53,8 +45,8 @@ def inspect(suite: str, task: int, split: Split, index: int, command: NDArray[np
         instruction, state_hash = env.tasks[task], env.state_hash(task, split, index)
     finally:
         env.close()
-    intrinsics = camera.intrinsics.copy()
-    intrinsics[:2, 2] += 0.5
+    edges = camera.intrinsics.copy()  # where a pixel's own place is its corner, not its middle
+    edges[:2, 2] += 0.5
     pose = np.stack([moment.pose for moment in moments])
     return {
         "initial_state": initial,
@@ -63,10 +55,10 @@ def inspect(suite: str, task: int, split: Split, index: int, command: NDArray[np
         "gripper": np.array([moment.gripper for moment in moments]),
         "frames": np.stack([moment.frame for moment in moments]),
         "success": np.array([moment.success for moment in moments]),
-        "intrinsics": intrinsics,
+        "intrinsics": edges,
         "extrinsics": camera.camera_to_world,
-        "gripper_uv": project(pose[:, :3], intrinsics, camera.camera_to_world),
-        "gripper_uv_frame": on_frame(pose[:, :3], camera),
+        "gripper_uv": _drawn(pose, replace(camera, intrinsics=edges, mirrored=False), env.robot),
+        "gripper_uv_frame": _drawn(pose, camera, env.robot),
         "step_limit": np.array(suites.step_limit(suite)),
         "settle_steps": np.array(SETTLE_STEPS if isinstance(env, Libero) else 0),
         "instruction": np.array(instruction),

@@ -1,0 +1,277 @@
+"""Rows of worldenv-bench engines. Ceiling: the FLOPs of eager's graph at the measured matrix rate, every weight read once.
+
+Each back end of this machine is built, or found where worldenv-engine keeps its plans, compared on recorded inputs, and timed pair by pair against
+eager in the same run, in the same type and with the same threads. The last case is a whole rollout of the tiny preset, every network by its engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from worldenv import compiled, config, noise
+from worldenv.benchmarks import bench_rollout, networks
+from worldenv.benchmarks.harness import Row, Setting, Variants, Work, ceilings, count_flops, measure, spread
+from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT
+from worldenv.engines import backend
+from worldenv.engines.eager import Eager
+from worldenv.engines.recipe import EngineError, Precision, Range, symbol
+from worldenv.engines.store import Store
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.policy.processing import PromptTokenizer, Statistics
+from worldenv.reflector import weights as reflectors
+from worldenv.reflector.judge import LlavaReflector
+from worldenv.simulator.evac import Evac
+
+NARROW_EVAC = dataclasses.replace(
+    EVAC, unet=dataclasses.replace(EVAC.unet, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2, 1)),
+    vae=dataclasses.replace(EVAC.vae, num_res_blocks=1), clip=dataclasses.replace(EVAC.clip, layers=1), height=256, width=256, chunk=8,
+)  # fmt: skip
+NARROW_OFT = dataclasses.replace(
+    OPENVLA_OFT, dino=dataclasses.replace(OPENVLA_OFT.dino, depth=2), siglip=dataclasses.replace(OPENVLA_OFT.siglip, depth=2),
+    llama=dataclasses.replace(OPENVLA_OFT.llama, layers=1), head_blocks=1,
+)  # fmt: skip
+NARROW_LLAVA = dataclasses.replace(LLAVA_ONEVISION, vision_layers=1, layers=1)
+"""The published widths, heads and pictures, with as few layers as there can be."""
+_INSTRUCTIONS = ("put the bowl on the plate", "open the drawer")
+_CPU = torch.device("cpu")
+DEFAULT_STORE = Path("runs/engines")
+"""Of plans that belong to no run."""
+_SCORES_AGREE = 1e-3
+"""Largest difference of a score between rollouts by engines and by eager networks, which must end at the same steps."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Networks to build engines of, and how to get inputs of a rollout."""
+
+    networks: list[compiled.Network]
+    recorded: Callable[[], Mapping[str, Sequence[Any]]]
+    """By name of the network."""
+    simulator: Evac | None
+    frame: torch.Tensor
+    """(H, W, 3) uint8, to begin a closed loop with."""
+
+
+def subject(preset: str, size: Literal["preset", "narrow", "published"], of_run: Path | None, device: torch.device, precision: Precision) -> Subject:
+    """What the arguments of `worldenv-engine build` name. ValueError for a preset or a run that there is not."""
+    if size != "preset":
+        return _published(size == "narrow", device, precision)
+    config.preset(preset)
+    if of_run is not None and not (of_run / "run.json").is_file():
+        raise ValueError(f"--run {of_run}: no run there (no run.json)")
+    args = bench_rollout.RolloutArgs(rollouts=4, group=1, slots=4, run=of_run)
+    bench = bench_rollout.prepared(args)
+    policy, world = bench.replica.policy, bench.replica.world
+    assert isinstance(policy, OpenVLAOFT)
+    simulator, judge = bench_rollout.inside(world)
+    everything = [*compiled.of_simulator(simulator, precision), *compiled.of_policy(policy, precision), *compiled.of_reflector(judge, precision)]
+
+    def recorded() -> Mapping[str, Sequence[Any]]:
+        with compiled.recording(everything) as recorders:
+            bench_rollout.scheduled(bench, bench.schedule(), bench.jobs)
+        return {name: one.recorded for name, one in recorders.items()}
+
+    return Subject(everything, recorded, simulator, torch.from_numpy(bench.jobs[0].context.frame))
+
+
+def _published(narrow: bool, device: torch.device, precision: Precision) -> Subject:
+    """The published sizes, or their widths, with random weights in the engine's own type; inputs are random too."""
+    setting = Setting(device, torch.float32 if precision == "fp32" else torch.bfloat16, "published")
+    evac, oft, llava = (NARROW_EVAC, NARROW_OFT, NARROW_LLAVA) if narrow else (EVAC, OPENVLA_OFT, LLAVA_ONEVISION)
+    simulator = networks.simulator(evac, setting)
+    batch: Range = (1, 1, 4)
+    everything = compiled.of_simulator(simulator, precision, batch)
+    if narrow:
+        everything += compiled.of_policy(random_policy(oft, setting), precision, batch)
+        everything += compiled.of_reflector(random_reflector(llava, setting), precision)
+
+    def recorded() -> Mapping[str, Sequence[Any]]:
+        return {one.name: [one.recipe.example({}, seed, str(device)) for seed in range(2)] for one in everything}
+
+    return Subject(everything, recorded, None, torch.zeros(evac.height, evac.width, 3, dtype=torch.uint8, device=device))
+
+
+def _fixed(network: compiled.Network, lengths: Mapping[str, int]) -> compiled.Network:
+    """`network` for these lengths and no others: on a GPU a graph is recorded for each shape anyway."""
+    inputs = tuple(
+        dataclasses.replace(
+            one, axes={axis: lengths.get(symbol(axis), n[1]) if isinstance(n, tuple) else n for axis, n in one.axes.items()},
+            values=(2, 3) if one.name == "lengths" else one.values,
+        )
+        for one in network.recipe.inputs
+    )  # fmt: skip
+    return dataclasses.replace(network, recipe=dataclasses.replace(network.recipe, inputs=inputs))
+
+
+def _evac(setting: Setting, precision: Precision, which: int, size: tuple[int, int]) -> compiled.Network:
+    simulator = networks.simulator(dataclasses.replace(EVAC, height=size[0], width=size[1]), setting)
+    return compiled.of_simulator(simulator, precision)[which]
+
+
+def _oft(setting: Setting, precision: Precision, which: int) -> compiled.Network:
+    return compiled.of_policy(random_policy(OPENVLA_OFT, setting), precision)[which]
+
+
+def _llava(setting: Setting, precision: Precision, which: int) -> compiled.Network:
+    return compiled.of_reflector(random_reflector(LLAVA_ONEVISION, setting), precision)[which]
+
+
+_FRAME, _WORDS = 196, 40
+"""Tokens of a frame and about those of a question, at the published size."""
+Made = Callable[[Setting, Precision], compiled.Network]
+PUBLISHED: dict[str, tuple[Made, Mapping[str, int]]] = {
+    **{
+        f"{name} {size}": (functools.partial(_evac, which=which, size=pixels), {"batch": 1, "picture": EVAC.chunk})
+        for size, pixels in networks.PUBLISHED_SIZES.items()
+        for which, name in enumerate(compiled.NAMES[:3])
+    },
+    "policy_backbone": (functools.partial(_oft, which=0), {"batch": 8, "prompt": 32}),
+    "policy_heads": (functools.partial(_oft, which=1), {"batch": 8}),
+    "reflector_vision": (functools.partial(_llava, which=0), {"frame": 8}),
+    "reflector_llm prefill": (functools.partial(_llava, which=1), {"row": 1, "new": 16 * _FRAME + _WORDS, "old": 0}),
+    "reflector_llm appended": (functools.partial(_llava, which=1), {"row": 1, "new": 8 * (_FRAME + _WORDS), "old": 16 * _FRAME}),
+}
+"""At the published sizes: how each network is made, with random weights, and the lengths that it is measured at."""
+
+
+def _published_case(variant: str, name: str, setting: Setting) -> Row:
+    """One network at its published size. Nothing else is in memory."""
+    made, lengths = PUBLISHED[variant]
+    network = _fixed(made(setting, "fp32" if setting.dtype == torch.float32 else "bf16"), lengths)
+    given = [network.recipe.example({}, seed, str(setting.device)) for seed in range(2)]
+    row = _engine_row(network, name, setting, given, _store(setting))
+    return dataclasses.replace(row, case=f"engines {variant} {name}")
+
+
+def random_policy(size: config.PolicyConfig, setting: Setting) -> OpenVLAOFT:
+    """With random weights, where they will run; for a vocabulary and statistics that mean nothing."""
+    statistics = Statistics.of([torch.randn(8, 7).numpy()], [torch.randn(8, size.proprio).numpy()], "random numbers")
+    policy = OpenVLAOFT.create(size, PromptTokenizer.build(_INSTRUCTIONS), statistics, noise.torch_seed(0, noise.Stream.WEIGHTS), setting.device)
+    for part in (policy.network.vision_backbone, policy.network.projector, policy.network.language_model):
+        part.to(setting.dtype)
+    policy.network.eval().requires_grad_(False)
+    return policy
+
+
+def random_reflector(size: config.ReflectorConfig, setting: Setting) -> LlavaReflector:
+    """As `random_policy`."""
+    judge = reflectors.initialise(size, _INSTRUCTIONS, 0)
+    judge.head = reflectors.fresh_head(size, 0)
+    judge.freeze().to(setting.device)
+    for parameter in judge.llava.parameters():
+        parameter.data = parameter.data.to(setting.dtype)
+    return judge
+
+
+def _store(setting: Setting) -> Store:
+    """Where worldenv-engine keeps its plans, so that what was built is not built again; a brief run leaves nothing."""
+    return Store(Path(tempfile.gettempdir()) / f"worldenv-engines-{os.getpid()}" if setting.brief else DEFAULT_STORE)
+
+
+def _engine_row(network: compiled.Network, name: str, setting: Setting, recorded: Sequence[Any], store: Store) -> Row:
+    """One network by one back end against eager. A row without a speed where parity failed, or where it cannot be built here, which it says."""
+    case = f"engines {network.name} {name}"
+    try:
+        made = compiled.built(network, name, store, setting.device, recorded, timed=False)
+    except EngineError as error:
+        return Row(case, name, None, "ms", "eager", note=str(error), engine=network.name)
+    assert made.parity is not None
+    found: dict[str, Any] = {"engine": network.name, "max_rel_error": made.parity.max_rel_error if math.isfinite(made.parity.max_rel_error) else None}
+    precision, limit = network.recipe.precision, network.recipe.tolerance
+    if not made.parity.passed:
+        return Row(case, f"{name} {precision}", None, "ms", "eager", parity="fail", note=made.parity.said, tolerance=limit, **found)
+    given = max(recorded, key=lambda one: sum(tensor.numel() for tensor in one))
+    engine = backend.Running(made.engine)
+    with torch.no_grad():
+        taken, eager = measure(setting, lambda: engine(*given), lambda: network.eager(*given))
+        flops = count_flops(lambda: network.eager(*given))
+    value = statistics.median(taken)
+    read = sum(tensor.numel() * tensor.element_size() for tensor in network.eager.parameters())
+    least = ceilings(setting).least_ms(Work(flops, read))
+    shapes = "rows " + str(given[0].shape[0])
+    ratio = statistics.median(b / a for a, b in zip(taken, eager, strict=True))
+    return Row(
+        case, f"{name} {precision}", value, "ms", "eager", statistics.median(eager), ratio, least, least / value, "pass",
+        spread=spread(taken), note=f"{shapes}, {made.parity.said}", tolerance=limit, **found,
+    )  # fmt: skip
+
+
+def _rollout_row(setting: Setting) -> Row:
+    """Whole rollouts of the tiny preset on the scheduler, each network by what `auto` takes here, against eager: CPU seconds, pair by pair."""
+    bench = bench_rollout.prepared(bench_rollout.RolloutArgs(rollouts=4 if setting.brief else 16, group=4 if setting.brief else 8))
+    policy, world = bench.replica.policy, bench.replica.world
+    assert isinstance(policy, OpenVLAOFT)
+    simulator, judge = bench_rollout.inside(world)
+    everything = [*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge)]
+    with compiled.recording(everything) as recorders:
+        bench_rollout.scheduled(bench, bench.schedule(), bench.jobs[:4])
+    settings = config.EnginesConfig()
+    eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in everything]
+    store = _store(setting)
+    choices = [compiled.choose(one, settings, store, _CPU, recorders[one.name].recorded) for one in everything]
+    mine = {one.network.name: one for one in compiled.checked_loop(simulator, choices[:3], store, torch.from_numpy(bench.jobs[0].context.frame))}
+    choices = [mine.get(one.network.name, one) for one in choices]
+
+    def seconds(chosen: Sequence[compiled.Choice]) -> tuple[float, bench_rollout.Outcome]:
+        with compiled.placed(chosen):
+            began = time.process_time()
+            made = bench_rollout.scheduled(bench, bench.schedule(), bench.jobs)
+            return time.process_time() - began, made
+
+    pairs, until = [], time.monotonic() + 4 * setting.seconds
+    for number in range(max(3, setting.pairs)):
+        if number >= 3 and time.monotonic() > until:
+            break
+        ours, theirs = (seconds(chosen) for chosen in (choices, eager))
+        pairs.append((ours, theirs))
+    taken, plain = ([pair[which][0] for pair in pairs] for which in range(2))
+    error = bench_rollout.score_error(pairs[0][0][1].rollouts, pairs[0][1][1].rollouts)
+    share = {row["stage"]: row["busy_s"] for row in pairs[-1][0][1].statistics["stages"]} if pairs[-1][0][1].statistics else {}
+    spent = ", ".join(f"{name} {value / sum(share.values()):.0%}" for name, value in share.items())
+    by = ", ".join(sorted({one.engine.back_end for one in choices}))
+    return Row(
+        "engines rollout", f"auto fp32 ({by})", 1e3 * statistics.median(taken), "ms", "eager", 1e3 * statistics.median(plain),
+        statistics.median(b / a for a, b in zip(taken, plain, strict=True)),
+        parity="pass" if error is not None and error <= _SCORES_AGREE else "fail",
+        spread=spread(taken), note=f"{len(bench.jobs)} rollouts, CPU ms, scores off by {error}; {spent}",
+        engine="rollout", max_rel_error=error, tolerance=_SCORES_AGREE,
+    )  # fmt: skip
+
+
+def _case(network_name: str, name: str, setting: Setting) -> Row:
+    network = next(one for one in _tiny(setting.device).networks if one.name == network_name)
+    return _engine_row(network, name, setting, _recorded(setting.device)[network_name], _store(setting))
+
+
+@functools.lru_cache(maxsize=1)
+def _tiny(device: torch.device) -> Subject:
+    return subject("tiny", "preset", None, device, "fp32")
+
+
+@functools.lru_cache(maxsize=1)
+def _recorded(device: torch.device) -> Mapping[str, Sequence[Any]]:
+    return _tiny(device).recorded()
+
+
+def variants(setting: Setting) -> Variants:
+    """What `bench_engines.engines` says."""
+    kind = setting.device.type
+    names = [name for name in dict.fromkeys((*backend.AUTOMATIC[kind], "inductor")) if kind == "cpu" or backend.back_end(name).requires() is None]
+    if setting.size == "published":
+        return {f"{variant} {name}": functools.partial(_published_case, variant, name, setting) for variant in PUBLISHED for name in names}
+    found = {f"{network} {name}": functools.partial(_case, network, name, setting) for name in names for network in compiled.NAMES}
+    if kind == "cpu":
+        found["rollout"] = functools.partial(_rollout_row, setting)
+    return found

@@ -1,0 +1,247 @@
+"""A network as an ONNX graph, with its weights beside it in safetensors: every ONNX runtime reads them from there, whatever their size.
+
+    graph.onnx             operators and shapes; each weight is named as in the module, and refers to its bytes in
+    weights.safetensors    the module's state, which can be exchanged without touching the graph
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import re
+import shutil
+import struct
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from worldenv import checkpoint
+from worldenv.engines.recipe import EngineError, EngineRecipe, symbol
+from worldenv.engines.store import Store, Wanted
+
+OPSET = 20
+"""The newest that TensorRT-RTX 1.7 builds is 22; from 21 on the exporter writes GroupNormalization, which the CPU runs slower."""
+NEWEST_OPSET = 22
+GRAPH, WEIGHTS = "graph.onnx", "weights.safetensors"
+
+
+class ExportError(EngineError):
+    """A module that cannot be turned into a graph. The message names the module and the operator."""
+
+
+class _Wide(nn.Module):
+    """A layer that computes in float32 between layers that do not."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide: torch.Tensor = self.layer(x.float())
+        return wide.to(x.dtype)
+
+
+def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequence[torch.Tensor]] = ()) -> nn.Module:
+    """A copy of `module` in the recipe's precision, without gradients; the norms named in `recipe.wide` compute in float32.
+
+    fp8 is calibrated on `recorded` inputs. EngineError where no quantiser is installed.
+    """
+    made = copy.deepcopy(module).eval().requires_grad_(False)
+    if recipe.dtype == torch.float32:
+        return made.float()
+    floating = [one for one in made.modules() if next(one.parameters(recurse=False), None) is not None]
+    for one in floating:
+        for parameter in one.parameters(recurse=False):
+            parameter.data = parameter.data.to(recipe.dtype)
+    if recipe.precision == "fp8":
+        from worldenv.engines import fp8
+
+        made = fp8.quantised(made, recipe, recorded)
+    for name, one in list(made.named_modules()):
+        if any(name == end or name.endswith(f".{end}") for end in recipe.wide) and isinstance(one, nn.LayerNorm | nn.GroupNorm):
+            parent, _, last = name.rpartition(".")
+            setattr(made.get_submodule(parent), last, _Wide(one.float()))
+    return made
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, those too that a state dict leaves out."""
+    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+
+
+def architecture(module: nn.Module, recipe: EngineRecipe) -> str:
+    """SHA-256 of everything that decides the graph: the recipe, layers with their shapes, and the source of all that they are made of."""
+    digest = hashlib.sha256(json.dumps(recipe.plain(), sort_keys=True).encode())
+    for name, tensor in sorted(state(module).items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+    digest.update(repr(module).encode())
+    files = {inspect.getsourcefile(type(one)) for one in module.modules()} | {__file__}
+    rooms = {Path(str(file)).parent for file in files if "worldenv" in str(file) and "site-packages" not in str(file)}
+    sources = {Path(file) for file in files if file is not None} | {path for room in rooms for path in room.glob("*.py")}
+    kernels = sys.modules.get("worldenv.kernels.group_norm")
+    if kernels is not None and kernels.__file__ is not None:
+        sources.add(Path(kernels.__file__))
+    for path in sorted(sources, key=lambda one: (one.name, str(one))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write `weights` as safetensors, whole or not at all."""
+    with checkpoint.atomic(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}, temporary)
+
+
+def offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins, and its length [bytes]."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: (8 + length + one["data_offsets"][0], one["data_offsets"][1] - one["data_offsets"][0])
+            for name, one in header.items() if name != "__metadata__"}  # fmt: skip
+
+
+def dynamic_shapes(module: nn.Module, recipe: EngineRecipe) -> tuple[Any, ...]:
+    """The recipe's ranges as torch.export takes them, in the order of the module's arguments."""
+    dims = {name: torch.export.Dim(name, min=max(1, low), max=high) for name, (low, _, high) in recipe.ranges.items() if low < high}
+    shapes = [
+        {i: dims[symbol(axis)] for i, axis in enumerate(binding.axes) if symbol(axis) in dims} for binding in recipe.inputs
+    ]
+    kinds = [one.kind for one in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    plain = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:plain], tuple(shapes[plain:]))
+
+
+def _wrong_operator(error: BaseException) -> str:
+    """The operator that an exporter's error is about, as well as can be told."""
+    said = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        said += f"\n{cause}"
+        cause = cause.__cause__ or cause.__context__
+    found = re.search(r"(aten[.:][\w.:]+|prims[.:][\w.:]+|torch\.ops\.[\w.]+|torchvision[.:][\w.:]+)", said)
+    return found.group(1) if found else "?"
+
+
+def _where(program: torch.export.ExportedProgram | None, operator: str) -> str:
+    """The module whose operator that is."""
+    for node in program.graph.nodes if program is not None else ():
+        if node.op == "call_function" and operator.split(".")[-1] in str(node.target) and (stack := node.meta.get("nn_module_stack")):
+            return str(list(stack.values())[-1][0]).removeprefix("L['self'].")
+    return ""
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    import logging
+
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+
+
+def traced(module: nn.Module, recipe: EngineRecipe, given: tuple[torch.Tensor, ...] | None = None) -> torch.export.ExportedProgram:
+    """`module` as one graph of torch's operators, for all lengths of the recipe. ExportError as `to_onnx`."""
+    given = recipe.example({name: max(2, opt) for name, (_, opt, _) in recipe.ranges.items()}) if given is None else given
+    try:
+        with torch.no_grad(), _quietly():
+            return torch.export.export(module, given, dynamic_shapes=dynamic_shapes(module, recipe), strict=False)
+    except Exception as error:
+        raise ExportError(
+            f"{recipe.name}: {type(module).__name__} cannot be traced for {dict(recipe.ranges)} (operator {_wrong_operator(error)}): "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from error
+
+
+def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = OPSET) -> None:
+    """Write `graph.onnx` and `weights.safetensors` of `module` (in the recipe's precision, see `prepared`) into `folder`.
+
+    Raises ExportError that names the module and the operator, EngineError where onnx or onnxscript is not installed.
+    """
+    if opset > NEWEST_OPSET:
+        raise EngineError(f"{recipe.name}: opset {opset}: TensorRT builds {NEWEST_OPSET} at most")
+    try:
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401 -- torch.onnx needs it
+    except ImportError as error:
+        raise EngineError(f"{recipe.name}: {error.name} is not installed, and exports need it: pip install onnx onnxscript") from error
+    program = traced(module, recipe)
+    names = [binding.name for binding in recipe.inputs]
+    outputs = [f"out_{name}" for name in recipe.outputs]  # operators of a graph are called mean and the like, and names must differ
+    try:
+        with torch.no_grad(), _quietly():
+            made = torch.onnx.export(
+                program, (), dynamo=True, opset_version=opset, input_names=names, output_names=outputs, verbose=False, optimize=False,
+            )
+    except Exception as error:
+        operator = _wrong_operator(error)
+        place = _where(program, operator)
+        raise ExportError(
+            f"{recipe.name}: {type(module).__name__}{f'.{place}' if place else ''}: operator {operator} has no ONNX form at opset {opset}; "
+            "write it with others, or use back end inductor, which needs none"
+        ) from error
+    assert made is not None
+    graph, weights = made.model, state(module)
+    for node in graph.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces of whoever exported it: megabytes, and never the same
+    kept = {name: weights[name] for name in graph.graph.initializers if name in weights}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder / WEIGHTS, kept)
+    place_of = offsets(folder / WEIGHTS)
+    for name in kept:
+        value = graph.graph.initializers[name]
+        tensor = value.const_value
+        offset, length = place_of[name]
+        value.const_value = ir.ExternalTensor(WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=str(folder))
+    with checkpoint.atomic(folder / GRAPH) as temporary:
+        ir.save(graph, temporary)
+
+
+def exported(module: nn.Module, recipe: EngineRecipe, store: Store, folder: Path, opset: int = OPSET) -> None:
+    """As `to_onnx`; the graph is taken from `store` where it has been exported before, with whatever weights: that is the slow part.
+
+    EngineError where the weights do not lie in the file as the graph has them.
+    """
+    versions = {"torch": torch.__version__, "opset": str(opset), **{name: _version(name) for name in ("onnx", "onnxscript")}}
+    wanted = Wanted(recipe.name, "graph", "any", recipe.precision, architecture(module, recipe), "any", versions)
+    graph = store.get(wanted, lambda part: to_onnx(module, recipe, part, opset))
+    place_of, weights = offsets(graph.folder / WEIGHTS), state(module)
+    write_weights(folder / WEIGHTS, {name: weights[name] for name in place_of})
+    if offsets(folder / WEIGHTS) != place_of:
+        raise EngineError(f"{recipe.name}: weights of other shapes or types than the graph in {graph.folder}; remove that, and build anew")
+    shutil.copyfile(graph.folder / GRAPH, folder / GRAPH)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,103 @@
+"""Back end inductor: AOTInductor's compiled graph; on CUDA replayed from CUDA graphs, one for each shape that comes up.
+
+A plan is machine code for one kind of machine. Its weights are exchanged in place, between two calls.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worldenv.engines import export
+from worldenv.engines.backend import Engine, compute_capability, only_here
+from worldenv.engines.cuda_graphs import Replayed
+from worldenv.engines.recipe import EngineError, EngineRecipe
+from worldenv.engines.refit import RefitError
+from worldenv.engines.store import Store
+
+_PLAN, _SHAPES = "plan.pt2", "weights.json"
+
+
+class Inductor:
+    """See `Engine`."""
+
+    back_end = "inductor"
+
+    def __init__(self, plan: Path, recipe: EngineRecipe, device: torch.device) -> None:
+        self.recipe, self._device = recipe, device
+        try:
+            self._loaded = torch._inductor.aoti_load_package(str(plan))
+        except Exception as error:  # a damaged package is a RuntimeError, a foreign one anything
+            raise EngineError(f"{recipe.name}: AOTInductor does not load {plan}: {error}; build it anew") from error
+        self._names = set(self._loaded.get_constant_fqns())
+        self._shapes = {name: torch.Size(shape) for name, shape in json.loads((plan.parent / _SHAPES).read_text()).items()}
+        self._call: Any = Replayed(self._loaded) if device.type == "cuda" else self._loaded
+
+    @torch.no_grad()
+    def __call__(self, *given: torch.Tensor) -> Any:
+        """See `Engine`."""
+        self.recipe.check(given)
+        made = self._call(*given)
+        return made[0] if isinstance(made, list | tuple) and len(made) == 1 else tuple(made) if isinstance(made, list) else made
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """See `Engine`. In place, so that captured graphs read the new ones; weights that the graph does not use may be given too."""
+        if missing := sorted(self._names - weights.keys()):
+            raise RefitError(f"{self.recipe.name}: refit is given {len(weights)} weights, missing {missing[:3]}; nothing was changed")
+        used = {name: weights[name].detach().to(self._device).contiguous() for name in self._names}
+        wrong = [name for name, tensor in used.items() if self._shapes.get(name) != tensor.shape]
+        if wrong:
+            raise RefitError(f"{self.recipe.name}: weights {wrong[:3]} have other shapes than the engine's; nothing was changed")
+        self._loaded.load_constants(used, check_full_update=True)
+
+
+def requires() -> str | None:
+    """A C++ compiler; on CUDA Triton."""
+    from shutil import which
+
+    if not any(which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name):
+        return "inductor: no C++ compiler: install g++, or set CXX"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Of torch, and of CUDA where it was built with it."""
+    return {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+
+
+def architecture(device: torch.device) -> str:
+    """Of this machine."""
+    return compute_capability(device)
+
+
+def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
+    """See `backend`."""
+    device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
+    only_here("inductor", arch, device)
+    lengths = {name: max(2, opt) for name, (_, opt, _) in recipe.ranges.items()}
+    program = export.traced(module, recipe, recipe.example(lengths, device=str(device)))
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with tempfile.TemporaryDirectory(dir=folder) as cache:  # what is left of a build elsewhere would be found by the next one, whatever made it
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PLAN))
+            shapes = {name: list(tensor.shape) for name, tensor in export.state(module).items()}
+            (folder / _SHAPES).write_text(json.dumps(shapes), encoding="utf-8")
+        except Exception as error:  # a compiler's errors have no base
+            raise EngineError(f"{recipe.name}: AOTInductor does not compile it: {str(error).strip().splitlines()[-1][:300]}") from error
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            if before is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
+def load(folder: Path, recipe: EngineRecipe, device: torch.device) -> Engine:
+    """See `backend`."""
+    return Inductor(folder / _PLAN, recipe, device)

@@ -1,0 +1,138 @@
+"""Back end onnxruntime: the CPU's. A plan is the graph and its weights; the session is made when it is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from worldenv.engines import export
+from worldenv.engines.backend import Engine, only_here
+from worldenv.engines.recipe import EngineError, EngineRecipe
+from worldenv.engines.refit import check_shapes
+from worldenv.engines.store import Store
+
+_FEW = 64
+"""Where no axis is longer, each shape that comes up gets a session of its own; else, as in a language model, one session takes all."""
+
+
+class OnnxRuntime:
+    """See `Engine`. One thread: whoever has more cores calls from several threads, which share it."""
+
+    back_end = "onnxruntime"
+
+    def __init__(self, graph: bytes, weights: Mapping[str, torch.Tensor], recipe: EngineRecipe, threads: int = 1) -> None:
+        self.recipe, self._graph, self._threads = recipe, graph, threads
+        self._lock = threading.Lock()
+        self._few = all(high <= _FEW for _, _, high in recipe.ranges.values())
+        self._take(weights)
+
+    def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        self._sessions: dict[tuple[tuple[str, int], ...], Any] = {}
+        self._session({} if not self._few else {name: opt for name, (_, opt, _) in self.recipe.ranges.items()})
+
+    def _session(self, lengths: Mapping[str, int]) -> Any:
+        """For these lengths: who knows them computes no shapes. Which session a call gets depends on its shape alone, for bits do too."""
+        key = tuple(lengths.items())
+        with self._lock:
+            if key not in self._sessions:
+                self._sessions[key] = self._opened(lengths)
+            return self._sessions[key]
+
+    def _opened(self, lengths: Mapping[str, int]) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a waiting thread would take a core from who works
+        options.log_severity_level = 3
+        for name, length in lengths.items():
+            options.add_free_dimension_override_by_name(name, length)
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(_array(tensor)) for tensor in self._weights.values()]
+        options.add_external_initializers(list(self._weights), values)
+        try:
+            session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no base of their own
+            raise EngineError(f"{self.recipe.name}: ONNX Runtime does not load its graph: {error}; build it anew") from error
+        if unknown := {one.name for one in session.get_inputs()} - {one.name for one in self.recipe.inputs}:
+            raise EngineError(f"{self.recipe.name}: the graph asks for {sorted(unknown)}: another recipe's; build it anew")
+        return session
+
+    def __call__(self, *given: torch.Tensor) -> Any:
+        """See `Engine`."""
+        self.recipe.check(given)
+        session = self._session(self.recipe.lengths(given) if self._few else {})
+        by_name = {one.name: tensor for one, tensor in zip(self.recipe.inputs, given, strict=True)}
+        feed = {one.name: _array(by_name[one.name].detach()) for one in session.get_inputs()}
+        try:
+            made = session.run(None, feed)
+        except Exception as error:  # as above
+            raise EngineError(f"{self.recipe.name}: ONNX Runtime does not run it: {error}") from error
+        out = tuple(torch.from_numpy(one) for one in made)
+        return out[0] if len(out) == 1 else out
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """See `Engine`. A session takes its weights when it is made, so this makes one: a fraction of a second at the tiny size."""
+        check_shapes(self.recipe.name, self._weights, weights)
+        self._take(weights)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = tensor.contiguous().numpy()
+    return array
+
+
+def requires() -> str | None:
+    """onnxruntime, and what exports."""
+    for name in ("onnxruntime", "onnx", "onnxscript"):
+        if not _installed(name):
+            return f"onnxruntime: {name} is not installed: pip install {name}"
+    return None
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def versions() -> dict[str, str]:
+    """Of what writes a plan and what runs it."""
+    return {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in ("onnxruntime", "onnx", "onnxscript")}}
+
+
+def architecture(device: torch.device) -> str:
+    """A graph runs on every CPU; on no GPU, since it is the CPU's build that is used."""
+    if device.type != "cpu":
+        raise EngineError(f"onnxruntime runs on a CPU here, not on {device}: take inductor or tensorrt")
+    return "cpu"
+
+
+def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
+    """See `backend`. Float32 only: ONNX Runtime's CPU kernels have no bfloat16 convolution."""
+    if arch != "cpu":
+        only_here("onnxruntime", arch, torch.device("cpu"))
+    if recipe.precision != "fp32":
+        raise EngineError(f"{recipe.name}: onnxruntime on a CPU has no {recipe.precision} kernels: take precision fp32")
+    export.exported(module, recipe, store, folder)
+
+
+def load(folder: Path, recipe: EngineRecipe, device: torch.device) -> Engine:
+    """See `backend`. EngineError where the weights cannot be read."""
+    architecture(device)
+    try:
+        graph, weights = (folder / export.GRAPH).read_bytes(), load_file(folder / export.WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"{folder}: {error}; build it anew") from error
+    return OnnxRuntime(graph, weights, recipe)

@@ -1,0 +1,246 @@
+"""Where plans are kept: found by their content, written whole, locked between processes, checked when they are read, thrown away by age.
+
+    ROOT/index.json             what there is, how large, and when it was used last; made anew from the plans where it is damaged
+    ROOT/plans/KEY/...          a plan's files, its parity.json, and manifest.json with their SHA-256, which is written last
+    ROOT/locks/KEY              held by the one process that builds KEY; the others wait, and then find it there
+
+KEY is the SHA-256 of everything that decides a plan's bytes (`Wanted`), so that a plan of other weights, another version or another
+architecture has another name, and is never found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from worldenv import checkpoint, console
+from worldenv.engines.recipe import EngineError
+
+FORMAT = "worldenv-plan-1"
+MANIFEST, PARITY = "manifest.json", "parity.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Everything that decides a plan's bytes."""
+
+    engine: str
+    """Name of the recipe."""
+    back_end: str
+    arch: str
+    """"sm_90", or of a CPU."""
+    precision: str
+    graph: str
+    """`export.architecture`: recipe, layers, sources."""
+    weights: str
+    """`export.weights_hash`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the libraries that make it and run it."""
+
+    @property
+    def key(self) -> str:
+        """64 hex digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One that is there, whole."""
+
+    key: str
+    folder: Path
+    wanted: Wanted
+    bytes: int
+    seconds: float
+    """That building it took."""
+
+    @property
+    def parity(self) -> dict[str, Any] | None:
+        """What `parity` wrote beside it; None where it was never compared, as of plans for other machines."""
+        path = self.folder / PARITY
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+
+class Store:
+    """A folder of plans."""
+
+    def __init__(self, root: Path, limit_bytes: int = 20 * 2**30) -> None:
+        """`limit_bytes`: after a build, plans used longest ago are removed until the rest fit [bytes]."""
+        self.root, self.limit = root, limit_bytes
+        self._said = False
+
+    def folder(self, key: str) -> Path:
+        """Of a plan."""
+        return self.root / "plans" / key
+
+    def get(self, wanted: Wanted, build: Callable[[Path], None]) -> Plan:
+        """The plan that is wanted: the one that is there and whole, else what `build(folder)` writes. One process builds, the others wait for it.
+
+        Raises EngineError where the disk is full; whatever `build` raises leaves nothing behind.
+        """
+        with self._locked(f"locks/{wanted.key}"):
+            if self.folder(wanted.key).exists():
+                try:
+                    plan = self.read(wanted.key)
+                    self._note(plan)
+                    return plan
+                except EngineError as error:
+                    console.say(f"engines: {error}; it is built anew")
+                    shutil.rmtree(self.folder(wanted.key))
+            plan = self._build(wanted, build)
+            self._note(plan)
+            self.gc(keep=wanted.key)
+            return plan
+
+    def find(self, wanted: Wanted) -> Plan | None:
+        """The plan that is wanted, if it is there; EngineError where it is damaged."""
+        return self.read(wanted.key) if self.folder(wanted.key).exists() else None
+
+    def _build(self, wanted: Wanted, build: Callable[[Path], None]) -> Plan:
+        part = self.root / "plans" / f".{wanted.key}.{os.getpid()}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        began = time.monotonic()
+        try:
+            part.mkdir(parents=True)
+            build(part)
+            files = {str(path.relative_to(part)): checkpoint.file_hash(path) for path in sorted(part.rglob("*")) if path.is_file()}
+            if not files:
+                raise EngineError(f"{wanted.engine}: {wanted.back_end} wrote no plan")
+            seconds = time.monotonic() - began
+            manifest = {"format": FORMAT, "key": wanted.key, "wanted": asdict(wanted), "files": files, "seconds": seconds}
+            checkpoint.write_text(part / MANIFEST, json.dumps(manifest, indent=1))
+            part.rename(self.folder(wanted.key))
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise EngineError(
+                    f"{self.root}: no room for {wanted.engine} ({wanted.back_end}): {error.strerror}; make room, or worldenv-engine gc"
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return self.read(wanted.key)
+
+    def read(self, key: str) -> Plan:
+        """Plan `key`, after all of its bytes were checked. EngineError names the file that is missing, damaged or foreign."""
+        folder = self.folder(key)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            wanted, files, seconds = Wanted(**manifest["wanted"]), dict(manifest["files"]), float(manifest["seconds"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{folder / MANIFEST}: damaged or missing ({error})") from error
+        if manifest.get("format") != FORMAT or wanted.key != key:
+            raise EngineError(f"{folder}: a plan of another version, or under a name that is not its own")
+        size = 0
+        for name, digest in files.items():
+            path = folder / name
+            if not path.is_file():
+                raise EngineError(f"{path}: missing")
+            if checkpoint.file_hash(path) != digest:
+                raise EngineError(f"{path}: truncated or damaged, its checksum is not the one that it was built with")
+            size += path.stat().st_size
+        return Plan(key, folder, wanted, size, seconds)
+
+    def write_parity(self, key: str, found: Mapping[str, Any]) -> None:
+        """Keep beside plan `key` how it compared."""
+        checkpoint.write_text(self.folder(key) / PARITY, json.dumps(found, indent=1, allow_nan=False))
+
+    def keys(self) -> list[str]:
+        """Of all plans, whole or not."""
+        plans = self.root / "plans"
+        return sorted(path.name for path in plans.iterdir() if path.is_dir() and not path.name.startswith(".")) if plans.is_dir() else []
+
+    def index(self) -> dict[str, dict[str, Any]]:
+        """By key: engine, back_end, arch, bytes, used [s since 1970]. A damaged index is said once and made anew from the plans."""
+        path = self.root / "index.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            known = {str(key): {"bytes": int(one["bytes"]), "used": float(one["used"]), **one} for key, one in found["plans"].items()}
+        except FileNotFoundError:
+            known = {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not self._said:
+                console.say(f"engines: {path}: damaged ({error}); it is made anew from the plans that are there")
+                self._said = True
+            known = {}
+        entries = {}
+        for key in self.keys():
+            if key in known:
+                entries[key] = known[key]
+                continue
+            try:
+                manifest = json.loads((self.folder(key) / MANIFEST).read_text(encoding="utf-8"))
+                entries[key] = self._entry(Wanted(**manifest["wanted"]), self._size(key), (self.folder(key) / MANIFEST).stat().st_mtime)
+            except (OSError, ValueError, KeyError, TypeError):
+                entries[key] = {"engine": "?", "back_end": "?", "arch": "?", "precision": "?", "bytes": self._size(key), "used": 0.0}
+        return entries
+
+    @staticmethod
+    def _entry(wanted: Wanted, size: int, used: float) -> dict[str, Any]:
+        named = {name: getattr(wanted, name) for name in ("engine", "back_end", "arch", "precision")}
+        return {**named, "bytes": size, "used": used}
+
+    def _size(self, key: str) -> int:
+        return sum(path.stat().st_size for path in self.folder(key).rglob("*") if path.is_file())
+
+    def _note(self, plan: Plan) -> None:
+        with self._locked("index.lock"):
+            entries = self.index()
+            entries[plan.key] = self._entry(plan.wanted, plan.bytes, time.time())
+            checkpoint.write_text(self.root / "index.json", json.dumps({"plans": entries}, indent=1))
+
+    def gc(self, keep: str = "", limit_bytes: int | None = None) -> list[str]:
+        """Remove plans used longest ago, all but `keep`, until the rest fit, and whatever a killed build left. Returns the keys of what went."""
+        limit, gone = self.limit if limit_bytes is None else limit_bytes, []
+        if not (self.root / "plans").is_dir():
+            return []
+        with self._locked("index.lock"):
+            for part in (self.root / "plans").glob(".*.part"):
+                if not _alive(int(part.name.split(".")[-2])):
+                    shutil.rmtree(part, ignore_errors=True)
+            entries = self.index()
+            total = sum(int(one["bytes"]) for one in entries.values())
+            for key, one in sorted(entries.items(), key=lambda item: float(item[1]["used"])):
+                if total <= limit or key == keep:
+                    continue
+                shutil.rmtree(self.folder(key))
+                total -= int(one["bytes"])
+                gone.append(key)
+            left = {key: one for key, one in entries.items() if key not in gone}
+            checkpoint.write_text(self.root / "index.json", json.dumps({"plans": left}, indent=1))
+        return gone
+
+    def remove(self, key: str) -> None:
+        """Plan `key`, whatever is left of it."""
+        shutil.rmtree(self.folder(key), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

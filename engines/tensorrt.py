@@ -1,0 +1,197 @@
+"""Back end tensorrt, brought by the user; the same code with another library is tensorrt_rtx, which builds plans without a GPU.
+
+    plan.engine     the plan            plan.log      what the builder said, from INFO up
+    timing.cache    what it measured, or for RTX knew; the next build on this machine begins with it
+
+Networks are strongly typed: precisions are those of the graph, which `export.prepared` decides, and no flag overrides them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worldenv.engines import export
+from worldenv.engines.backend import Engine, capability, compute_capability, only_here
+from worldenv.engines.cuda_graphs import Replayed
+from worldenv.engines.recipe import EngineError, EngineRecipe
+from worldenv.engines.refit import refit_tensorrt
+from worldenv.engines.store import Store
+
+PLAN, LOG, TIMING = "plan.engine", "plan.log", "timing.cache"
+FULL, RTX = "tensorrt", "tensorrt_rtx"
+OPSET = 20
+_WORKSPACE = 8 * 2**30
+_TYPES = {"FLOAT": torch.float32, "BF16": torch.bfloat16, "HALF": torch.float16, "INT64": torch.int64, "INT32": torch.int32, "BOOL": torch.bool}
+
+
+def library(name: str) -> Any:
+    """The module `tensorrt` or `tensorrt_rtx`. EngineError names what is missing."""
+    if missing := missing_library(name):
+        raise EngineError(missing)
+    return importlib.import_module(name)
+
+
+def missing_library(name: str) -> str | None:
+    """What is missing for it, or None."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        cure = "pip install tensorrt-rtx-cu13" if name == RTX else "install NVIDIA's TensorRT 10 or later, with its Python package"
+        return f"{name}: {error}: {cure}"
+    return None
+
+
+def _logger(trt: Any, said: list[str]) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.INFO:
+                said.append(f"{str(severity).rpartition('.')[2]}: {message}")
+
+    return Log()
+
+
+def _parsed(trt: Any, builder: Any, logger: Any, graph: Path, recipe: EngineRecipe) -> tuple[Any, Any]:
+    """Network and parser. EngineError names the operator and the node that the parser does not take."""
+    flags = getattr(trt, "NetworkDefinitionCreationFlag", None)
+    typed = getattr(flags, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        said = "; ".join(f"{one.node_operator()} ({one.node_name()}): {one.desc()}" for one in errors[:3])
+        raise EngineError(f"{recipe.name}: {trt.__name__} does not parse the graph: {said}")
+    return network, parser
+
+
+def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
+    """Write a plan for `arch` into `folder`. EngineError: what the library says."""
+    trt = library(name)
+    if name == FULL:
+        only_here(name, arch, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    export.exported(module, recipe, store, folder, OPSET)
+    said: list[str] = []
+    logger = _logger(trt, said)
+    builder = trt.Builder(logger)
+    network, _parser = _parsed(trt, builder, logger, folder / export.GRAPH, recipe)
+    config = builder.create_builder_config()
+    if hasattr(config, "set_memory_pool_limit"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
+    profile = builder.create_optimization_profile()
+    for binding in recipe.inputs:
+        profile.set_shape(binding.name, *(recipe.shape(binding, at) for at in range(3)))
+    config.add_optimization_profile(profile)
+    if name == RTX:
+        target = getattr(trt.ComputeCapability, arch.replace("sm_", "SM"), None)
+        if target is None:
+            has = sorted(one for one in dir(trt.ComputeCapability) if one.startswith("SM"))
+            raise EngineError(f"tensorrt_rtx has no target {arch}, only {', '.join(has)}: for {arch}, use tensorrt or inductor on such a machine")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(target, 0)
+    elif recipe.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    kept = store.root / "timing" / f"{name}-{arch}-{trt.__version__}.cache"
+    cache = config.create_timing_cache(kept.read_bytes() if kept.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    (folder / LOG).write_text("\n".join(said) + "\n", encoding="utf-8")
+    if plan is None:
+        wrong = [one for one in said if one.startswith(("ERROR", "INTERNAL"))]
+        raise EngineError(f"{recipe.name}: {name} builds no plan for {arch}: {'; '.join(wrong[-2:])}")
+    (folder / PLAN).write_bytes(bytes(plan))
+    made = config.get_timing_cache()
+    (folder / TIMING).write_bytes(bytes(made.serialize()) if made is not None else b"")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / TIMING, kept)
+    for left in (export.GRAPH, export.WEIGHTS):  # the plan holds the weights; the graph is in the store by itself
+        (folder / left).unlink()
+
+
+class TensorRT:
+    """See `Engine`. One execution context, from CUDA graphs where shapes come up again."""
+
+    def __init__(self, name: str, plan: Path, recipe: EngineRecipe, device: torch.device) -> None:
+        trt = library(name)
+        self.back_end, self.recipe, self._device, self._trt, self._said = name, recipe, device, trt, list[str]()
+        self._logger = _logger(trt, self._said)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise EngineError(f"{recipe.name}: {name} does not load {plan}: {'; '.join(self._said[-2:]) or 'no GPU, or a plan of another version'}")
+        self._context = self._engine.create_execution_context()
+        self._call = Replayed(self._run)
+
+    def _run(self, *given: torch.Tensor) -> Any:
+        for binding, tensor in zip(self.recipe.inputs, given, strict=True):
+            self._context.set_input_shape(binding.name, tuple(tensor.shape))
+            self._context.set_tensor_address(binding.name, tensor.data_ptr())
+        made = []
+        for name in (f"out_{one}" for one in self.recipe.outputs):
+            kind = _TYPES[str(self._engine.get_tensor_dtype(name)).rpartition(".")[2]]
+            out = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=kind, device=self._device)
+            self._context.set_tensor_address(name, out.data_ptr())
+            made.append(out)
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+            raise EngineError(f"{self.recipe.name}: {self.back_end} did not run: {'; '.join(self._said[-2:])}")
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def __call__(self, *given: torch.Tensor) -> Any:
+        """See `Engine`."""
+        self.recipe.check(given)
+        return self._call(*(one.contiguous() for one in given))
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """See `Engine`. The context is made anew: a captured graph may hold copies of the old weights."""
+        trt = self._trt
+        torch.cuda.synchronize(self._device)
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        kinds = {kind: getattr(trt.DataType, name) for name, kind in _TYPES.items() if hasattr(trt.DataType, name)}
+        named = {name: trt.Weights(kinds[one.dtype], one.data_ptr(), one.numel()) for name, one in held.items()}
+        refit_tensorrt(self.recipe.name, trt.Refitter(self._engine, self._logger), named)
+        self._context = self._engine.create_execution_context()
+        self._call = Replayed(self._run)
+
+
+def requires() -> str | None:
+    """TensorRT, and what exports."""
+    return missing_library(FULL)
+
+
+def versions_of(name: str) -> dict[str, str]:
+    """Of the library and of torch."""
+    return {name: str(library(name).__version__), "torch": torch.__version__, "onnx": importlib.metadata.version("onnx"), "opset": str(OPSET)}
+
+
+def versions() -> dict[str, str]:
+    """See `versions_of`."""
+    return versions_of(FULL)
+
+
+def architecture(device: torch.device) -> str:
+    """Of the GPU. EngineError where there is none."""
+    if device.type != "cuda":
+        raise EngineError(f"tensorrt runs on an NVIDIA GPU, not on {device}")
+    arch = compute_capability(device)
+    capability(arch)
+    return arch
+
+
+def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
+    """See `backend`."""
+    build_with(FULL, module, recipe, folder, arch, store)
+
+
+def load(folder: Path, recipe: EngineRecipe, device: torch.device) -> Engine:
+    """See `backend`."""
+    architecture(device)
+    return TensorRT(FULL, folder / PLAN, recipe, device)

@@ -1,0 +1,469 @@
+"""Other people's formats: what is written is read, bit for bit where the format allows; published files by their own rules; damage is named.
+
+Tried against wrong versions, each found here: observation and action of LIBERO's files paired by the same row; the last row's command kept;
+pictures turned about one axis; q and -q mixed up; axis-angle wrapped at pi; no-ops compared with the last command instead of the last kept;
+frames taken by position in a video that several episodes share; the last frame of a neighbour; a mask that drops the last observation.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import av
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from test_episode import equal, make
+
+from worldenv import kinematics
+from worldenv.checkpoint import CheckpointError
+from worldenv.cli import convert as command_line
+from worldenv.data import lerobot, libero_hdf5
+from worldenv.data.convert import Choices, convert
+from worldenv.data.episode import EpisodeSet
+from worldenv.nouns import Camera
+from worldenv.robots.panda import PANDA
+
+
+def path_of(seed, steps):
+    """A path (steps + 1, 7) that points down and turns through pi, as a gripper's does: the scalar part changes its sign."""
+    rng = np.random.default_rng(seed)
+    turn = np.linspace(-0.4, 0.5, steps + 1)[:, None] * np.array([1.0, 0.3, 0.0])
+    turn = kinematics.multiply(kinematics.exp(turn), np.broadcast_to([1.0, 0.0, 0.0, 0.0], (steps + 1, 4)))
+    return np.concatenate([rng.normal(size=(steps + 1, 3)), kinematics.continuous(turn)], axis=1)
+
+
+def shown(seed=0, steps=6, side=(16, 20), **changes):
+    """An episode whose every observation has a picture of its own."""
+    rng = np.random.default_rng(seed + 100)
+    picture = rng.integers(0, 256, (steps + 1, *(n // 4 for n in side), 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    camera = Camera(rng.normal(size=(3, 3)), rng.normal(size=(4, 4)), *side, mirrored=bool(seed % 2))
+    return make(seed, steps, **{"frame": picture, "pose": path_of(seed, steps), "camera": camera, **changes})
+
+
+EPISODES = [
+    shown(0, 6),
+    shown(1, 4, task=0, instruction="open the drawer"),
+    shown(2, 9),
+    shown(3, 5, camera=None, versions={}, split="test"),
+]
+
+
+# LIBERO's HDF5
+
+
+def published(path, rows=8, side=10, seed=0, convention="opengl", states=True):
+    """A file as LIBERO's create_dataset.py writes it; returns what the simulator showed: upright unmirrored frames, and the raw arrays."""
+    rng = np.random.default_rng(seed)
+    upright = rng.integers(0, 256, (rows, side, side, 3), dtype=np.uint8)
+    pose = path_of(seed, rows - 1)
+    pose[rows // 2 :, 3:] *= -1  # MuJoCo gives either
+    finger = np.stack([np.linspace(0.0401, 0.002, rows), np.linspace(-0.0399, -0.003, rows)], axis=1)
+    action = rng.uniform(-0.9, 0.9, (rows, 7))
+    end = np.zeros(rows, np.uint8)
+    end[-1] = 1
+    with h5py.File(path, "w") as opened:
+        data = opened.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": ["pick up the ", "bowl"]})
+        data.attrs["macros_image_convention"] = convention
+        for name in ("demo_0", "demo_10", "demo_2"):
+            demo = data.create_group(name)
+            demo["obs/agentview_rgb"] = upright[:, ::-1] if convention == "opengl" else upright
+            demo["obs/ee_pos"], demo["obs/gripper_states"] = pose[:, :3], finger
+            demo["obs/ee_ori"] = PANDA.proprio(pose, np.zeros(rows)).astype(np.float64)[:, 3:6]
+            if states:
+                demo["robot_states"] = np.concatenate([finger, pose], axis=1)
+            demo["actions"], demo["rewards"], demo["dones"] = action, end, end
+    return upright, pose, finger, action
+
+
+@pytest.mark.parametrize("convention", ["opengl", "opencv"])
+@pytest.mark.parametrize("states", [True, False], ids=["robot_states", "obs alone"])
+def test_a_published_file_is_read_by_its_own_rules(tmp_path, convention, states):
+    upright, pose, finger, action = published(tmp_path / "bowl_demo.hdf5", convention=convention, states=states)
+    found = list(libero_hdf5.read(tmp_path / "bowl_demo.hdf5", task=3))
+    assert [number for number, _ in found] == [0, 2, 10]
+    episode = found[0][1]
+    assert (episode.instruction, episode.task, episode.steps, episode.camera) == ("pick up the bowl", 3, 7, None)
+    np.testing.assert_array_equal(episode.frame, upright[:, :, ::-1])  # upright and mirrored
+    np.testing.assert_array_equal(episode.command, action[1:].astype(np.float32))  # action j + 1 follows observation j
+    np.testing.assert_allclose(episode.pose[:, :3], pose[:, :3], atol=0)
+    np.testing.assert_allclose(np.abs(np.sum(episode.pose[:, 3:] * pose[:, 3:], axis=1)), 1, atol=1e-9 if states else 1e-6)
+    assert (np.sum(episode.pose[1:, 3:] * episode.pose[:-1, 3:], axis=1) > 0).all()
+    np.testing.assert_allclose(episode.gripper, np.clip((finger[:, 0] - finger[:, 1]) / 0.08, 0, 1), atol=1e-15)
+    np.testing.assert_array_equal(episode.success, [False] * 7 + [True])
+
+
+def test_hdf5_gives_back_what_was_written(tmp_path):
+    for episode in (EPISODES[0], EPISODES[1], EPISODES[3]):
+        path = tmp_path / f"{episode.content}.hdf5"
+        with libero_hdf5.writing(path, episode.instruction) as add:
+            add(episode)
+        ((_, again),) = libero_hdf5.read(path)
+        np.testing.assert_array_max_ulp(again.gripper, episode.gripper, 1)
+        assert again.camera is None if episode.camera is None else equal(make(camera=again.camera), make(camera=episode.camera))
+        for name in ("frame", "pose", "command", "success"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(episode, name))
+        for name in ("instruction", "task", "split", "state_index", "source", "versions"):
+            assert getattr(again, name) == getattr(episode, name)
+        with h5py.File(path) as opened:  # by LIBERO's rules, not ours
+            demo = opened["data/demo_0"]
+            assert demo["actions"].shape == (episode.steps + 1, 7)
+            assert not demo["actions"][0, :6].any()
+            flip = slice(None, None, -1 if episode.camera is None or episode.camera.mirrored else 1)
+            np.testing.assert_array_equal(demo["obs/agentview_rgb"][()][:, ::-1][:, :, flip], episode.frame)
+
+
+def test_hdf5_refuses_what_it_cannot_hold(tmp_path):
+    path = tmp_path / "a.hdf5"
+    with pytest.raises(ValueError, match="one instruction in each file"), libero_hdf5.writing(path, "another") as add:
+        add(EPISODES[0])
+    with pytest.raises(ValueError, match="no episode"), libero_hdf5.writing(path, "another"):
+        pass
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="nothing is overwritten"), libero_hdf5.writing(path, "another"):
+        pass
+    assert path.read_bytes() == b"mine"
+
+
+def _reshape(name, shape):
+    def change(opened):
+        del opened[f"data/demo_2/{name}"]
+        opened[f"data/demo_2/{name}"] = np.zeros(shape)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_reshape("actions", (8, 6)), "actions"),
+        (_reshape("actions", (7, 7)), "want (7"),
+        (_reshape("robot_states", (8, 8)), "robot_states"),
+        (_reshape("robot_states", (8, 9)), "quaternions"),
+        (_reshape("obs/agentview_rgb", (8, 10, 10)), "agentview_rgb"),
+        (lambda o: o["data/demo_2/obs"].pop("agentview_rgb"), "agentview_rgb"),
+        (lambda o: o["data/demo_2"].pop("rewards"), "rewards"),
+        (lambda o: o["data/demo_2/actions"].__setitem__((3, 0), 1.5), "out of range"),
+        (lambda o: o["data/demo_2/actions"].__setitem__((3, 0), np.nan), "not finite"),
+    ],
+)
+def test_a_mis_shaped_hdf5_is_named(tmp_path, change, why):
+    path = tmp_path / "bowl_demo.hdf5"
+    published(path)
+    with h5py.File(path, "a") as opened:
+        change(opened)
+    with pytest.raises(CheckpointError) as error:
+        list(libero_hdf5.read(path))
+    words = str(error.value)
+    assert str(path) in words
+    assert "demo_2" in words
+    assert why in words
+    assert "again" in words
+    assert "\n" not in words
+
+
+def test_a_damaged_hdf5_is_named(tmp_path):
+    path = tmp_path / "a.hdf5"
+    with libero_hdf5.writing(path, EPISODES[0].instruction) as add:
+        add(EPISODES[0])
+    whole = path.read_bytes()
+    with h5py.File(path) as opened:
+        at = opened["data/demo_0/robot_states"].id.get_chunk_info(0).byte_offset
+    for data in (whole[: len(whole) // 2], whole[:at] + bytes(8) + whole[at + 8 :], b"", b"text"):
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"a\.hdf5"):
+            list(libero_hdf5.read(path))
+    with pytest.raises(CheckpointError, match="no such file"):
+        list(libero_hdf5.read(tmp_path / "b.hdf5"))
+
+
+# No-ops
+
+
+def test_no_ops_are_those_of_the_published_regeneration():
+    still, move = np.zeros(6), np.array([0, 0, 2e-4, 0, 0, 0])
+    rows = [(still, -1), (still, 1), (move, -1), (still, -1), (still, 1), (still, 1), (0.4 * move, 1), (still, -1), (move, -1), (still, -1)]
+    command = np.array([[*a, g] for a, g in rows])
+    # nothing before the first that moves; then a change of the gripper against the last one kept
+    assert libero_hdf5.kept(command).tolist() == [False, False, True, False, True, False, False, True, True, False]
+    episode = shown(0, 10, command=command.astype(np.float32))
+    short = libero_hdf5.without_noops(episode)
+    assert short.steps == 4
+    np.testing.assert_array_equal(short.frame, episode.frame[[2, 4, 7, 8, 10]])
+    np.testing.assert_array_equal(short.command, episode.command[[2, 4, 7, 8]])
+    with pytest.raises(ValueError, match="no command asks for motion"):
+        libero_hdf5.without_noops(shown(0, 3, command=np.zeros((3, 7), np.float32)))
+
+
+# LeRobot
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("frames", ["png", "h264-lossless", "h264"])
+def test_lerobot_gives_back_what_was_written(tmp_path, version, frames):
+    assert lerobot.write(tmp_path / "set", EPISODES, version, frames) == len(EPISODES)
+    again = list(lerobot.read(tmp_path / "set"))
+    assert [number for number, _ in again] == [0, 1, 2, 3]
+    for (_, got), want in zip(again, EPISODES, strict=True):
+        if frames == "h264":  # lossy: bounded here, where pictures are noise, 4 px a cell
+            wrong = got.frame.astype(float) - want.frame
+            assert 10 * np.log10(255**2 / np.mean(wrong**2)) > 20
+            for t, picture in enumerate(got.frame):  # and each in its place
+                assert np.argmin([np.abs(picture.astype(float) - one).mean() for one in want.frame]) == t
+            got = type(got)(**{**vars_of(got), "frame": want.frame})
+        assert got.content == want.content
+    assert not list(tmp_path.glob(".*"))
+
+
+def vars_of(episode):
+    return {name: getattr(episode, name) for name in episode.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_the_layout_is_the_documented_one(tmp_path, version):
+    """By LeRobot's documentation, not by our reader."""
+    root = tmp_path / "set"
+    lerobot.write(root, EPISODES, version, "h264")
+    info = json.loads((root / "meta/info.json").read_text())
+    assert info["codebase_version"] == version
+    assert (info["total_episodes"], info["total_frames"], info["total_tasks"], info["fps"]) == (4, 28, 2, 20)
+    assert info["splits"] == {"train": "0:4"}
+    names = {"timestamp", "frame_index", "episode_index", "index", "task_index", "observation.state", "action", "observation.images.image"}
+    assert names <= info["features"].keys()
+    if version == "v2.1":
+        video = root / "videos/chunk-000/observation.images.image/episode_000002.mp4"
+        table = pq.read_table(root / "data/chunk-000/episode_000002.parquet")
+        tasks = [json.loads(line) for line in (root / "meta/tasks.jsonl").read_text().splitlines()]
+        assert [row["task_index"] for row in tasks] == [0, 1]
+        rows = [json.loads(line) for line in (root / "meta/episodes.jsonl").read_text().splitlines()]
+        assert [(row["episode_index"], row["length"], row["tasks"]) for row in rows] == [
+            (i, e.steps + 1, [e.instruction]) for i, e in enumerate(EPISODES)
+        ]
+        stats = [json.loads(line) for line in (root / "meta/episodes_stats.jsonl").read_text().splitlines()][2]["stats"]
+        frames = 10
+    else:
+        video = root / "videos/observation.images.image/chunk-000/file-000.mp4"
+        whole = pq.read_table(root / "data/chunk-000/file-000.parquet")
+        assert whole.column("index").to_pylist() == list(range(28))
+        table = whole.slice(12, 10)
+        row = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()[2]
+        assert (row["dataset_from_index"], row["dataset_to_index"], row["length"], row["tasks"]) == (12, 22, 10, [EPISODES[2].instruction])
+        assert row["videos/observation.images.image/from_timestamp"] == pytest.approx(12 / 20)
+        assert row["videos/observation.images.image/to_timestamp"] == pytest.approx(22 / 20)
+        pandas = json.loads(pq.read_schema(root / "meta/tasks.parquet").metadata[b"pandas"])
+        assert pandas["index_columns"] == ["task"]
+        stats = json.loads((root / "meta/stats.json").read_text())
+        frames = 28
+    assert table.column("frame_index").to_pylist() == list(range(10))
+    assert set(table.column("episode_index").to_pylist()) == {2}
+    np.testing.assert_array_equal(table.column("action").to_pylist(), [*EPISODES[2].command, [0] * 6 + [EPISODES[2].command[-1, 6]]])
+    state = np.array(table.column("observation.state").to_pylist(), np.float32)
+    np.testing.assert_array_equal(state, PANDA.proprio(EPISODES[2].pose, EPISODES[2].gripper))
+    with av.open(str(video)) as opened:
+        assert sum(1 for _ in opened.decode(video=0)) == frames
+        assert opened.streams.video[0].average_rate == 20
+    command = np.concatenate([[*e.command, [0] * 6 + [e.command[-1, 6]]] for e in (EPISODES if version == "v3.0" else [EPISODES[2]])])
+    np.testing.assert_allclose(stats["action"]["mean"], command.mean(0), atol=1e-6)
+    np.testing.assert_allclose(stats["action"]["q99"], np.quantile(command, 0.99, axis=0), atol=1e-6)
+    assert np.shape(stats["observation.images.image"]["mean"]) == (3, 1, 1)
+    assert 0.3 < np.mean(stats["observation.images.image"]["mean"]) < 0.7
+
+
+def test_files_of_v3_roll_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lerobot, "_DATA_MB", 0)
+    monkeypatch.setattr(lerobot, "_VIDEO_MB", 0)
+    lerobot.write(tmp_path / "set", EPISODES, "v3.0", "h264-lossless")
+    assert len(list((tmp_path / "set/data/chunk-000").iterdir())) == 4
+    assert len(list((tmp_path / "set/videos/observation.images.image/chunk-000").iterdir())) == 4
+    assert [episode.content for _, episode in lerobot.read(tmp_path / "set")] == [episode.content for episode in EPISODES]
+
+
+def strip_ours(root, version):
+    """Take away what only our writer adds: then the set is one that somebody else made."""
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"] = {name: one for name, one in info["features"].items() if not name.startswith("worldenv.")}
+    info["features"]["observation.images.wrist_image"] = info["features"][lerobot.VIEW]
+    path.write_text(json.dumps(info))
+    for file in root.glob("data/*/*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.drop_columns([name for name in table.column_names if name.startswith("worldenv.")]), file)
+    if version == "v2.1":
+        path = root / "meta/episodes.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({n: v for n, v in row.items() if n != "worldenv"}) + "\n" for row in rows))
+    else:
+        path = root / "meta/episodes/chunk-000/file-000.parquet"
+        pq.write_table(pq.read_table(path).drop_columns(["worldenv"]), path)
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_foreign_set_is_read_by_the_convention_of_libero(tmp_path, version):
+    root = tmp_path / "set"
+    lerobot.write(root, EPISODES, version, "h264-lossless")
+    strip_ours(root, version)
+    for (number, got), want in zip(lerobot.read(root), EPISODES, strict=True):
+        assert (got.instruction, got.split, got.state_index, got.camera) == (want.instruction, "train", number, None)
+        np.testing.assert_array_equal(got.frame, want.frame)
+        np.testing.assert_array_equal(got.command, want.command)
+        np.testing.assert_allclose(got.pose, want.pose, atol=1e-6)  # float32; the sign too, since angles are not wrapped
+        np.testing.assert_allclose(got.gripper, want.gripper, atol=1e-6)
+        np.testing.assert_array_equal(got.success[1:], want.success[1:])
+    _, first = next(lerobot.read(root, mirrored=False))
+    np.testing.assert_array_equal(first.frame, EPISODES[0].frame[:, :, ::-1])
+
+
+def test_grippers_of_the_other_convention_are_asked_about(tmp_path):
+    command = EPISODES[0].command.copy()
+    command[:, 6] = [0, 1, 1, 0, 0, 1]
+    root = tmp_path / "set"
+    lerobot.write(root, [shown(0, 6, command=command)], "v3.0", "png")
+    strip_ours(root, "v3.0")
+    with pytest.raises(CheckpointError, match="say that 1 opens"):
+        list(lerobot.read(root))
+    _, got = next(lerobot.read(root, gripper="open+1"))
+    np.testing.assert_array_equal(got.command[:, 6], [1, -1, -1, 1, 1, -1])
+
+
+def _text(name, change):
+    def apply(root):
+        path = root / name
+        path.write_text(change(path.read_text()))
+
+    return apply
+
+
+def _bytes(name, change):
+    def apply(root):
+        path = root / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return apply
+
+
+def half(data):
+    return data[: len(data) // 2]
+
+
+def spoiled(data):
+    at = data.index(b"\x15\x06", 300) if b"PAR1" in data[:4] else len(data) // 2
+    return data[: at + 40] + bytes(b ^ 0x55 for b in data[at + 40 : at + 60]) + data[at + 60 :]
+
+
+MP4_3 = "videos/observation.images.image/chunk-000/file-000.mp4"
+
+
+@pytest.mark.parametrize(
+    ("version", "change", "file"),
+    [
+        ("v3.0", lambda root: (root / "meta/info.json").unlink(), "info.json"),
+        ("v3.0", _text("meta/info.json", half), "info.json"),
+        ("v3.0", _text("meta/info.json", lambda t: t.replace('"v3.0"', '"v1.6"')), "info.json"),
+        ("v3.0", _text("meta/info.json", lambda t: t.replace('"total_episodes": 4', '"total_episodes": 5')), "info.json"),
+        ("v3.0", lambda root: (root / "meta/tasks.parquet").unlink(), "tasks.parquet"),
+        ("v3.0", _bytes("meta/tasks.parquet", half), "tasks.parquet"),
+        ("v3.0", _bytes("meta/episodes/chunk-000/file-000.parquet", half), "episodes/chunk-000/file-000.parquet"),
+        ("v3.0", _bytes("data/chunk-000/file-000.parquet", half), "data/chunk-000/file-000.parquet"),
+        ("v3.0", _bytes("data/chunk-000/file-000.parquet", spoiled), "data/chunk-000/file-000.parquet"),
+        ("v3.0", lambda root: (root / "data/chunk-000/file-000.parquet").unlink(), "data/chunk-000/file-000.parquet"),
+        ("v3.0", lambda root: (root / MP4_3).unlink(), MP4_3),
+        ("v3.0", _bytes(MP4_3, half), MP4_3),
+        ("v2.1", _text("meta/tasks.jsonl", half), "tasks.jsonl"),
+        ("v2.1", _text("meta/episodes.jsonl", half), "episodes.jsonl"),
+        ("v2.1", _bytes("data/chunk-000/episode_000001.parquet", half), "episode_000001.parquet"),
+        ("v2.1", lambda root: (root / "videos/chunk-000/observation.images.image/episode_000003.mp4").unlink(), "episode_000003.mp4"),
+    ],
+)
+def test_a_damaged_set_is_named(tmp_path, version, change, file):
+    root = tmp_path / "set"
+    lerobot.write(root, EPISODES, version)
+    change(root)
+    with pytest.raises(CheckpointError) as error:
+        list(lerobot.read(root))
+    said = str(error.value).split(": ")[0]
+    assert said.startswith(str(root))
+    assert said.endswith(file)
+    assert "\n" not in str(error.value)
+
+
+def test_mis_shaped_sets_are_named(tmp_path):
+    root = tmp_path / "set"
+    lerobot.write(root, EPISODES, "v3.0", "png")
+    path = root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["worldenv.pose"]), path)
+    with pytest.raises(CheckpointError, match=r"file-000.parquet.*worldenv.pose"):
+        list(lerobot.read(root))
+    pq.write_table(table.slice(0, 20), path)
+    with pytest.raises(CheckpointError, match=r"episode 2: 8 rows, 10 said"):
+        list(lerobot.read(root))
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["observation.state"]["shape"] = [14]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match=r"observation.state has shape \[14\]"):
+        list(lerobot.read(root))
+
+
+def test_a_set_is_written_whole_or_not_at_all(tmp_path):
+    odd = shown(5, 3, side=(12, 12))
+    with pytest.raises(ValueError, match="episode 1: pictures of 12 x 12"):
+        lerobot.write(tmp_path / "set", [EPISODES[0], odd])
+    with pytest.raises(ValueError, match="even sides"):
+        lerobot.write(tmp_path / "set", [make(0, 3, frame=np.zeros((4, 9, 10, 3), np.uint8), camera=None)], frames="h264")
+    with pytest.raises(ValueError, match="set: no episode"):
+        lerobot.write(tmp_path / "set", [])
+    with pytest.raises(ValueError, match="v3"):
+        lerobot.write(tmp_path / "set", EPISODES, "v4.0")
+    assert not list(tmp_path.iterdir())
+    lerobot.write(tmp_path / "set", EPISODES)
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        lerobot.write(tmp_path / "set", EPISODES)
+
+
+# The command
+
+
+def test_the_command_goes_all_the_way_round(tmp_path, capsys):
+    ours = EpisodeSet(tmp_path / "a")
+    for number, episode in enumerate(EPISODES):
+        ours.add(number, episode)
+    ours.seal()
+    steps = [("a", "lerobot-v3.0", "b"), ("b", "lerobot-v2.1", "c"), ("c", "libero-hdf5", "d"), ("d", "episodes", "e")]
+    for source, to, out in steps:
+        argv = [str(tmp_path / source), "--to", to, "--out", str(tmp_path / out), "--frames", "h264-lossless"]
+        assert command_line.main(argv) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["episodes"], said["steps"]) == (4, 24)
+    back = {(e.instruction, e.state_index, e.steps): e for e in EpisodeSet(tmp_path / "e")}
+    for episode in EPISODES:
+        again = back[episode.instruction, episode.state_index, episode.steps]
+        np.testing.assert_array_equal(again.frame, episode.frame)
+        np.testing.assert_array_equal(again.pose, episode.pose)
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"open_the_drawer_demo.hdf5", "push_the_größte_puck_demo.hdf5"}
+    assert command_line.main([str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert command_line.main([str(tmp_path / "empty"), "--out", str(tmp_path / "f")]) == 2
+    assert "no episodes" in capsys.readouterr().err
+    assert command_line.main(["--out", str(tmp_path / "f")]) == 2
+
+
+def test_no_noops_through_the_command(tmp_path):
+    published(tmp_path / "bowl_demo.hdf5")
+    with h5py.File(tmp_path / "bowl_demo.hdf5", "a") as opened:
+        opened["data/demo_0/actions"][3] = [0, 0, 0, 0, 0, 0, opened["data/demo_0/actions"][2, 6]]
+    convert(tmp_path / "bowl_demo.hdf5", "episodes", tmp_path / "out", Choices(no_noops=True))
+    assert [entry.steps for entry in EpisodeSet(tmp_path / "out").entries] == [6, 7, 7]
+
+
+@pytest.mark.slow
+def test_python_m_runs(tmp_path):
+    published(tmp_path / "bowl_demo.hdf5")
+    argv = [sys.executable, "-m", "worldenv.cli.convert", str(tmp_path), "--to", "lerobot-v3.0", "--out", str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["episodes"] == 3

@@ -1,0 +1,121 @@
+"""worldenv-engine and worldenv-bench engines as a user has them, on the smallest graph of the tiny preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_bench_gpu import BRIEF
+
+from worldenv import compiled
+from worldenv.benchmarks import engine_rows, gpu
+from worldenv.benchmarks.cases import CASES
+from worldenv.benchmarks.harness import Setting
+from worldenv.cli import engine as command
+from worldenv.engines import export
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, Any], str]:
+    code = command.main(list(argv))
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]) if out else {}, out + err
+
+
+def test_build_list_verify_and_gc(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--store", str(store))
+    code, found, text = said(capsys, "build", "--preset", "tiny", "--only", "policy_heads", *where)
+    assert code == 0, text
+    (row,) = found["rows"]
+    assert (row["engine"], row["back_end"], row["passed"]) == ("policy_heads", "onnxruntime", True)
+    assert row["max_rel_error"] <= row["tolerance"]
+    assert "limit 2e-05" in text
+    code, found, text = said(capsys, "list", *where)
+    assert code == 0
+    assert {one["back_end"] for one in found["plans"]} == {"onnxruntime", "graph"}
+    assert "passed" in text
+    assert said(capsys, "verify", *where)[:2] == (0, {"plans": 2, "damaged": []})
+    plan = next(one for one in found["plans"] if one["back_end"] == "onnxruntime")
+    path = store / "plans" / plan["key"] / export.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-8])
+    code, found, text = said(capsys, "verify", *where)
+    assert (code, found["damaged"]) == (1, [plan["key"]])
+    assert "weights.safetensors: truncated or damaged" in text
+    assert said(capsys, "verify", "--remove", *where)[0] == 1
+    assert said(capsys, "verify", *where)[:2] == (0, {"plans": 1, "damaged": []})
+    code, found, _ = said(capsys, "gc", "--limit-gb", "1e-9", *where)
+    assert (code, len(found["removed"])) == (0, 1)
+    assert said(capsys, "list", *where)[1]["plans"] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 2, "want a command"),
+        (["bild"], 2, "want a command"),
+        (["build", "--preset", "tyni"], 2, "did you mean 'tiny'"),
+        (["build", "--only", "unit"], 2, "--only unit: there are simulator_unet"),
+        (["build", "--only", "heads", "--back-end", "onnx"], 1, "did you mean 'onnxruntime'"),
+        (["build", "--run", "nowhere"], 2, "no run there"),
+        (["build", "--only", "heads", "--back-end", "inductor", "--arch", "sm_100"], 1, "compute capability 10.0"),
+        (["build", "--only", "heads", "--arch", "hopper"], 1, "want sm_80"),
+        (["list", "--store"], 2, "store"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([*argv, *(["--store", str(tmp_path)] if argv and argv[0] == "build" else [])]) == code
+    out, err = capsys.readouterr()
+    assert words in out + err
+
+
+def test_rows_have_what_engines_add_to_the_schema() -> None:
+    row = engine_rows.variants(BRIEF)["policy_heads onnxruntime"]()
+    assert row.parity == "pass", row.note
+    plain = row.plain()
+    assert plain["engine"] == "policy_heads"
+    assert 0 < plain["max_rel_error"] <= plain["tolerance"]
+    assert plain["speedup"] > 0
+    assert plain["ceiling"] > 0
+    assert set(row.plain()) - {"engine", "max_rel_error", "tolerance"} == {
+        "case", "backend", "value", "unit", "baseline", "baseline_value", "speedup", "ceiling", "share_of_ceiling", "parity",
+    }  # fmt: skip
+
+
+def test_an_engine_that_fails_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = engine_rows._tiny(BRIEF.device)
+    network = dataclasses.replace(subject.networks[4], recipe=dataclasses.replace(subject.networks[4].recipe, tolerance=1e-12))
+    monkeypatch.setattr(engine_rows, "_tiny", lambda device: dataclasses.replace(subject, networks=[network]))
+    row = engine_rows.variants(BRIEF)["policy_heads onnxruntime"]()
+    assert (row.value, row.parity) == (None, "fail")
+    assert "FAILED" in row.note
+
+
+def test_the_gpus_cases_run_at_a_small_size_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The very code of the published sizes: static shapes, a random network made for its row, rows appended by the GPU's own command."""
+    tiny = engine_rows._tiny(BRIEF.device).networks
+    published = {"policy_heads": (lambda setting, precision: tiny[4], {"batch": 2})}
+    monkeypatch.setattr(engine_rows, "PUBLISHED", published)
+    setting = dataclasses.replace(BRIEF, size="published")
+    gpu._measure(gpu.Part("engines_policy", 60.0, ("engines",), "policy_heads onnxruntime"), setting, tmp_path / "cpu.jsonl")
+    (row,) = json.loads((tmp_path / "cpu.jsonl").read_text())["rows"]
+    assert (row["engine"], row["parity"]) == ("policy_heads", "pass")
+
+
+def test_every_published_network_is_measured_and_made_as_its_recipe_says() -> None:
+    names = {name.split()[0] for name in engine_rows.PUBLISHED}
+    assert names == set(compiled.NAMES)
+    assert {"simulator_unet 320x512", "simulator_unet 256x256", "reflector_llm prefill", "reflector_llm appended"} <= set(engine_rows.PUBLISHED)
+    variants = CASES["engines"](Setting(torch.device("cpu"), torch.float32, "published"))
+    assert "simulator_unet 320x512 inductor" in variants
+    network = engine_rows._fixed(engine_rows._tiny(BRIEF.device).networks[6], {"row": 1, "new": 40, "old": 0})
+    assert network.recipe.ranges == {}
+    made = network.eager(*network.recipe.example({}))
+    assert made[0].shape[1] == 40

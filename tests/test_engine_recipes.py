@@ -1,0 +1,113 @@
+"""Engines as data: every recipe at every scale, against the networks that it is of; nothing is exported here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_policy import SMALL, small_policy
+from test_reflector import SMALL as SMALL_REFLECTOR
+from test_simulator import SMALL as SIMULATOR
+
+from worldenv import compiled
+from worldenv.benchmarks import engine_rows, networks
+from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT, TINY
+from worldenv.engines import backend, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
+from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
+from worldenv.reflector import weights
+from worldenv.simulator.evac import Evac
+from worldenv.simulator.unet import ResBlock, SpatialTransformer
+
+
+def everything(evac=TINY.simulator, oft=TINY.policy, llava=TINY.reflector, precision="fp32"):  # type: ignore[no-untyped-def]
+    return [
+        simulator_unet.recipe(evac, precision), *simulator_vae.recipes(evac, precision), policy_backbone.recipe(oft, precision),
+        policy_heads.recipe(oft), reflector_vision.recipe(llava, precision), reflector_llm.recipe(llava, precision),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_every_scale_has_all_recipes(precision: str) -> None:
+    for sizes in ((), (EVAC, OPENVLA_OFT, LLAVA_ONEVISION), (engine_rows.NARROW_EVAC, engine_rows.NARROW_OFT, engine_rows.NARROW_LLAVA)):
+        recipes = everything(*sizes, precision=precision)
+        assert tuple(one.name for one in recipes) == compiled.NAMES
+        assert all(one.tolerance > 0 and one.plain() for one in recipes)
+    assert {one.name for one in recipes if one.refit} == {"policy_backbone", "policy_heads"}
+    assert [one.name for one in recipes if one.precision == "fp8"] == (["simulator_unet"] if precision == "fp8" else [])
+
+
+@pytest.mark.parametrize("config", [TINY.simulator, EVAC, SIMULATOR, engine_rows.NARROW_EVAC], ids=["tiny", "published", "small", "narrow"])
+def test_a_unet_recipe_has_the_widths_of_the_network(config) -> None:  # type: ignore[no-untyped-def]
+    """Time rows and attention blocks in the network's own order; a recipe that swapped two blocks would differ."""
+    unet = networks.meta_simulator(config).unet
+    residual, attention = simulator_unet.widths(config.unet)
+    assert residual == [one.emb_layers[-1].out_features for one in unet.modules() if isinstance(one, ResBlock)]
+    assert attention == [one.proj_in.out_features for one in unet.modules() if isinstance(one, SpatialTransformer)]
+    given = networks.inputs(config, networks.Setting(torch.device("meta"), torch.float32, "published"))
+    pairs = unet.keys_values(given["image"], given["action"])
+    recipe = simulator_unet.recipe(config, batch=(1, 1, 2))
+    shapes = [recipe.shape(one, 1) for one in recipe.inputs]
+    assert shapes[0] == tuple(given["x"].shape)
+    assert shapes[3:] == [tuple(tensor.shape) for pair in pairs for tensor in pair]
+
+
+def test_eager_networks_take_what_their_recipes_say() -> None:
+    simulator = Evac.initialised(SIMULATOR, 0).eval()
+    judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
+    policy = small_policy(SMALL)
+    for network in (*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge)):
+        for at in (0, 1):
+            given = network.recipe.example(at)
+            network.recipe.check(given)
+            with torch.no_grad():
+                made = network.eager(*given)
+            made = made if isinstance(made, tuple) else (made,)
+            assert len(made) == len(network.recipe.outputs), network.name
+            assert all(bool(torch.isfinite(one).all()) for one in made), network.name
+
+
+def test_what_does_not_fit_is_named() -> None:
+    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}), Binding("y", {"batch": (1, 2, 4)}, "int64")), ("z",), 1e-5)
+    x, y = recipe.example(1)
+    recipe.check((x, y))
+    for wrong, said in (
+        ((x,), "1 inputs, want 2"),
+        ((x.double(), y), "input x"),
+        ((x[:, :2], y), "input x"),
+        ((x.repeat(3, 1), y.repeat(3)), "input x"),
+        ((x, y[:1]), "input y"),
+    ):
+        with pytest.raises(EngineError, match=said):
+            recipe.check(wrong)
+    with pytest.raises(ValueError, match="one name, one range"):
+        dataclasses.replace(recipe, inputs=(recipe.inputs[0], Binding("y", {"batch": (1, 2, 8)})))
+    with pytest.raises(ValueError, match="min <= opt <= max"):
+        dataclasses.replace(recipe, inputs=(Binding("x", {"batch": (4, 2, 1)}),))
+    assert recipe.shape(recipe.inputs[0], {"batch": 3}) == (3, 3)
+
+
+def test_what_is_not_a_number_is_infinitely_far() -> None:
+    want = torch.ones(4)
+    assert relative_error(want, want) == 0.0
+    assert relative_error(torch.tensor([1.0, 1, 1, float("nan")]), want) == float("inf")
+    assert relative_error(torch.ones(3), want) == float("inf")
+    assert relative_error(2 * want, want) == pytest.approx(1.0)
+
+
+def test_back_ends_are_named_and_what_they_lack_too() -> None:
+    with pytest.raises(EngineError, match="did you mean 'onnxruntime'"):
+        backend.back_end("onnxruntim")
+    for name in backend.BACK_ENDS:
+        missing = backend.back_end(name).requires()
+        assert missing is None or name in missing, name
+    for name in ("tensorrt", "torch_tensorrt"):
+        assert "install" in (backend.back_end(name).requires() or "install")
+
+
+def test_an_architecture_that_is_not_here_names_the_machine_that_can() -> None:
+    with pytest.raises(EngineError, match=r"inductor builds for the machine.*sm_90.*GPU of compute capability 9\.0"):
+        backend.only_here("inductor", "sm_90", torch.device("cpu"))
+    with pytest.raises(EngineError, match="--arch hopper"):
+        backend.capability("hopper")
+    assert backend.capability("sm_120") == (12, 0)

@@ -1,0 +1,129 @@
+"""TensorRT's own parser and builder on our graphs, without a GPU: plans for four architectures are built, never run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_policy import SMALL, small_policy
+from test_reflector import SMALL as SMALL_REFLECTOR
+from test_rollout_bits import SMALL_SIMULATOR
+from test_simulator import trained
+from torch import nn
+
+from worldenv import compiled
+from worldenv.cli import engine as command
+from worldenv.engines import backend, export, tensorrt, torch_tensorrt
+from worldenv.engines.recipe import Binding, EngineError, EngineRecipe
+from worldenv.engines.refit import RefitError
+from worldenv.engines.store import Store
+from worldenv.reflector import weights
+
+ARCHES = ("sm_80", "sm_86", "sm_89", "sm_120")
+rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx, which make check installs")
+
+
+def small_networks() -> list[compiled.Network]:
+    judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
+    return [
+        *compiled.of_simulator(trained(SMALL_SIMULATOR), "bf16"), *compiled.of_policy(small_policy(SMALL), "bf16"),
+        *compiled.of_reflector(judge, "bf16"),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("engines"))
+
+
+@rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compiled.NAMES)
+def test_every_network_parses_and_builds_for_every_architecture(name: str, store: Store) -> None:
+    """Strongly typed, in bfloat16; beside each plan the builder's log and its timing cache."""
+    network = next(one for one in small_networks() if one.name == name)
+    plans = [backend.planned("tensorrt_rtx", network.plain(), network.recipe, arch, store) for arch in ARCHES]
+    assert len({plan.key for plan in plans}) == len(ARCHES)
+    for plan in plans:
+        assert (plan.folder / tensorrt.PLAN).stat().st_size > 10_000
+        assert "ERROR" not in (plan.folder / tensorrt.LOG).read_text()
+        assert (plan.folder / tensorrt.TIMING).is_file()
+        assert not (plan.folder / export.WEIGHTS).exists()
+        assert plan.parity is None  # built, never run
+
+
+@rtx
+@pytest.mark.slow
+def test_the_command_builds_for_other_machines_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also that an architecture which no library here builds for names who can; exit code 1 then."""
+    store = str(tmp_path / "store")
+    assert command.main(["build", "--preset", "tiny", "--only", "policy_heads", "--arch", "sm_89,sm_90", "--store", store]) == 1
+    out, err = capsys.readouterr()
+    rows = {row["arch"]: row for row in json.loads(out)["rows"]}
+    assert rows["sm_89"]["state"] == command.NEVER_RUN
+    assert "built, never run" in err
+    assert "no target sm_90" in rows["sm_90"]["error"]
+    assert "on such a machine" in rows["sm_90"]["error"]
+    assert command.main(["list", "--store", store]) == 0
+    assert "built, never run" in capsys.readouterr().out
+
+
+@rtx
+@pytest.mark.slow
+def test_a_plan_cannot_be_loaded_without_a_gpu_and_says_why(store: Store) -> None:
+    network = small_networks()[4]
+    plan = backend.planned("tensorrt_rtx", network.plain(), network.recipe, "sm_89", store)
+    with pytest.raises(EngineError, match="runs on an NVIDIA GPU, not on cpu"):
+        backend.back_end("tensorrt_rtx").load(plan.folder, network.recipe, torch.device("cpu"))
+
+
+def test_what_is_not_installed_is_named() -> None:
+    for name in ("tensorrt", "torch_tensorrt"):
+        if (missing := backend.back_end(name).requires()) is not None:
+            assert name in missing
+            assert "install" in missing
+    if importlib.util.find_spec("tensorrt") is None:
+        recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4)}),), ("y",), 1e-6)
+        with pytest.raises(EngineError, match=r"tensorrt: No module named 'tensorrt'"):
+            backend.planned("tensorrt", nn.Identity(), recipe, "sm_90", Store(Path("none")))
+
+
+class FakeTorchTensorRT:
+    """Of torch_tensorrt what refit uses: it may refuse."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self._refuses = refuses
+        self.dynamo = SimpleNamespace(refit_module_weights=self._refit)
+
+    def _refit(self, module: Any, program: torch.export.ExportedProgram) -> Any:
+        if self._refuses:
+            raise AssertionError("the weights do not match")
+        return program.module()
+
+
+def test_torch_tensorrt_is_refitted_from_the_program_that_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A -> B -> A against a fake library whose compiled module is the program itself."""
+    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}),), ("y",), 1e-6, refit=True)
+    module, (x,) = nn.Linear(3, 2), recipe.example()
+    program = export.traced(export.prepared(module, recipe), recipe)
+    for name in ("plan.ep", "program.pt2"):
+        torch.export.save(program, tmp_path / name)
+    monkeypatch.setattr(torch_tensorrt, "_library", FakeTorchTensorRT)
+    engine = torch_tensorrt.TorchTensorRT(tmp_path, recipe)
+    first = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    second = {name: tensor + 1 for name, tensor in first.items()}
+    before = engine(x)
+    with pytest.raises(RefitError, match="missing"):
+        engine.refit({"weight": first["weight"]})
+    engine.refit(second)
+    assert torch.allclose(engine(x), x @ second["weight"].T + second["bias"], atol=1e-6)
+    engine.refit(first)
+    assert torch.equal(engine(x), before)
+    monkeypatch.setattr(torch_tensorrt, "_library", lambda: FakeTorchTensorRT(refuses=True))
+    with pytest.raises(RefitError, match="torch_tensorrt refused the weights"):
+        engine.refit(second)

@@ -1,0 +1,381 @@
+"""Engines of small networks on this CPU: exported, compared, put into rollouts, refitted; and what happens to those that compute something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from small_policy import SMALL, small_policy
+from test_reflector import SMALL as SMALL_REFLECTOR
+from test_rollout_bits import GROUP, SEED, SMALL_SIMULATOR, Plant, check, fly, networks, plant
+from test_simulator import trained
+from torch import nn
+
+from worldenv import compiled
+from worldenv.benchmarks.bench_rollout import inside
+from worldenv.config import EnginesConfig, LoopConfig
+from worldenv.engines import backend, export, inductor, onnxruntime, parity, policy_heads
+from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
+from worldenv.engines.refit import RefitError
+from worldenv.engines.store import Store
+from worldenv.learning.loop.update import RATIO_TOLERANCE, Learner
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.rollout.collect import Schedule
+
+CPU = torch.device("cpu")
+POLICY = dataclasses.replace(SMALL, chunk=SMALL_SIMULATOR.chunk)
+ONNX = EnginesConfig(back_end="onnxruntime")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As workers have it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def eager() -> Plant:
+    """Rollouts by the modules themselves; other networks than those that `by_engines` changes."""
+    return plant(networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy), SMALL_SIMULATOR, 3, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engined:
+    """The same rollouts by engines."""
+
+    plant: Plant
+    fitted: compiled.Fitted
+    kept: Path
+
+
+def everything(replica: Any) -> list[compiled.Network]:
+    simulator, judge = inside(replica.world)
+    return [*compiled.of_policy(replica.policy), *compiled.of_simulator(simulator), *compiled.of_reflector(judge)]
+
+
+def rollouts_of(like: Plant, replica: Any) -> Any:
+    return lambda: fly(dataclasses.replace(like, replica=replica, jobs=like.jobs[:2]), Schedule(2, 2), [replica])
+
+
+@pytest.fixture(scope="module")
+def by_engines(eager: Plant, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Engined:
+    replica = networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy)
+    kept = tmp_path_factory.mktemp("run") / "engines.json"
+    simulator, _ = inside(replica.world)
+    fitted = compiled.fitted(everything(replica), rollouts_of(eager, replica), ONNX, store, CPU, kept, simulator)
+    return Engined(plant(replica, SMALL_SIMULATOR, 3, 2), fitted, kept)
+
+
+def test_every_network_is_built_passes_parity_and_says_so_beside_its_plan(by_engines: Engined, store: Store) -> None:
+    assert [one.network.name for one in by_engines.fitted.choices] == [*compiled.NAMES[3:5], *compiled.NAMES[:3], *compiled.NAMES[5:]]
+    for one in by_engines.fitted.choices:
+        assert one.engine.back_end == "onnxruntime", one.why
+        assert one.parity is not None
+        assert one.plan is not None
+        assert one.parity.passed
+        assert 0.0 < one.parity.max_rel_error <= one.network.recipe.tolerance
+        stored = json.loads((one.plan.folder / "parity.json").read_text())
+        assert stored["max_rel_error"] == one.parity.max_rel_error
+        assert stored["passed"]
+        in_a_loop = one.network.recipe.loop_tolerance is not None
+        assert set(stored["loop"]) == ({str(chunks) for chunks in parity.LOOP_CHUNKS} if in_a_loop else set())
+    assert json.loads(by_engines.kept.read_text()) == dict.fromkeys((one.network.name for one in by_engines.fitted.choices), "onnxruntime")
+
+
+def test_rollouts_by_engines_are_those_of_eager_to_rounding(eager: Plant, by_engines: Engined) -> None:
+    for number, want in eager.want.items():
+        ours, theirs = by_engines.plant.want[number].rollout(), want.rollout()
+        assert torch.equal(ours.live, theirs.live)
+        assert not torch.equal(ours.log_prob, theirs.log_prob)  # they were run by something else
+        assert relative_error(ours.action, theirs.action) < 1e-4
+        assert float((ours.score - theirs.score).abs().max()) < 1e-3
+        moved = (by_engines.plant.want[number].frames().float() - want.frames().float()).abs()
+        assert float(moved.mean()) < 0.05  # a pixel in twenty may round to the next of 256 levels
+
+
+@pytest.mark.parametrize(("slots", "overlap", "workers"), [(1, "off", 1), (3, "auto", 1), (7, "always", 2), (16, "always", 4)])
+def test_rollouts_by_engines_do_not_depend_on_the_schedule(by_engines: Engined, slots: int, overlap: Any, workers: int) -> None:
+    """Bit for bit, as eager's (test_rollout_bits)."""
+    check(by_engines.plant, Schedule(slots, by_engines.plant.bucket, 1, overlap, streams=2), [by_engines.plant.replica] * workers)
+
+
+def learner_and_engines(like: Plant, store: Store, folder: Path) -> tuple[Learner, Any, compiled.Fitted]:
+    """A policy with LoRA, and engines for it alone."""
+    replica = networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy)
+    learner = Learner(replica.policy, LoopConfig(group=GROUP, contexts=3, batch=4, lora_lr=0.03, head_lr=0.003), SEED)
+    fitted = compiled.fitted(compiled.of_policy(replica.policy), rollouts_of(like, replica), ONNX, store, CPU, folder / "engines.json")
+    return learner, replica, fitted
+
+
+def test_loop_learns_from_rollouts_by_engines_that_follow_its_weights(eager: Plant, store: Store, tmp_path: Path) -> None:
+    """Two iterations: before each, the ratio of old to new densities is 1 to far less than LOOP allows; without a refit it is not."""
+    learner, replica, fitted = learner_and_engines(eager, store, tmp_path)
+    assert {one.engine.back_end for one in fitted.choices} == {"onnxruntime"}
+    ours = dataclasses.replace(eager, replica=replica)
+    for iteration in range(2):
+        found = fitted.refit()
+        assert set(found) == {"policy_backbone", "policy_heads"}
+        assert all(one.passed and one.refits == iteration + 1 and one.refit_s is not None for one in found.values())
+        made, _ = fly(ours, Schedule(7, 2), [replica])
+        rollouts = [flight.rollout() for flight in made.values()]
+        assert learner.check_ratio(rollouts) < RATIO_TOLERANCE / 10
+        learner.update(rollouts, iteration)
+    made, _ = fly(ours, Schedule(7, 2), [replica])  # still by the weights of before the last update
+    with pytest.raises(ValueError, match="other weights"):
+        learner.check_ratio([flight.rollout() for flight in made.values()])
+
+
+def test_refit_goes_back_to_the_same_bits(by_engines: Engined) -> None:
+    """A -> B -> A, and B is what eager computes with B."""
+    for one in by_engines.fitted.choices[:2]:
+        module = export.prepared(one.network.plain(), one.network.recipe)
+        first = export.state(module)
+        second = {name: tensor + 0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) for name, tensor in first.items()}
+        given = by_engines.fitted.recorded[one.network.name][0]
+        before = parity.outputs(one.engine(*given))
+        one.engine.refit(second)
+        changed = parity.outputs(one.engine(*given))
+        assert not any(torch.equal(a, b) for a, b in zip(before, changed, strict=True))
+        other = export.prepared(module, one.network.recipe)
+        with torch.no_grad():
+            for name, tensor in export.state(other).items():
+                tensor.copy_(second[name])
+            want = parity.outputs(other(*given))
+        assert all(relative_error(a, b) < 2e-5 for a, b in zip(changed, want, strict=True))
+        with pytest.raises(RefitError, match="missing"):
+            one.engine.refit({name: tensor for name, tensor in first.items() if not name.endswith("bias")})
+        with pytest.raises(RefitError, match="unknown"):
+            one.engine.refit({**first, "lora_A": torch.zeros(1)})
+        assert all(torch.equal(a, b) for a, b in zip(changed, parity.outputs(one.engine(*given)), strict=True))  # nothing was changed
+        one.engine.refit(first)
+        assert all(torch.equal(a, b) for a, b in zip(before, parity.outputs(one.engine(*given)), strict=True))
+
+
+def heads() -> compiled.Network:
+    return compiled.of_policy(small_policy(POLICY))[1]
+
+
+def recorded(network: compiled.Network) -> list[tuple[torch.Tensor, ...]]:
+    return [network.recipe.example({"batch": size}, seed) for seed, size in enumerate((1, 2, 4))]
+
+
+class Wrong:
+    """An engine that computes something else, as `how` says."""
+
+    back_end = "onnxruntime"
+
+    def __init__(self, engine: Any, how: Any) -> None:
+        self.engine, self.recipe, self._how = engine, engine.recipe, how
+
+    def __call__(self, *given: torch.Tensor) -> Any:
+        made = parity.outputs(self.engine(*given))
+        out = tuple(self._how(one) for one in made)
+        return out[0] if len(out) == 1 else out
+
+    def refit(self, weights: Any) -> None:
+        self.engine.refit(weights)
+
+
+WRONG = {
+    "a little off": lambda x: x * 1.001,
+    "not a number": lambda x: torch.where(x == x.max(), float("nan"), x),
+    "rows exchanged": lambda x: x.flip(0),
+    "half of it": lambda x: x[..., :-1],
+    "zero": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("how", WRONG.values(), ids=list(WRONG))
+def test_an_engine_that_computes_something_else_is_not_used_and_the_run_says_so_once(
+    how: Any, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, load = heads(), onnxruntime.load
+    monkeypatch.setattr(onnxruntime, "load", lambda *given: Wrong(load(*given), how))
+    choice = compiled.choose(network, ONNX, store, CPU, recorded(network))
+    assert choice.engine.back_end == "eager"
+    said = capsys.readouterr().err
+    assert said.count("policy_heads: onnxruntime") == 1
+    assert "FAILED" in said
+    assert "eager is used" in said
+    assert "FAILED" in choice.plain["why"]
+
+
+def test_auto_takes_an_engine_only_where_it_is_faster(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = heads()
+    for speedup, name in ((1.4, "onnxruntime"), (0.7, "eager")):
+        monkeypatch.setattr(parity, "_speedup", lambda *given, now=speedup: now)
+        assert compiled.choose(network, EnginesConfig(), store, CPU, recorded(network)).engine.back_end == name
+    assert compiled.choose(network, ONNX, store, CPU, recorded(network)).engine.back_end == "onnxruntime"  # asked for by name
+
+
+def test_an_engine_that_drifts_in_a_closed_loop_is_not_used(by_engines: Engined, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Right to two parts in a hundred thousand in a step, and still wrong after 16 chunks: then the whole simulator is eager."""
+    simulator, _ = inside(by_engines.plant.replica.world)
+    mine = [one for one in by_engines.fitted.choices if one.network.runs is simulator.runs]
+    tight = [dataclasses.replace(one, network=dataclasses.replace(one.network, recipe=dataclasses.replace(one.network.recipe, loop_tolerance=1e-9)))
+             for one in mine]  # fmt: skip
+    assert {one.engine.back_end for one in compiled.checked_loop(simulator, mine, store, torch.zeros(8, 16, 3, dtype=torch.uint8))} == {"onnxruntime"}
+    checked = compiled.checked_loop(simulator, tight, store, torch.zeros(8, 16, 3, dtype=torch.uint8))
+    assert {one.engine.back_end for one in checked} == {"eager"}
+    assert "after 16 chunks" in capsys.readouterr().err
+    compiled.checked_loop(simulator, mine, store, torch.zeros(8, 16, 3, dtype=torch.uint8))  # what is kept beside the plans is right again
+
+
+def test_a_run_that_goes_on_takes_the_back_ends_that_it_was_begun_with(eager: Plant, store: Store, tmp_path: Path) -> None:
+    _, replica, _ = learner_and_engines(eager, store, tmp_path)
+    networks_, auto = compiled.of_policy(replica.policy), EnginesConfig()
+    assert set(json.loads((tmp_path / "engines.json").read_text()).values()) == {"onnxruntime"}
+    again = compiled.fitted(networks_, rollouts_of(eager, replica), auto, store, CPU, tmp_path / "engines.json")
+    assert {one.engine.back_end for one in again.choices} == {"onnxruntime"}
+    (tmp_path / "engines.json").write_text(json.dumps(dict.fromkeys((one.name for one in networks_), "tensorrt")))
+    with pytest.raises(EngineError, match=r"policy_backbone was begun with tensorrt.*begin the stage anew"):
+        compiled.fitted(networks_, rollouts_of(eager, replica), auto, store, CPU, tmp_path / "engines.json")
+
+
+def test_a_graph_is_exported_once_for_all_weights(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = heads()
+    backend.planned("onnxruntime", network.plain(), network.recipe, "cpu", store)
+    monkeypatch.setattr(export, "to_onnx", lambda *given: pytest.fail("exported again"))
+    other = compiled.of_policy(small_policy(POLICY, seed=1))[1]
+    plan = backend.planned("onnxruntime", other.plain(), other.recipe, "cpu", store)
+    engine = onnxruntime.load(plan.folder, other.recipe, CPU)
+    assert parity.compare(other.recipe, "onnxruntime", engine, other.eager, recorded(other)).passed
+    assert not parity.compare(network.recipe, "onnxruntime", engine, network.eager, recorded(network)).passed
+
+
+def test_a_plan_whose_graph_is_not_one_is_named(store: Store, tmp_path: Path) -> None:
+    network = heads()
+    plan = backend.planned("onnxruntime", network.plain(), network.recipe, "cpu", store)
+    for name in (export.GRAPH, export.WEIGHTS):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in plan.folder.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (folder / name).write_bytes((folder / name).read_bytes()[:100])
+        with pytest.raises(EngineError, match="build it anew"):
+            onnxruntime.load(folder, network.recipe, CPU)
+
+
+def test_weights_lie_beside_the_graph_and_carry_the_modules_names(store: Store) -> None:
+    network = heads()
+    plan = backend.planned("onnxruntime", network.plain(), network.recipe, "cpu", store)
+    graph = onnx.load(plan.folder / export.GRAPH, load_external_data=False)
+    outside = {one.name for one in graph.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL}
+    assert outside == set(export.state(network.eager))
+    assert (plan.folder / export.GRAPH).stat().st_size < 100_000
+    assert {one.version for one in graph.opset_import if one.domain == ""} == {export.OPSET}
+    onnx.checker.check_model(str(plan.folder / export.GRAPH))
+
+
+class _Eigen(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x).real
+
+
+class _Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class _Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 2
+
+
+def test_an_export_error_names_module_and_operator(tmp_path: Path) -> None:
+    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "row": 3, "column": 3}),), ("y",), 1e-6)
+    with pytest.raises(export.ExportError, match=r"toy: _Outer\.inner: operator aten\.\w*eig"):
+        export.to_onnx(_Outer(_Eigen()), recipe, tmp_path)
+    with pytest.raises(export.ExportError, match=r"toy: _Outer cannot be traced"):
+        export.to_onnx(_Outer(_Branches()), recipe, tmp_path)
+    with pytest.raises(EngineError, match="opset 23: TensorRT builds 22 at most"):
+        export.to_onnx(_Outer(nn.Identity()), recipe, tmp_path, opset=23)
+    assert not (tmp_path / export.GRAPH).exists()
+
+
+def test_what_a_cpu_cannot_run_is_refused(store: Store) -> None:
+    network = heads()
+    narrow = dataclasses.replace(network.recipe, precision="bf16")
+    with pytest.raises(EngineError, match="no bf16 kernels: take precision fp32"):
+        backend.planned("onnxruntime", network.plain(), narrow, "cpu", store)
+    with pytest.raises(EngineError, match=r"onnxruntime builds for the machine.*sm_90"):
+        backend.planned("onnxruntime", network.plain(), network.recipe, "sm_90", store)
+
+
+def test_narrow_weights_keep_their_norms_wide() -> None:
+    network = compiled.of_reflector(networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy).world._reflector, "bf16")[0]
+    made = export.prepared(network.eager, network.recipe)
+    kinds = {name: tensor.dtype for name, tensor in made.named_parameters()}
+    assert {kind for name, kind in kinds.items() if "layer_norm" in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if "q_proj" in name} == {torch.bfloat16}
+    assert {one.dtype for one in network.eager.parameters()} == {torch.float32}  # the network itself is as it was
+    given = network.recipe.example({"frame": 2})
+    with torch.no_grad():
+        error = relative_error(made(*given).float(), network.eager(given[0].float()))
+    assert 1e-4 < error < network.recipe.tolerance
+
+
+def test_fp8_says_in_one_line_what_it_needs() -> None:
+    simulator = trained(SMALL_SIMULATOR)
+    network = compiled.of_simulator(simulator, "fp8")[0]
+    with pytest.raises(EngineError, match=r"fp8: neither modelopt nor torchao is installed: pip install"):
+        export.prepared(network.eager, network.recipe)
+
+
+def test_a_recorder_keeps_calls_of_different_shapes() -> None:
+    recorder = parity.Recorder(lambda x: x + 1, most=3)
+    for size in (2, 2, 2, 2, 4, 2, 1):
+        assert torch.equal(recorder(torch.zeros(size)), torch.ones(size))
+    assert {len(one[0]) for one in recorder.recorded} == {1, 2, 4}
+    assert len(recorder.recorded) == 3
+
+
+@pytest.mark.slow
+def test_inductor_builds_passes_and_is_refitted_in_place(store: Store) -> None:
+    """AOTInductor's machine code for the policy's heads: parity, and A -> B -> A to the same bits."""
+    network = heads()
+    made = compiled.built(network, "inductor", store, CPU, recorded(network), timed=False)
+    assert made.parity is not None
+    assert made.parity.passed
+    assert isinstance(made.engine, inductor.Inductor)
+    first = export.state(network.plain())
+    second = export.state(compiled.of_policy(small_policy(POLICY, seed=1))[1].plain())
+    given = recorded(network)[2]
+    before = made.engine(*given)
+    made.engine.refit(second)
+    other = compiled.of_policy(small_policy(POLICY, seed=1))[1]
+    assert parity.compare(other.recipe, "inductor", made.engine, other.eager, recorded(other)).passed
+    with pytest.raises(RefitError, match="missing"):
+        made.engine.refit(dict(list(first.items())[:3]))
+    made.engine.refit(first)
+    assert all(torch.equal(a, b) for a, b in zip(before, made.engine(*given), strict=True))
+
+
+def test_a_policy_without_engines_is_left_as_it_is() -> None:
+    policy: OpenVLAOFT = small_policy(POLICY)
+    nothing = Path("none")
+    fitted = compiled.fitted(compiled.of_policy(policy), lambda: pytest.fail("recorded"), EnginesConfig("eager"), Store(nothing), CPU, nothing)
+    assert {one.engine.back_end for one in fitted.choices} == {"eager"}
+    assert fitted.refit() == {}
+    assert policy.runs == {}
+    assert policy_heads.NAME in compiled.NAMES
+
+

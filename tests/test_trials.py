@@ -1,0 +1,458 @@
+"""Evaluation in a folder: protocols, processes, killed runs, pairs; LeRobot's policies behind their process; who can be evaluated at all.
+
+Tried against wrong versions of the code, each found here: a reflector's stop one observation late; a last chunk that runs past the limit; success
+at the limit read at any time; a half-written line taken for an episode; an episode made twice; a worker that is given two episodes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pusher import Pusher
+from small_policy import SMALL, statistics
+
+from worldenv import checkpoint, evaluation
+from worldenv.cli import eval as command_line
+from worldenv.config import EnvConfig
+from worldenv.data.collect import Start
+from worldenv.envs.contract import Snapshot
+from worldenv.envs.tabletop import Tabletop
+from worldenv.policy import weights as policies
+from worldenv.policy.lerobot import LeRobotError, LeRobotPolicy
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.policy.processing import PromptTokenizer
+from worldenv.robots.tabletop import TABLETOP
+from worldenv.run import RunError
+from worldenv.trials import runner
+from worldenv.trials.actors import Bench, PolicyActor
+from worldenv.trials.episode import Answer, Question, Trial, play
+from worldenv.trials.runner import Evaluation, TrialError
+
+CPU = torch.device("cpu")
+
+
+def asked(**other: Any) -> Evaluation:
+    settings = {
+        "suite": "tabletop", "policy": "expert", "identity": "expert", "mode": "oracle", "episodes": 6, "tasks": (0, 1, 2), "limit": 32, "image": 64,
+        "views": 0, "sampled": False, "seed": 7, "demonstrations": None, "reflector": None,
+    }  # fmt: skip
+    return Evaluation(**{**settings, **other})
+
+
+def same(trial: Trial) -> dict[str, Any]:
+    """What does not depend on the machine."""
+    return {name: value for name, value in trial.plain().items() if "seconds" not in name}
+
+
+# Protocols, on a world whose success is known
+
+
+class Counter:
+    """Succeeds at the observations in `held`; a frame is the number of its observation."""
+
+    tasks = ("count",)
+
+    def __init__(self, *held: int) -> None:
+        self.held, self.commands, self.drawn = held, 0, []
+
+    def _now(self) -> Snapshot:
+        return Snapshot(np.full((2, 2, 3), self.commands, np.uint8), np.zeros(7), 0.0, self.commands in self.held)
+
+    def begin(self, task: int, split: str, index: int) -> Snapshot:
+        self.commands = 0
+        return self._now()
+
+    def advance(self, command: Any, render: bool = True) -> Snapshot:
+        self.commands += 1
+        self.drawn += [self.commands] if render else []
+        return self._now()
+
+    def state_hash(self, *state: Any) -> str:
+        return "same"
+
+
+def run_through(env: Counter, mode: str, limit: int, chunk: int, ends: int | None = None) -> tuple[Trial, list[Question]]:
+    """Play with an actor of chunks of `chunk`, and a reflector that ends at observation `ends`."""
+    questions: list[Question] = []
+    game = play(env, Start(0, 0, "test", 0), mode, limit, None, 0, 0)  # type: ignore[arg-type]
+    try:
+        question = next(game)
+        while True:
+            questions.append(question)
+            over = ends is not None and question.frames is not None and ends <= question.step
+            command = None if over or question.last else np.zeros((chunk, 7), np.float32)
+            question = game.send(Answer(command, ends if over else None))
+    except StopIteration as stop:
+        return stop.value, questions
+
+
+@pytest.mark.parametrize(
+    ("held", "mode", "ends", "success", "ended", "steps"),
+    [
+        ((3, 4), "oracle", None, True, 3, 3),
+        ((0,), "oracle", None, True, 0, 0),
+        ((10,), "oracle", None, True, 10, 10),
+        ((), "oracle", None, False, 10, 10),
+        ((3, 4), "limit", None, False, 10, 10),
+        ((10,), "limit", None, True, 10, 10),
+        ((3, 4), "reflector", 4, True, 4, 4),
+        ((3, 4), "reflector", 3, True, 3, 4),
+        ((3, 4), "reflector", 5, False, 5, 8),
+        ((3, 10), "reflector", None, True, 10, 10),
+        ((3, 9), "reflector", 9, True, 9, 10),
+    ],
+)
+def test_protocols(held, mode, ends, success, ended, steps):
+    """With chunks of 4 and a limit of 10: the last chunk is cut."""
+    env = Counter(*held)
+    trial, questions = run_through(env, mode, 10, 4, ends)
+    assert (trial.success, trial.ended, trial.steps) == (success, ended, steps)
+    assert trial.first_success == next((t for t in sorted(held) if t <= steps), None)
+    asks = [step for step in (0, 4, 8, 10) if step < steps or (mode == "reflector" and step <= steps)]
+    assert [question.step for question in questions] == asks
+    if mode == "reflector":
+        assert env.drawn == list(range(1, steps + 1))
+        shown = np.concatenate([question.frames[:, 0, 0, 0] for question in questions if question.frames is not None])
+        assert shown.tolist() == env.drawn
+    else:
+        assert env.drawn == [t for t in (4, 8, 10) if t <= steps]
+
+
+class Fading:
+    """A reflector that scores a frame by its first pixel, times a tenth; a watch is how many it has seen."""
+
+    config = dataclasses.make_dataclass("Config", [("threshold", float)])(0.5)
+
+    def begin(self, instruction: Any, frame: torch.Tensor) -> list[int]:
+        return [0]
+
+    def judge(self, watch: Any, frames: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        return frames[:, :, 0, 0, 0].float() / 10, [watch[0] + frames.shape[1]]
+
+
+def test_a_judge_ends_an_episode_at_the_first_score_above_eta():
+    actor = dataclasses.make_dataclass("Actor", [("views", int)])(1)
+    actor.command = lambda question: np.zeros((4, 7), np.float32)
+    bench = Bench(actor, Fading(), CPU)  # type: ignore[arg-type]
+    trial = runner._drive(play(Counter(6, 7), Start(3, 0, "test", 0), "reflector", 10, None, 0, 0), bench.answer)  # type: ignore[arg-type]
+    assert (trial.ended, trial.success, trial.steps) == (6, True, 8)  # 0.5 is not above
+    assert not bench._watches
+
+
+# Against the evaluation of the training pipeline, which runs many episodes side by side
+
+
+@pytest.mark.parametrize("mode", ["oracle", "limit"])
+def test_agrees_with_the_pipelines_own_evaluation(mode, tmp_path):
+    """A policy that pushes: some episodes succeed, some only for a while."""
+    pusher = Pusher()
+    bench = Bench(PolicyActor(pusher, TABLETOP, CPU, 1, False, None), None, CPU)
+    want = asked(policy="pusher", mode=mode, episodes=9, views=1)
+    runner.evaluate(want, tmp_path / "e", 1, bench)
+    env = Tabletop(EnvConfig(image=64))
+    outcomes = evaluation.evaluate(pusher, env, want.starts(), 32, None, 1.0, CPU)
+    found = runner.read_trials(tmp_path / "e")
+    made = {trial.number: trial for trial in found}
+    assert [made[n].success for n in range(9)] == outcomes.by(mode).tolist()
+    assert {trial.state for trial in found} == {env.state_hash(0, "test", i) for i in range(3)}
+    assert any(trial.success for trial in found)
+
+
+# The folder
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_processes_change_nothing(tmp_path):
+    reference = runner.evaluate(asked(episodes=12), tmp_path / "reference", 1, None)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "worldenv.cli.eval", "run", "--policy", "expert", "--suite", "tabletop", "--episodes", "12", "--out", str(out)]
+    process = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    lines = out / "episodes.jsonl"
+    limit = time.monotonic() + 300
+    while not (lines.is_file() and len(lines.read_text().splitlines()) >= 2) and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = len(runner.read_trials(out))
+    assert kept >= 2
+    with lines.open("a") as file:
+        file.write('{"number": 11, "task"')  # the kill may cut a line
+    assert len(runner.read_trials(out)) == kept
+    found = runner.evaluate(asked(episodes=12), out, 1, None)
+    trials = [sorted(map(json.dumps, map(same, runner.read_trials(tmp_path / name)))) for name in ("reference", "killed")]
+    assert trials[0] == trials[1]
+    assert len(trials[0]) == 12
+    fixed = ("suite", "policy", "mode", "episodes", "successes", "interval", "limits", "tasks", "states", "renderer", "versions")
+    assert {name: found[name] for name in fixed} == {name: reference[name] for name in fixed}
+    again = runner.evaluate(asked(episodes=12), out, 2, None)  # nothing is left to do
+    assert again == found
+
+
+def test_result_says_what_it_depends_on(tmp_path, capsys):
+    run = ["run", "--policy", "expert", "--suite", "tabletop", "--episodes", "3", "--tasks", "0", "2"]
+    code = command_line.main([*run, "--out", str(tmp_path / "e")])
+    said = capsys.readouterr().out.splitlines()
+    assert code == 0
+    found = json.loads(said[-1])
+    assert found == json.loads((tmp_path / "e" / "result.json").read_text())
+    assert {"suite", "policy", "mode", "episodes", "successes", "interval", "limits", "tasks"} <= found.keys()
+    assert (found["episodes"], [row["episodes"] for row in found["tasks"]]) == (3, [2, 1])
+    assert found["left_out"] == ["push the blue puck onto the green strip"]
+    assert found["limits"] == {"steps": 32, "settle_steps": 0}
+    assert (found["sampling"], found["views"], found["demonstrations_per_task"]) == ("scripted", 0, None)
+    assert "llvmpipe" in found["renderer"] or found["renderer"]
+    assert {"mujoco", "numpy", "torch", "python"} <= found["versions"].keys()
+    low, high = evaluation.wilson(found["successes"], 3)
+    assert found["interval"] == [round(low, 4), round(high, 4)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda out: (out / "eval.json").write_text(json.dumps({**json.loads((out / "eval.json").read_text()), "limit": 30})), "limit: 30 there, 32"),
+        (lambda out: (out / "versions.json").write_text('{"mujoco": "2.3.7"}'), "mujoco 2.3.7, here 3"),
+        (lambda out: (out / "episodes.jsonl").write_text('{"number": 0}\n'), "episodes.jsonl: damaged"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(damage, why, tmp_path):
+    runner.evaluate(asked(episodes=3), tmp_path / "e", 1, None)
+    (tmp_path / "e" / "episodes.jsonl").write_text("".join((tmp_path / "e" / "episodes.jsonl").read_text().splitlines(keepends=True)[:2]))
+    damage(tmp_path / "e")
+    before = (tmp_path / "e" / "episodes.jsonl").read_bytes()
+    with pytest.raises(RunError, match=why):
+        runner.evaluate(asked(episodes=3), tmp_path / "e", 1, None)
+    assert (tmp_path / "e" / "episodes.jsonl").read_bytes() == before
+
+
+def test_files_of_somebody_are_refused(tmp_path):
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(RunError, match="no evaluation of ours"):
+        runner.evaluate(asked(), tmp_path, 1, None)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_begin_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLDENV_LIBERO_ASSETS", str(tmp_path / "nowhere"))
+    with pytest.raises(TrialError, match=r"LiberoMissing: (LIBERO is not installed|WORLDENV_LIBERO_ASSETS=.*nowhere: no such folder)"):
+        runner.evaluate(asked(suite="libero_spatial"), tmp_path / "e", 2, None)
+
+
+# Pairs
+
+
+def _stored(out: Path, success: list[bool], **other: Any) -> Path:
+    out.mkdir()
+    settings = asked(episodes=len(success), **other)
+    (out / "eval.json").write_text(json.dumps(settings.plain()))
+    rows = [Trial(s.number, s.task, "test", s.index, f"state {s.index}", good, None, 9, 9, 1.0, 1.0) for s, good in zip(settings.starts(), success)]  # noqa: B905
+    (out / "episodes.jsonl").write_text("".join(json.dumps(row.plain()) + "\n" for row in rows))
+    return out
+
+
+def test_compare(tmp_path, capsys):
+    left = _stored(tmp_path / "a", [True, False, False, False, True, False, False])
+    right = _stored(tmp_path / "b", [True, True, True, False, False, True], policy="other")
+    assert command_line.main(["compare", str(left), str(right)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["pairs"], found["unpaired"], found["wins"], found["losses"]) == (6, 1, 3, 1)
+    assert found["p_value"] == evaluation.mcnemar(3, 1)
+    assert found["difference"] == pytest.approx(2 / 6)
+    assert (found["left"]["successes"], found["right"]["successes"]) == (2, 4)
+
+
+def test_compare_wants_the_same_states(tmp_path):
+    left, right = _stored(tmp_path / "a", [True] * 3), _stored(tmp_path / "b", [True] * 3)
+    path = right / "episodes.jsonl"
+    path.write_text(path.read_text().replace("state 0", "another", 1))
+    with pytest.raises(RunError, match="task 0, state 0 is not the same"):
+        runner.compare(left, right)
+    other = _stored(tmp_path / "c", [True] * 3, mode="limit")
+    with pytest.raises(RunError, match="mode: oracle and limit"):
+        runner.compare(left, other)
+
+
+# LeRobot, with a package of its name that stands in for it
+
+
+def _lerobot(folder: Path, config: str = "") -> str:
+    """A package `lerobot` in `folder`, with the entry points that the server uses as LeRobot 0.4 has them, and a policy directory; its path."""
+    for name in ("configs", "policies"):
+        (folder / "lerobot" / name).mkdir(parents=True)
+        (folder / "lerobot" / name / "__init__.py").touch()
+    (folder / "lerobot" / "__init__.py").touch()
+    (folder / "lerobot" / "configs" / "policies.py").write_text(textwrap.dedent(f"""
+        class Feature:
+            def __init__(self, *shape): self.shape = shape
+        class PreTrainedConfig:
+            type, n_action_steps, n_obs_steps = "standin", 3, 1
+            input_features = {{"observation.images.image": Feature(3, 8, 8), "observation.images.image2": Feature(3, 8, 8),
+                              "observation.images.empty_camera_0": Feature(3, 8, 8), "observation.state": Feature(8)}}
+            @classmethod
+            def from_pretrained(cls, path):
+                self = cls(); self.path = path
+                {config or "pass"}
+                return self
+    """))
+    (folder / "lerobot" / "policies" / "factory.py").write_text(textwrap.dedent("""
+        import torch
+        from collections import deque
+        print("chatter that must not reach the pipe")
+        class Policy:
+            def __init__(self, config): self.config, self.queue = config, deque()
+            @classmethod
+            def from_pretrained(cls, path, config): return cls(config)
+            def to(self, device): return self
+            def eval(self): return self
+            def reset(self): self.queue.clear()
+            def select_action(self, batch):
+                assert batch["ready"] and batch["observation.state"].shape == (1, 8)
+                if "die" in batch["task"][0]:
+                    import os; os._exit(7)
+                if "fail" in batch["task"][0]:
+                    raise RuntimeError("no such task")
+                if not self.queue:
+                    seen = [batch[f"observation.images.{name}"][0, c].mean() for name in ("image", "image2")
+                            for c in (0, 2) if f"observation.images.{name}" in batch]
+                    for k in range(self.config.n_action_steps):
+                        self.queue.append(torch.tensor([[*seen, *[0.0] * (4 - len(seen)), batch["observation.state"][0, 0], k / 10, 1.0]]))
+                return self.queue.popleft()
+        def get_policy_class(name):
+            assert name == "standin"
+            return Policy
+        def make_pre_post_processors(config, pretrained_path, preprocessor_overrides):
+            assert preprocessor_overrides == {"device_processor": {"device": "cpu"}}
+            def before(observation): return {**observation, "ready": True}
+            def after(action): return action * 2
+            return before, after
+    """))
+    return str(folder / "policy")
+
+
+@pytest.fixture
+def lerobot(tmp_path, monkeypatch):
+    def make(config: str = "") -> str:
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        return _lerobot(tmp_path, config)
+
+    return make
+
+
+def test_a_lerobot_policy_answers_from_its_own_process(lerobot):
+    policy = LeRobotPolicy(lerobot(), sys.executable, "cpu")
+    try:
+        assert (policy.kind, policy.chunk, policy.views) == ("standin", 3, 2)
+        frame, wrist = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)
+        frame[..., 0], wrist[..., 2] = 51, 102
+        for state in (0.25, -0.5):  # no question depends on the one before
+            answer = policy.commands("pick", frame, wrist, np.full(8, state, np.float32))
+            want = [[2 * one for one in (0.2, 0.0, 0.0, 0.4, state, k / 10, 1.0)] for k in range(3)]
+            np.testing.assert_allclose(answer, want, rtol=1e-6)
+        with pytest.raises(LeRobotError, match="RuntimeError: no such task"):
+            policy.commands("fail", frame, wrist, np.zeros(8, np.float32))
+        policy.commands("pick", frame, wrist, np.zeros(8, np.float32))  # it is still there
+        with pytest.raises(LeRobotError, match=r"ended \(exit code 7\)"):
+            policy.commands("die", frame, wrist, np.zeros(8, np.float32))
+    finally:
+        policy.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ("self.n_obs_steps = 2", "n_obs_steps=2"),
+        ('del self.input_features["observation.images.image"], self.input_features["observation.images.image2"]', "one or two pictures"),
+        ('self.input_features["observation.state"] = Feature(14)', "a state of 8"),
+        ("self.temporal_ensemble_coeff = 0.01", "temporal_ensemble_coeff"),
+    ],
+)
+def test_a_lerobot_policy_that_cannot_be_asked_is_one_error(config, why, lerobot):
+    with pytest.raises(LeRobotError, match=why):
+        LeRobotPolicy(lerobot(config), sys.executable, "cpu")
+
+
+def test_a_lerobot_policy_is_evaluated(lerobot, tmp_path, capsys):
+    path = lerobot('del self.input_features["observation.images.image2"]')
+    run = ["run", "--policy", f"lerobot:{path}", "--suite", "tabletop", "--episodes", "2", "--out", str(tmp_path / "e"), "--demonstrations", "50"]
+    assert command_line.main([*run, "--python", sys.executable]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["episodes"], found["views"], found["demonstrations_per_task"], found["sampling"]) == (2, 1, 50, "greedy")
+    assert [trial.steps for trial in runner.read_trials(tmp_path / "e")] == [32, 32]
+
+
+# Who and what
+
+
+def test_a_checkpoint_is_evaluated_and_knows_its_file(tmp_path, capsys):
+    path, out = tmp_path / "policy.safetensors", tmp_path / "e"
+
+    def write(seed: int) -> None:
+        words = PromptTokenizer.build(Tabletop(EnvConfig()).tasks)
+        policies.save(path, OpenVLAOFT.create(SMALL, words, statistics(), seed, CPU))
+
+    write(0)
+    run = ["run", "--policy", str(path), "--suite", "tabletop", "--episodes", "2", "--out", str(out)]
+    assert command_line.main(run) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["identity"] == checkpoint.file_hash(path)
+    assert (found["views"], found["sampling"]) == (1, "greedy")
+    write(1)
+    assert command_line.main(run) == 2  # another policy, the same folder
+    assert "identity" in capsys.readouterr().err
+    drawn = [*run[:-1], str(tmp_path / "drawn"), "--sample", "--seed", "3"]
+    assert command_line.main(drawn) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sampling"] == "sampled, seed 3"
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["run"], "--policy: say whom"),
+        (["walk"], "unknown command 'walk'"),
+        (["run", "--policy", "nobody", "--suite", "tabletop"], "--policy nobody: no such checkpoint"),
+        (["run", "--policy", "univla:x"], "univla: not built in"),
+        (["run", "--policy", "lerobot:x", "--suite", "tabletop"], "wants --python"),
+        (["run", "--policy", "lerobot:x", "--suite", "tabletop", "--python", "/no/python"], "--python /no/python: cannot be run"),
+        (["run", "--policy", "expert", "--suite", "tabletop", "--mode", "reflector"], "neither watched nor sampled"),
+        (["run", "--policy", "expert", "--suite", "tabletop", "--episodes", "601"], "give 1 .. 600"),
+        (["run", "--policy", "expert", "--suite", "tabletop", "--tasks", "3"], "--tasks 3"),
+        (["run", "--policy", "expert", "--suite", "libero_90"], "libero_90"),
+        (["run", "--polcy", "expert"], "did you mean '--policy'"),
+        (["compare", "no", "where"], "no: no evaluation there"),
+        (["curve", "nowhere"], "nowhere: no copies of the policy"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line(argv, why, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(argv) in (1, 2)
+    said = capsys.readouterr().err.strip()
+    assert why in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_inspect_of_the_tabletop(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.zeros((5, 7), np.float32))
+    out = tmp_path / "x.npz"
+    run = ["inspect", "--suite", "tabletop", "--task", "1", "--init", "2", "--actions", str(tmp_path / "a.npy"), "--out", str(out)]
+    assert command_line.main(run) == 0
+    found = np.load(out)
+    env = Tabletop(EnvConfig())
+    now = env.begin(1, "test", 2)
+    np.testing.assert_array_equal(found["frames"][0], now.frame)
+    np.testing.assert_array_equal(found["initial_state"], env.sim_state)
+    assert found["state_path"].shape[0] == found["gripper_uv"].shape[0] == len(found["success"]) == 6
+    assert str(found["state_hash"]) == json.loads(capsys.readouterr().out.splitlines()[-1])["state"] == env.state_hash(1, "test", 2)
+    assert command_line.main([*run[:-1], str(tmp_path / "x.txt")]) == 2
+    np.save(tmp_path / "a.npy", np.zeros((5, 6), np.float32))
+    assert command_line.main(run) == 2

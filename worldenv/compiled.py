@@ -1,0 +1,347 @@
+"""The networks of a rollout, and what runs them: engines are chosen, put into place, refitted, and taken out again here.
+
+Policy, simulator and reflector know no engine: each holds a table `runs` of what to call, and is given other callables. Learning always goes
+through the modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worldenv import checkpoint, console, noise
+from worldenv.config import EnginesConfig
+from worldenv.engines import (
+    parity,
+    policy_backbone,
+    policy_heads,
+    reflector_llm,
+    reflector_vision,
+    simulator_unet,
+    simulator_vae,
+)
+from worldenv.engines.backend import AUTOMATIC, WITHOUT_REFIT, Engine, Running, back_end, planned
+from worldenv.engines.eager import Eager
+from worldenv.engines.export import prepared, state
+from worldenv.engines.parity import Parity, Recorder
+from worldenv.engines.recipe import EngineError, EngineRecipe, Precision, Range, relative_error
+from worldenv.engines.store import Plan, Store
+from worldenv.nouns import ActionMap
+from worldenv.policy import graphs as policy_graphs
+from worldenv.policy import lora
+from worldenv.policy.openvla_oft import Network as PolicyNetwork
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.reflector import graphs as reflector_graphs
+from worldenv.reflector.judge import LlavaReflector
+from worldenv.simulator import graphs as simulator_graphs
+from worldenv.simulator.evac import DELTA_DIM, Evac, Memory
+
+NAMES = (
+    simulator_unet.NAME, simulator_vae.ENCODER, simulator_vae.DECODER, policy_backbone.NAME, policy_heads.NAME, reflector_vision.NAME,
+    reflector_llm.NAME,
+)  # fmt: skip
+"""Of all graphs; the two of simulator_vae are one engine of the issue that a user has with it: to encode and to decode."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One graph of a rollout."""
+
+    recipe: EngineRecipe
+    eager: nn.Module
+    """The module as it is used and perhaps trained: what an engine is compared with."""
+    plain: Callable[[], nn.Module]
+    """The same with plain weights, LoRA added in: what is exported."""
+    runs: MutableMapping[str, Callable[..., Any]]
+    """Where its user looks up what to call."""
+
+    @property
+    def name(self) -> str:
+        """Of its recipe."""
+        return self.recipe.name
+
+
+def of_simulator(simulator: Evac, precision: Precision = "fp32", batch: Range = (1, 4, 16)) -> list[Network]:
+    """U-Net, encoder, decoder; `batch` rollouts at once."""
+    config = simulator.config
+    modules = simulator_graphs.graphs(simulator.unet, simulator.vae, config.memory)
+    recipes = (simulator_unet.recipe(config, precision, batch), *simulator_vae.recipes(config, precision))
+    return [Network(one, modules[one.name], _itself(modules[one.name]), simulator.runs) for one in recipes]
+
+
+def of_policy(policy: OpenVLAOFT, precision: Precision = "fp32", batch: Range = (1, 4, 32)) -> list[Network]:
+    """Backbone and heads."""
+    modules = policy_graphs.graphs(policy.network)
+    recipes = (policy_backbone.recipe(policy.config, precision, batch), policy_heads.recipe(policy.config, batch))
+    return [Network(one, modules[one.name], _plain_policy(policy, one.name), policy.runs) for one in recipes]
+
+
+def of_reflector(reflector: object, precision: Precision = "fp32") -> list[Network]:
+    """Vision tower and language model; nothing of a judge that is no LLaVA."""
+    if not isinstance(reflector, LlavaReflector):
+        return []
+    modules = reflector_graphs.graphs(reflector.llava.model)
+    recipes = (reflector_vision.recipe(reflector.config, precision), reflector_llm.recipe(reflector.config, precision))
+    return [Network(one, modules[one.name], _itself(modules[one.name]), reflector.llava.runs) for one in recipes]
+
+
+def _itself(module: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: module
+
+
+def _plain_policy(policy: OpenVLAOFT, name: str) -> Callable[[], nn.Module]:
+    def plain() -> nn.Module:
+        with torch.device("meta"):
+            network = PolicyNetwork(policy.config)
+        network.load_state_dict(lora.merged(policy.network), assign=True)
+        return policy_graphs.graphs(network)[name].eval()
+
+    return plain
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs one network."""
+
+    network: Network
+    engine: Engine
+    parity: Parity | None
+    """None of eager."""
+    plan: Plan | None
+    why: str = ""
+    """What was tried before it and not taken."""
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For a record: names and errors, no times."""
+        found: dict[str, Any] = {"back_end": self.engine.back_end}
+        if self.parity is not None:
+            found |= {"max_rel_error": self.parity.plain()["max_rel_error"], "tolerance": self.parity.tolerance}
+        return found | ({"why": self.why} if self.why else {})
+
+
+def built(network: Network, name: str, store: Store, device: torch.device, recorded: Sequence[Any], timed: bool) -> Choice:
+    """`network` by back end `name`, compared on `recorded`, its parity kept beside the plan. EngineError where it cannot be made."""
+    chosen = back_end(name)
+    if missing := chosen.requires():
+        raise EngineError(missing)
+    plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
+    engine = chosen.load(plan.folder, network.recipe, device)
+    found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, timed)
+    store.write_parity(plan.key, found.plain())
+    return Choice(network, engine, found, plan)
+
+
+def choose(network: Network, settings: EnginesConfig, store: Store, device: torch.device, recorded: Sequence[Any]) -> Choice:
+    """The back end that `settings` name, or of `auto` the first that passed and is faster than eager; else eager. What is not taken is said."""
+    names = AUTOMATIC.get(device.type, ()) if settings.back_end == "auto" else (settings.back_end,)
+    why: list[str] = []
+    for name in names:
+        if name == "eager":
+            break
+        try:
+            if network.recipe.refit and name in WITHOUT_REFIT:
+                raise EngineError(f"{network.name}: {name} builds plans that cannot be refitted")
+            made = built(network, name, store, device, recorded, timed=True)
+        except EngineError as error:
+            reason = str(error)
+        else:
+            assert made.parity is not None
+            slower = made.parity.speedup is not None and made.parity.speedup < 1.0
+            if made.parity.passed and not (slower and settings.back_end == "auto"):
+                return dataclasses.replace(made, why="; ".join(why))
+            reason = f"{network.name}: {name}: {made.parity.said}{', slower than eager' if made.parity.passed else ''}"
+        why.append(reason)
+        if back_end(name).requires() is None or settings.back_end != "auto":
+            console.say(f"engines: {reason}; {'the next back end' if name != names[-1] else 'eager'} is used")
+    return Choice(network, Eager(network.eager, network.recipe), None, None, "; ".join(why))
+
+
+@contextlib.contextmanager
+def recording(networks: Sequence[Network], most: int = 4) -> Iterator[dict[str, Recorder]]:
+    """While it is open, keep what the networks are given; they run in eager mode."""
+    before = [dict(network.runs) for network in networks]
+    recorders = {network.name: Recorder(network.eager, most) for network in networks}
+    for network in networks:
+        network.runs[network.name] = recorders[network.name]
+    try:
+        yield recorders
+    finally:
+        for network, runs in zip(networks, before, strict=True):
+            network.runs.clear()
+            network.runs.update(runs)
+
+
+@dataclass(frozen=True)
+class LoopInputs:
+    """What a closed loop of chunks is driven by."""
+
+    frame: torch.Tensor
+    """(1, H, W, 3) uint8."""
+    maps: Sequence[ActionMap]
+    noise: Sequence[torch.Tensor]
+
+
+def loop_inputs(simulator: Evac, frame: torch.Tensor, chunks: int = max(parity.LOOP_CHUNKS), seed: int = 0) -> LoopInputs:
+    """Random action maps and noise, a function of `seed`, that follow `frame` (H, W, 3) uint8."""
+    config, device = simulator.config, frame.device
+    generator = torch.Generator("cpu").manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, 31))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    maps = []
+    for _ in range(chunks):
+        picture = torch.zeros(1, config.chunk, config.height, config.width, 3, dtype=torch.uint8)
+        for step in range(config.chunk):
+            row, column = (int(torch.randint(0, side - 8, (1,), generator=generator)) for side in (config.height, config.width))
+            picture[0, step, row : row + 8, column : column + 8] = torch.tensor([255, 64, 64], dtype=torch.uint8)
+        maps.append(ActionMap(picture.to(device), normal(1, 6, *config.latent), normal(1, config.chunk, DELTA_DIM)))
+    return LoopInputs(frame[None], maps, [normal(1, *simulator.noise_shape()) for _ in range(chunks)])
+
+
+def loop_histories(simulator: Evac, given: LoopInputs) -> dict[int, torch.Tensor]:
+    """Latents (n, z, h, w) of all frames after some of the chunks, by number of chunks."""
+    memory: list[Memory] = simulator.begin(given.frame)
+    kept = {}
+    for number, (action_map, drawn) in enumerate(zip(given.maps, given.noise, strict=True), 1):
+        _, memory = simulator.imagine(memory, action_map, drawn)
+        if number in parity.LOOP_CHUNKS:
+            kept[number] = memory[0].history
+    return kept
+
+
+def compare_loops(simulator: Evac, choices: Sequence[Choice], given: LoopInputs) -> dict[str, float]:
+    """Relative L2 distance of the latents that a closed loop made with the engines to those of eager, by number of chunks."""
+    with placed([dataclasses.replace(one, engine=Eager(one.network.eager, one.network.recipe)) for one in choices]):
+        want = loop_histories(simulator, given)
+    with placed(choices):
+        ours = loop_histories(simulator, given)
+    return {str(number): relative_error(ours[number].float().cpu(), latents.float().cpu()) for number, latents in want.items()}
+
+
+def place(choices: Sequence[Choice]) -> None:
+    """Have the networks run by what was chosen."""
+    for one in choices:
+        one.network.runs[one.network.name] = one.engine if one.engine.back_end == "eager" else Running(one.engine)
+
+
+@contextlib.contextmanager
+def placed(choices: Sequence[Choice]) -> Iterator[None]:
+    """`place`, while it is open."""
+    before = [dict(one.network.runs) for one in choices]
+    place(choices)
+    try:
+        yield
+    finally:
+        for one, runs in zip(choices, before, strict=True):
+            one.network.runs.clear()
+            one.network.runs.update(runs)
+
+
+def checked_loop(simulator: Evac, choices: Sequence[Choice], store: Store, frame: torch.Tensor) -> list[Choice]:
+    """`choices` of a simulator with what the closed loop said kept beside their plans; all eager where it drifts too far, which is said."""
+    if all(one.parity is None for one in choices):
+        return list(choices)
+    loop = compare_loops(simulator, choices, loop_inputs(simulator, frame))
+    checked = []
+    for one in choices:
+        if one.parity is not None and one.plan is not None:
+            found = dataclasses.replace(one.parity, loop=loop, loop_tolerance=one.network.recipe.loop_tolerance)
+            store.write_parity(one.plan.key, found.plain())
+            one = dataclasses.replace(one, parity=found)
+        checked.append(one)
+    if failed := next((one for one in checked if one.parity is not None and not one.parity.passed), None):
+        assert failed.parity is not None
+        reason = f"simulator: {failed.engine.back_end}: {failed.parity.said}"
+        console.say(f"engines: {reason}; eager is used")
+        return [Choice(one.network, Eager(one.network.eager, one.network.recipe), None, None, reason) for one in checked]
+    return checked
+
+
+@dataclass
+class Fitted:
+    """Engines in their places; those of the policy follow its weights."""
+
+    choices: list[Choice]
+    recorded: Mapping[str, Sequence[Any]]
+    refits: int = 0
+
+    def refit(self) -> dict[str, Parity]:
+        """Give the policy's engines its present weights, LoRA added to the pristine ones, and compare again.
+
+        An engine that refuses, or fails, is replaced by eager, which is said. Returns what was found, by name.
+        """
+        self.refits += 1
+        found = {}
+        for i, one in enumerate(self.choices):
+            if one.engine.back_end == "eager" or not one.network.recipe.refit:
+                continue
+            began = time.monotonic()
+            try:
+                one.engine.refit(state(prepared(one.network.plain(), one.network.recipe)))
+                seconds = time.monotonic() - began
+                name, recorded = one.engine.back_end, self.recorded[one.network.name]
+                compared = parity.compare(one.network.recipe, name, Running(one.engine), one.network.eager, recorded)
+                now = dataclasses.replace(compared, refits=self.refits, refit_s=seconds)
+                reason = "" if now.passed else f"{one.network.name}: after refit {self.refits}: {now.said}"
+                found[one.network.name] = now
+            except EngineError as error:
+                reason = str(error)
+            if reason:
+                console.say(f"engines: {reason}; eager is used")
+                self.choices[i] = Choice(one.network, Eager(one.network.eager, one.network.recipe), None, None, reason)
+                place([self.choices[i]])
+        return found
+
+
+def precision_of(settings: EnginesConfig, device: torch.device) -> Precision:
+    """`settings.precision`, where auto was chosen for `device`."""
+    if settings.precision != "auto":
+        return settings.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def fitted(
+    networks: Sequence[Network], rollouts: Callable[[], object], settings: EnginesConfig, store: Store, device: torch.device, kept: Path,
+    simulator: Evac | None = None,
+) -> Fitted:  # fmt: skip
+    """Engines for `networks`, put into place. `rollouts` makes a few in eager mode, whose inputs are what engines are compared on.
+
+    What is taken is written to `kept`; where that is there, its back ends are taken again, so that a run that goes on makes the same bits.
+    EngineError where one of these cannot be had any more.
+    """
+    if settings.back_end == "eager" or not networks:
+        return Fitted([Choice(one, Eager(one.eager, one.recipe), None, None) for one in networks], {})
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    with recording(networks) as recorders:
+        rollouts()
+    recorded = {name: one.recorded for name, one in recorders.items()}
+    choices = []
+    for network in networks:
+        if network.name not in before:
+            choices.append(choose(network, settings, store, device, recorded[network.name]))
+            continue
+        name = before[network.name]
+        again = choose(network, dataclasses.replace(settings, back_end=name), store, device, recorded[network.name])
+        if again.engine.back_end != name:
+            raise EngineError(f"{kept}: {network.name} was begun with {name}, which is not to be had now ({again.why}); begin the stage anew")
+        choices.append(again)
+    if simulator is not None:
+        mine = [one for one in choices if one.network.runs is simulator.runs]
+        frame = torch.zeros(simulator.config.height, simulator.config.width, 3, dtype=torch.uint8, device=device)
+        checked = {one.network.name: one for one in checked_loop(simulator, mine, store, frame)}
+        choices = [checked.get(one.network.name, one) for one in choices]
+    place(choices)
+    if not kept.is_file():
+        checkpoint.write_text(kept, json.dumps({one.network.name: one.engine.back_end for one in choices}, indent=1))
+    return Fitted(choices, recorded)

@@ -1,0 +1,115 @@
+"""Conversion between the formats of episodes: what a path holds is seen from the path, what it becomes is said."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from worldenv.checkpoint import CheckpointError
+from worldenv.data import lerobot, libero_hdf5
+from worldenv.data.episode import Episode, EpisodeSet
+
+Format = Literal["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"]
+"""The formats that are written."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a conversion needs to know beside its two paths."""
+
+    view: str | None = None
+    """LeRobot sets: the column of pictures to read; None: the only one that is no wrist camera."""
+    gripper: lerobot.Gripper = "open-1"
+    """LeRobot sets that were made elsewhere: commands of the gripper are -1 open, +1 close (LIBERO's), or 1 open, 0 close."""
+    mirrored: bool = True
+    """LeRobot sets that were made elsewhere: pictures are upright and mirrored, as OpenVLA-OFT's; else they are upright."""
+    frames: lerobot.Frames = "h264-lossless"
+    """LeRobot sets that are written: how pictures are kept."""
+    no_noops: bool = False
+    """Leave out commands for no motion, as the published sets for OpenVLA-OFT do."""
+
+
+def read(source: Path, choices: Choices) -> Iterator[Episode]:
+    """The episodes in `source`: a folder of ours, a LeRobot data set, one of LIBERO's HDF5 files, or a folder of these.
+
+    Of several HDF5 files, sorted by name, the task's index counts the files. Raises CheckpointError where it is none of these, and as the readers do.
+    """
+    for episode in _read(source, choices):
+        yield libero_hdf5.without_noops(episode) if choices.no_noops else episode
+
+
+def _read(source: Path, choices: Choices) -> Iterator[Episode]:
+    files = sorted(source.glob("*.hdf5"))
+    if source.is_file():
+        yield from (episode for _, episode in libero_hdf5.read(source))
+    elif (source / "meta" / "info.json").is_file():
+        yield from (episode for _, episode in lerobot.read(source, view=choices.view, gripper=choices.gripper, mirrored=choices.mirrored))
+    elif files:
+        for task, file in enumerate(files):
+            yield from (episode for _, episode in libero_hdf5.read(file, task=task))
+    elif list(source.glob("*.npz")):
+        yield from EpisodeSet(source)
+    else:
+        raise CheckpointError(f"{source}: no episodes: want NNNNNN.npz, meta/info.json of a LeRobot data set, or HDF5 files of LIBERO")
+
+
+def convert(source: Path, to: Format, out: Path, choices: Choices | None = None) -> dict[str, Any]:
+    """Write the episodes in `source` to `out` in format `to`; returns counts. `out` is a folder; for libero-hdf5 one with a file per instruction.
+
+    Raises ValueError where `out` is there already, and as readers and writers do. On an error nothing is left but, of a folder of ours, the
+    episodes that were written whole.
+    """
+    choices = choices or Choices()
+    if to not in get_args(Format):
+        raise ValueError(f"--to {to!r}: want one of {', '.join(get_args(Format))}")
+    if out.exists():
+        raise ValueError(f"{out}: there already; nothing is overwritten: move it, or choose another --out")
+    count = _Count()
+    episodes = count.of(read(source, choices))
+    if to == "lerobot-v2.1":
+        lerobot.write(out, episodes, "v2.1", choices.frames)
+    elif to == "lerobot-v3.0":
+        lerobot.write(out, episodes, "v3.0", choices.frames)
+    elif to == "libero-hdf5":
+        _write_hdf5(out, episodes)
+    else:
+        kept = EpisodeSet(out)
+        for number, episode in enumerate(episodes):
+            kept.add(number, episode)
+        kept.seal()
+    if not count.episodes:
+        raise ValueError(f"{source}: no episode in it")
+    return {"source": str(source), "out": str(out), "format": to, **vars(count)}
+
+
+def _write_hdf5(out: Path, episodes: Iterable[Episode]) -> None:
+    """A file for each instruction, all open until the last episode came; on an error none is there."""
+    with contextlib.ExitStack() as files:
+        add: dict[str, Callable[[Episode], None]] = {}
+        for episode in episodes:
+            words = episode.instruction
+            if words not in add:
+                name = re.sub(r"\W+", "_", words).strip("_")
+                add[words] = files.enter_context(libero_hdf5.writing(out / f"{name}_demo.hdf5", words))
+            add[words](episode)
+
+
+@dataclass
+class _Count:
+    """What passed."""
+
+    episodes: int = 0
+    steps: int = 0
+    successes: int = 0
+
+    def of(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
+        """`episodes`, counted on their way."""
+        for episode in episodes:
+            self.episodes += 1
+            self.steps += episode.steps
+            self.successes += episode.first_success is not None
+            yield episode

@@ -1,0 +1,218 @@
+"""LIBERO's demonstrations: one HDF5 file per task, read into episodes and written from them. Described in docs/data-formats.md.
+
+What is peculiar to the format (LIBERO, scripts/create_dataset.py), and is undone here:
+- Observation j was recorded *after* action j. So an N-row demonstration has N observations and N - 1 commands between them: command t is
+  action t + 1, and action 0 led to the first observation. The actions before it, five in published files, were dropped with their observations.
+- Pictures are in OpenGL's order, bottom row first. Turned by 180 degrees, as OpenVLA-OFT shows them, they are upright and mirrored.
+- The state has two fingers' positions, +w/2 and -w/2 [m]; `Episode.gripper` is w by the robot's `finger_m`.
+- A rotation vector's angle is not wrapped; the quaternion in `robot_states` is taken where there is one, and its sign made continuous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from worldenv import kinematics
+from worldenv.checkpoint import CheckpointError, atomic
+from worldenv.data.episode import Episode, camera_from_plain, camera_to_plain
+from worldenv.robots.contract import Robot
+from worldenv.robots.panda import PANDA
+
+STILL = 1e-4
+"""A command whose first six values have a norm below this asks for no motion (OpenVLA-OFT, regenerate_libero_dataset.py)."""
+_VIEW = "agentview_rgb"
+_WORDS = "worldenv"  # attribute of a demonstration with what the format has no place for
+_CURE = "download it, or write it, again"
+# What h5py raises for bytes that were changed, and we for shapes that are wrong.
+_DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError)
+
+
+def read(path: Path, robot: Robot = PANDA, task: int = 0) -> Iterator[tuple[int, Episode]]:
+    """The demonstrations in `path` by number: number, episode. `task` is the task's index in its suite, which the file does not know.
+
+    Frames are as OpenVLA-OFT sees them, upright and mirrored, but for files written here from frames that were not mirrored. A published file
+    marks success at its last observation alone, and has no camera: `Episode.camera` is None. Other views and joint states are not read.
+    Raises CheckpointError (a ValueError) that names the file and the cure where it is missing, truncated, damaged, mis-shaped or foreign.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; LIBERO's demonstrations are named TASK_demo.hdf5")
+    where = "data"
+    try:
+        with h5py.File(path, "r") as opened:
+            data = opened["data"]
+            instruction = _instruction(data.attrs)
+            upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) == "opengl"
+            names = [name for name in data if re.fullmatch(r"demo_\d+", name)]
+            if not names:
+                raise ValueError("no group demo_N")
+            for number in sorted(int(name.removeprefix("demo_")) for name in names):
+                where = f"data/demo_{number}"
+                yield number, _episode(data[f"demo_{number}"], number, instruction, robot, task, upside_down, path.name)
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path}: {where}: no LIBERO demonstration, or damaged ({type(error).__name__}: {error}); {_CURE}") from error
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _instruction(attributes: Any) -> str:
+    words = json.loads(_text(attributes["problem_info"]))["language_instruction"]
+    return "".join(words)  # a list in some files, text in others; LIBERO joins both in this way
+
+
+def _array(group: Any, name: str, *shape: int | None) -> NDArray[Any]:
+    """Dataset `name` of `group`; ValueError where its shape is another. None stands for any size."""
+    array: NDArray[Any] = group[name][()]
+    if array.ndim != len(shape) or any(want is not None and have != want for have, want in zip(array.shape, shape, strict=True)):
+        raise ValueError(f"{name}: {array.shape}, want ({', '.join('any' if want is None else str(want) for want in shape)})")
+    return array
+
+
+def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, upside_down: bool, file: str) -> Episode:
+    action = _array(demo, "actions", None, 7)
+    rows = len(action)
+    if rows < 2:
+        raise ValueError(f"actions: {rows} row, want at least 2: the first led to the first observation")
+    words = json.loads(_text(demo.attrs[_WORDS])) if _WORDS in demo.attrs else {}
+    camera = camera_from_plain(words.get("camera"))
+    picture = _array(demo["obs"], _VIEW, rows, None, None, 3)[:, :: -1 if upside_down else 1]
+    if camera is None or camera.mirrored:
+        picture = picture[:, :, ::-1]
+    finger, pose = _state(demo, rows)
+    return Episode(
+        instruction=instruction,
+        task=words.get("task", task),
+        split=words.get("split", "train"),
+        state_index=words.get("state_index", number),
+        source=words.get("source", f"LIBERO demonstration: {file}, demo_{number}"),
+        frame=np.ascontiguousarray(picture),
+        pose=pose,
+        gripper=np.clip((finger[:, 0] - finger[:, 1]) / robot.finger_m, 0.0, 1.0),
+        command=action[1:].astype(np.float32),
+        success=_array(demo, "rewards", rows) > 0,
+        camera=camera,
+        versions=words.get("versions", {}),
+    )
+
+
+def _state(demo: Any, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fingers (N, 2) [m] and pose (N, 7)."""
+    if "robot_states" in demo:
+        state = _array(demo, "robot_states", rows, 9).astype(np.float64)
+        finger, place, turn = state[:, :2], state[:, 2:5], state[:, 5:]
+    else:
+        obs = demo["obs"]
+        finger, place = (_array(obs, name, rows, size).astype(np.float64) for name, size in (("gripper_states", 2), ("ee_pos", 3)))
+        turn = kinematics.unwrapped(_array(obs, "ee_ori", rows, 3).astype(np.float64))
+    return finger, np.concatenate([place, kinematics.continuous(turn)], axis=1)
+
+
+@contextlib.contextmanager
+def writing(path: Path, instruction: str, robot: Robot = PANDA) -> Iterator[Callable[[Episode], None]]:
+    """A function that adds an episode to `path`, as demo_0, demo_1 and on; the file is there when the block ends well, whole, or not at all.
+
+    A demonstration has a row more than there are commands: action 0, which led to the first observation and is not known, is a command for no
+    motion. What the format has no place for (camera, split, versions) is an attribute of each demonstration, so that `read` gives the same
+    episode; the opening of the gripper alone may differ, by float64's last bit. MuJoCo's states, the wrist's view and joint states are not
+    written: episodes have none. Raises ValueError where `path` is there already, for an episode of another instruction, and where none came.
+    """
+    if path.exists():
+        raise ValueError(f"{path}: there already; nothing is overwritten: move it, or write elsewhere")
+    with atomic(path) as temporary, h5py.File(temporary, "w") as opened:
+        data = opened.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+        data.attrs["macros_image_convention"] = "opengl"
+        data.attrs["tag"], data.attrs["env_args"] = "libero-v1", json.dumps({"type": 1, "env_name": robot.name, "env_kwargs": {}})
+        steps: list[int] = []
+
+        def add(episode: Episode) -> None:
+            if episode.instruction != instruction:
+                raise ValueError(f"{path}: of {instruction!r}, not of {episode.instruction!r}: this format has one instruction in each file")
+            _write_demo(data.create_group(f"demo_{len(steps)}"), episode, robot)
+            steps.append(episode.steps)
+
+        yield add
+        if not steps:
+            raise ValueError(f"{path}: no episode to write")
+        data.attrs["num_demos"], data.attrs["total"] = len(steps), sum(steps) + len(steps)
+
+
+def _write_demo(demo: Any, episode: Episode, robot: Robot) -> None:
+    rows = episode.steps + 1
+    proprio = robot.proprio(episode.pose, episode.gripper).astype(np.float64)
+    half = 0.5 * robot.finger_m * episode.gripper
+    finger = np.stack([half, -half], axis=1)
+    picture = episode.frame[:, ::-1]
+    if episode.camera is None or episode.camera.mirrored:
+        picture = picture[:, :, ::-1]
+    unknown = np.zeros((1, 7))
+    unknown[0, 6] = episode.command[0, 6]
+    end = np.zeros(rows, np.uint8)
+    end[-1] = 1
+    arrays = {
+        f"obs/{_VIEW}": picture,
+        "obs/ee_states": np.concatenate([episode.pose[:, :3], proprio[:, 3:6]], axis=1),
+        "obs/ee_pos": episode.pose[:, :3],
+        "obs/ee_ori": proprio[:, 3:6],
+        "obs/gripper_states": finger,
+        "robot_states": np.concatenate([finger, episode.pose], axis=1),
+        "actions": np.concatenate([unknown, episode.command.astype(np.float64)]),
+        "rewards": episode.success.astype(np.uint8),
+        "dones": end,
+    }
+    for name, array in arrays.items():
+        # the checksum is what lets a reader notice damage
+        demo.create_dataset(name, data=array, fletcher32=True, compression="gzip" if name.startswith("obs/a") else None, chunks=True)
+    demo.attrs["num_samples"] = rows
+    words = {name: getattr(episode, name) for name in ("task", "split", "state_index", "source")}
+    demo.attrs[_WORDS] = json.dumps({**words, "camera": camera_to_plain(episode.camera), "versions": dict(episode.versions)})
+
+
+def kept(command: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Which of the commands (T, 7) the published regeneration keeps: (T,).
+
+    It drops those that ask for no motion (`STILL`) and whose gripper command is that of the last command *kept*; before any is kept, for no
+    motion alone (OpenVLA-OFT, regenerate_libero_dataset.py).
+    """
+    if command.ndim != 2 or command.shape[1] != 7:
+        raise ValueError(f"kept: command {command.shape}, want (T, 7)")
+    keep: NDArray[np.bool_] = np.linalg.norm(command[:, :6], axis=1) >= STILL
+    gripper = None
+    for t, moves in enumerate(keep):
+        if not moves and gripper is not None and command[t, 6] != gripper:
+            keep[t] = True
+        if keep[t]:
+            gripper = command[t, 6]
+    return keep
+
+
+def without_noops(episode: Episode) -> Episode:
+    """`episode` without the commands that `kept` drops and the observations before them; the last observation stays.
+
+    The published set was made by playing the commands that are kept in the simulator; on a path that is recorded already, what moved during a
+    dropped command (a lagging arm, a closing gripper) is joined to the step before it. Raises ValueError where nothing would be left.
+    """
+    keep = kept(episode.command)
+    if not keep.any():
+        raise ValueError(f"episode of {episode.instruction!r}, state {episode.state_index}: no command asks for motion; leave it out")
+    seen = np.append(keep, True)
+    pose = episode.pose[seen]
+    return replace(
+        episode,
+        frame=episode.frame[seen],
+        pose=np.concatenate([pose[:, :3], kinematics.continuous(pose[:, 3:])], axis=1),
+        gripper=episode.gripper[seen],
+        command=episode.command[keep],
+        success=episode.success[seen],
+    )

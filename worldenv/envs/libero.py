@@ -104,6 +104,8 @@ class _Scene:
         self.robot = self.env.robots[0]
         self.random: list[Any] = []
         """State of numpy's generator before reset n of LIBERO's own evaluation."""
+        self.samplers = list(self.env.object_property_initializers)
+        """Of joints: drawers, doors, knobs."""
 
     def reset(self, split: Split, index: int) -> None:
         """Place everything as initial state `index` of `split` has it, LIBERO's global random numbers being left as they were."""
@@ -111,23 +113,28 @@ class _Scene:
         try:
             if split == "train":
                 self.inner.seed(_TRAIN_SEED + index)
-                self._reset()
+                self._reset(1)
                 state = self.inner.get_sim_state()
             else:
                 while len(self.random) <= index:
                     self.inner.seed(0)
                     if self.random:
                         np.random.set_state(self.random[-1])  # noqa: NPY002
-                        self._reset()
+                        self._reset(len(self.random) + 1)
                     self.random.append(np.random.get_state())  # noqa: NPY002
                 np.random.set_state(self.random[index])  # noqa: NPY002
-                self._reset()
+                self._reset(index + 2)
                 state = self.published[index]
         finally:
             np.random.set_state(before)  # noqa: NPY002
         self.inner.set_init_state(state)
 
-    def _reset(self) -> None:
+    def _reset(self, times: int) -> None:
+        """LIBERO's reset without building the model anew. What building it does besides is done here: the gripper's ramp begins at 0; and LIBERO
+        never empties its list of samplers of joints, which so draw once more with each build (`times`).
+        """
+        self.env.object_property_initializers = self.samplers * times
+        self.robot.gripper.current_action = np.zeros(self.robot.gripper.dof)
         with libero_install.quiet():
             self.inner.reset()
 
@@ -308,11 +315,12 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
 
     @property
     def inner(self) -> Any:
-        """LIBERO's own environment of the current task (a BDDLBaseDomain), to look at: whoever steps it breaks the promise of determinism.
+        """LIBERO's own environment of the current task (ControlEnv), to look at: whoever steps it breaks the promise of determinism.
 
-        What its simulation (`inner.sim`) says of positions and contacts is of the end of the last control step.
+        `inner.env` is its domain (BDDLBaseDomain), `inner.sim` its simulation, whose positions and contacts are those of the end of the last control
+        step.
         """
-        return self.scene(self.task).env
+        return self.scene(self.task).inner
 
     @property
     def poses(self) -> dict[str, NDArray[np.float64]]:

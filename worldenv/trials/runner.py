@@ -186,7 +186,9 @@ def _work(pipe: Connection, asked: Evaluation) -> None:
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # the other process has ended
     except Exception as error:
-        pipe.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        with contextlib.suppress(OSError):
+            pipe.send(("failed", f"{type(error).__name__}: {error}"))
+            traceback.print_exc()
 
 
 def _alone(asked: Evaluation, missing: Sequence[Start], bench: Bench | None) -> Generator[tuple[Trial, dict[str, str]], None, None]:
@@ -254,14 +256,15 @@ def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, 
             ready = wait([pipe for pipe, start in at.items() if start is not None])
             for pipe in [pipe for pipe in at if pipe in ready]:
                 start = at[pipe]
+                where = f"task {start.task}, state {start.index}" if start else ""
                 try:
                     kind, content = pipe.recv()
                 except (EOFError, ConnectionResetError) as error:
                     workers.processes[pipe].join(timeout=5)
                     code = workers.processes[pipe].exitcode
-                    raise TrialError(f"the process of episode {start} died (exit code {code}); the same command goes on from here") from error
+                    raise TrialError(f"{where}: its process died (exit code {code}); the same command goes on from here") from error
                 if kind == "failed":
-                    raise TrialError(f"episode {start}: {content}")
+                    raise TrialError(f"{where}: {content}")
                 if kind == "question":
                     assert bench is not None
                     pipe.send(bench.answer(content))

@@ -116,6 +116,10 @@ class Target:
     """-1 opens, +1 shuts."""
 
 
+def _up(height: float) -> Doubles:
+    return np.array([0.0, 0.0, height])
+
+
 def yaw_of(turn: Doubles) -> float:
     """Angle of the gripper's line between the fingers from world y [rad]; a half turn is the same."""
     x, y = turn[:2, 0]
@@ -163,7 +167,8 @@ _HAND_POINTS = np.array(
 def _hand_points(grasp: Grasp) -> Doubles:
     """(p, 3) points of the gripper at `grasp`, in the world."""
     s, c = np.sin(grasp.yaw), np.cos(grasp.yaw)
-    return grasp.place + _HAND_POINTS @ np.array([[-s, c, 0.0], [c, s, 0.0], [0.0, 0.0, 1.0]])
+    turned: Doubles = _HAND_POINTS @ np.array([[-s, c, 0.0], [c, s, 0.0], [0.0, 0.0, 1.0]])
+    return grasp.place + turned
 
 
 def grasps(scene: Scene, name: str, manner: Manner) -> list[Grasp]:
@@ -244,7 +249,7 @@ def _pick(scene: Scene, goal: Goal, manner: Manner) -> Target:
     if np.linalg.norm(off[:2]) < 0.006 * slack and abs(off[2]) < 0.008 * slack and turned < 0.1 * slack and scene.opening > 0.004:
         return Target(grasp.place, grasp.yaw, _SHUT)
     if closing and off[2] < 0.03 and np.linalg.norm(off[:2]) < 0.03:  # shut beside it: up before it opens, or it would close again here
-        return Target(scene.place + [0.0, 0.0, 0.05], grasp.yaw, _SHUT if scene.opening < 0.004 else _OPEN)
+        return Target(scene.place + _up(0.05), grasp.yaw, _SHUT if scene.opening < 0.004 else _OPEN)
     return _over(scene, grasp.place, grasp.yaw, scene.boxes, 0.0, manner, _OPEN)
 
 
@@ -289,9 +294,10 @@ def _place(scene: Scene, goal: Goal, manner: Manner) -> Target:
     if goal.where in scene.regions:
         region = scene.regions[goal.where]
         reach = np.abs(region.turn @ region.half)[:2]
-        if beyond(scene, place + [0.0, 0.0, 0.03]) > 0.0:  # into reach, as far as the region goes
+        far = beyond(scene, place + _up(0.03))
+        if far > 0.0:  # into reach, as far as the region goes
             inward = scene.base[:2] - place[:2]
-            shift = (beyond(scene, place + [0.0, 0.0, 0.03]) + 0.01) * inward / np.linalg.norm(inward)
+            shift = (far + 0.01) * inward / np.linalg.norm(inward)
             place[:2] += np.clip(shift, -np.maximum(reach - 0.03, 0.0), np.maximum(reach - 0.03, 0.0))
         if goal.predicate == "in":  # the palm does not enter, what is let go falls in
             walls = rest.of(region.owner)
@@ -320,16 +326,30 @@ def _turn_on(scene: Scene, goal: Goal, manner: Manner) -> Target:
     if np.linalg.norm(off[:2]) < 0.015 and off[2] < 0.015:
         if scene.opening < _KNOB_GRIPPED_M:
             return Target(place, yaw + _KNOB_TWIST, _SHUT)
-        if abs(turned) < 0.15 and off[2] < 0.008 or scene.opening < _OPENED:
+        if (abs(turned) < 0.15 and off[2] < 0.008) or scene.opening < _OPENED:
             return Target(place, yaw, _SHUT)
     return _over(scene, place, yaw, scene.boxes, 0.0, manner, _OPEN)
 
 
+def _in_turn(scene: Scene) -> list[tuple[Goal, bool]]:
+    """Goals and whether they hold, those of low objects before those of tall ones: the palm comes down beside what stands there already."""
+
+    def height(goal: Goal) -> int:
+        if goal.predicate not in ("on", "in"):
+            return 0
+        low, high = scene.boxes.of(goal.what).bounds(np.zeros(3), np.eye(3))
+        return round(float(high[2] - low[2]) / 0.05)
+
+    order = {"turnon": 0, "close": 2}
+    return sorted(zip(scene.goals, scene.met, strict=True), key=lambda one: (order.get(one[0].predicate, 1), height(one[0])))
+
+
 def next_target(scene: Scene, manner: Manner) -> Target:
-    """The skill that the scene asks for: of the first goal that does not hold, or whose object is still in the gripper."""
-    for goal, met in zip(scene.goals, scene.met, strict=True):
+    """The skill that the scene asks for: put down what is held, else the first goal that does not hold."""
+    for goal in scene.goals:
         if goal.predicate in ("on", "in") and scene.held == goal.what:
             return _place(scene, goal, manner)
+    for goal, met in _in_turn(scene):
         if met:
             continue
         if goal.predicate in ("on", "in"):
@@ -353,8 +373,8 @@ def steer(scene: Scene, target: Target, manner: Manner) -> NDArray[np.float32]:
 def _rotation_vector(turn: Doubles) -> Doubles:
     """Axis times angle (3,) of a rotation matrix [rad]."""
     axis = np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]])
-    sine, cosine = np.linalg.norm(axis) / 2, (np.trace(turn) - 1) / 2
-    return axis / (2 * max(sine, 1e-9)) * np.arctan2(sine, cosine)
+    sine, cosine = float(np.linalg.norm(axis)) / 2, float(np.trace(turn) - 1) / 2
+    return axis * (float(np.arctan2(sine, cosine)) / (2 * max(sine, 1e-9)))
 
 
 def command(env: Libero, variation: NDArray[np.float64]) -> NDArray[np.float32]:

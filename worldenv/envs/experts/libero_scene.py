@@ -34,7 +34,7 @@ class Goal:
 
 
 def parse_goals(state: Sequence[Sequence[str]]) -> tuple[Goal, ...]:
-    """Goals of a parsed BDDL `goal_state`, in the order in which they are reached: knobs first, before pots stand around; what is to be shut last.
+    """Goals of a parsed BDDL `goal_state`, in its order.
 
     ValueError for a predicate or number of arguments that no expert knows.
     """
@@ -43,7 +43,7 @@ def parse_goals(state: Sequence[Sequence[str]]) -> tuple[Goal, ...]:
         if PREDICATES.get(predicate.lower()) != len(arguments):
             raise ValueError(f"goal {predicate} {' '.join(arguments)}: experts know {', '.join(f'{p} with {n}' for p, n in PREDICATES.items())}")
         goals.append(Goal(predicate.lower(), *arguments))
-    return tuple(sorted(goals, key=lambda goal: {"turnon": 0, "close": 2}.get(goal.predicate, 1)))
+    return tuple(goals)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Boxes:
 
     def reach(self) -> Doubles:
         """(n, 3) half sizes of the upright boxes around them [m]."""
-        return np.einsum("nij,nj->ni", np.abs(self.turn), self.half)
+        reach: Doubles = np.einsum("nij,nj->ni", np.abs(self.turn), self.half)
+        return reach
 
     def bounds(self, place: Doubles, turn: Doubles) -> tuple[Doubles, Doubles]:
         """Lowest and highest corner (3,) of all boxes in the frame at `place` with axes `turn` [m]."""

@@ -98,7 +98,7 @@ class Desk:
         for task, view in enumerate(views):
             if not all(np.allclose(getattr(view, name), getattr(views[0], name), atol=1e-6) for name in ("intrinsics", "camera_to_world")):
                 first, other = self.env.tasks[0], self.env.tasks[task]
-                raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --settings.env.tasks")
+                raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --env.tasks")
         return views[0]
 
     def episodes(self, stage: Literal["demos", "explore"]) -> EpisodeSet:

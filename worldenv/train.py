@@ -98,7 +98,7 @@ class Desk:
         for task, view in enumerate(views):
             if not all(np.allclose(getattr(view, name), getattr(views[0], name), atol=1e-6) for name in ("intrinsics", "camera_to_world")):
                 first, other = self.env.tasks[0], self.env.tasks[task]
-                raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --settings.env.tasks")
+                raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --env.tasks")
         return views[0]
 
     def episodes(self, stage: Literal["demos", "explore"]) -> EpisodeSet:
@@ -614,6 +614,13 @@ def _notes(desk: Desk) -> list[str]:
         f"Memory is the sum of resident pages over the process tree, sampled; density: scale factor {settings.loop.scale_factor:g}, "
         f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
     ]
+    if settings.env.name != "tabletop":
+        own, shown = suites.step_limit(settings.env.name), settings.demos.per_task
+        notes.insert(0, (
+            f"Environment: {settings.env.name}, {len(desk.env.tasks)} of its tasks; {shown} scripted demonstrations a task; one view of "
+            f"{settings.env.image} px; step limit {settings.env.steps}, where published evaluations have {own}; LIBERO's published initial states, "
+            "in order."
+        ))  # fmt: skip
     if settings.loop.control != "none":
         notes.append(f"Control: loop.control={settings.loop.control}. This is not the method, but what it is compared with.")
     if not settings.loop.termination:

@@ -276,6 +276,11 @@ class Fitted:
     recorded: Mapping[str, Sequence[Any]]
     refits: int = 0
 
+    @property
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """For a record, by name: what ran each network."""
+        return {one.network.name: one.plain for one in self.choices}
+
     def refit(self) -> dict[str, Parity]:
         """Give the policy's engines its present weights, LoRA added to the pristine ones, and compare again.
 

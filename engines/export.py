@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import logging
 import re
 import shutil
 import struct
@@ -155,17 +156,17 @@ def _where(program: torch.export.ExportedProgram | None, operator: str) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    import logging
-
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "onnxscript")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def traced(module: nn.Module, recipe: EngineRecipe, given: tuple[torch.Tensor, ...] | None = None) -> torch.export.ExportedProgram:

@@ -80,6 +80,7 @@ def by_engines(eager: Plant, store: Store, tmp_path_factory: pytest.TempPathFact
     return Engined(plant(replica, SMALL_SIMULATOR, 3, 2), fitted, kept)
 
 
+@pytest.mark.slow
 def test_every_network_is_built_passes_parity_and_says_so_beside_its_plan(by_engines: Engined, store: Store) -> None:
     assert [one.network.name for one in by_engines.fitted.choices] == [*compiled.NAMES[3:5], *compiled.NAMES[:3], *compiled.NAMES[5:]]
     for one in by_engines.fitted.choices:
@@ -96,6 +97,7 @@ def test_every_network_is_built_passes_parity_and_says_so_beside_its_plan(by_eng
     assert json.loads(by_engines.kept.read_text()) == dict.fromkeys((one.network.name for one in by_engines.fitted.choices), "onnxruntime")
 
 
+@pytest.mark.slow
 def test_rollouts_by_engines_are_those_of_eager_to_rounding(eager: Plant, by_engines: Engined) -> None:
     for number, want in eager.want.items():
         ours, theirs = by_engines.plant.want[number].rollout(), want.rollout()
@@ -107,6 +109,7 @@ def test_rollouts_by_engines_are_those_of_eager_to_rounding(eager: Plant, by_eng
         assert float(moved.mean()) < 0.05  # a pixel in twenty may round to the next of 256 levels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "overlap", "workers"), [(1, "off", 1), (3, "auto", 1), (7, "always", 2), (16, "always", 4)])
 def test_rollouts_by_engines_do_not_depend_on_the_schedule(by_engines: Engined, slots: int, overlap: Any, workers: int) -> None:
     """Bit for bit, as eager's (test_rollout_bits)."""
@@ -139,6 +142,7 @@ def test_loop_learns_from_rollouts_by_engines_that_follow_its_weights(eager: Pla
         learner.check_ratio([flight.rollout() for flight in made.values()])
 
 
+@pytest.mark.slow
 def test_refit_goes_back_to_the_same_bits(by_engines: Engined) -> None:
     """A -> B -> A, and B is what eager computes with B."""
     for one in by_engines.fitted.choices[:2]:
@@ -222,6 +226,7 @@ def test_auto_takes_an_engine_only_where_it_is_faster(store: Store, monkeypatch:
     assert compiled.choose(network, ONNX, store, CPU, recorded(network)).engine.back_end == "onnxruntime"  # asked for by name
 
 
+@pytest.mark.slow
 def test_an_engine_that_drifts_in_a_closed_loop_is_not_used(by_engines: Engined, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """Right to two parts in a hundred thousand in a step, and still wrong after 16 chunks: then the whole simulator is eager."""
     simulator, _ = inside(by_engines.plant.replica.world)

@@ -203,8 +203,8 @@ def loop_inputs(simulator: Evac, frame: torch.Tensor, chunks: int = max(parity.L
     for _ in range(chunks):
         picture = torch.zeros(1, config.chunk, config.height, config.width, 3, dtype=torch.uint8)
         for step in range(config.chunk):
-            row, column = (int(torch.randint(0, side - 8, (1,), generator=generator)) for side in (config.height, config.width))
-            picture[0, step, row : row + 8, column : column + 8] = torch.tensor([255, 64, 64], dtype=torch.uint8)
+            row, column = (int(torch.randint(0, side // 2, (1,), generator=generator)) for side in (config.height, config.width))
+            picture[0, step, row : row + config.height // 8, column : column + config.width // 8] = torch.tensor([255, 64, 64], dtype=torch.uint8)
         maps.append(ActionMap(picture.to(device), normal(1, 6, *config.latent), normal(1, config.chunk, DELTA_DIM)))
     return LoopInputs(frame[None], maps, [normal(1, *simulator.noise_shape()) for _ in range(chunks)])
 
@@ -275,6 +275,11 @@ class Fitted:
     choices: list[Choice]
     recorded: Mapping[str, Sequence[Any]]
     refits: int = 0
+
+    @property
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """For a record, by name: what ran each network."""
+        return {one.network.name: one.plain for one in self.choices}
 
     def refit(self) -> dict[str, Parity]:
         """Give the policy's engines its present weights, LoRA added to the pristine ones, and compare again.

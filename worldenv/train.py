@@ -400,8 +400,8 @@ def loop(desk: Desk, stage: Stage) -> None:
         bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
     policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
     learner.export_adapter(stage.folder / "lora_adapter")
-    stage.metrics["engines"] = {one.network.name: one.plain for one in practice.engines.choices}
-    stage.timings["refit_s"] = {name: one.refit_s for name, one in refits.items()}
+    stage.metrics["engines"] = practice.engines.plain
+    stage.timings["refit"] = {name: one.plain() for name, one in refits.items()}
     stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history, "groups": groups}
     stage.timings["seconds_per_iteration"] = float(np.mean(seconds))
 
@@ -533,7 +533,7 @@ def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audi
         desk.replicas(policy, imagined), desk.env, reflector, contexts, seed=desk.seed, first_number=first,
         steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
     )  # fmt: skip
-    return pairs, {one.network.name: one.plain for one in engines.choices}
+    return pairs, engines.plain
 
 
 def _plain(pair: audit.Pair) -> dict[str, Any]:

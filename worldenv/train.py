@@ -615,9 +615,9 @@ def _notes(desk: Desk) -> list[str]:
         f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
     ]
     if settings.env.name != "tabletop":
-        own, shown = suites.step_limit(settings.env.name), settings.demos.per_task
+        own, per_task = suites.step_limit(settings.env.name), settings.demos.per_task
         notes.insert(0, (
-            f"Environment: {settings.env.name}, {len(desk.env.tasks)} of its tasks; {shown} scripted demonstrations a task; one view of "
+            f"Environment: {settings.env.name}, {len(desk.env.tasks)} of its tasks; {per_task} scripted demonstrations a task; one view of "
             f"{settings.env.image} px; step limit {settings.env.steps}, where published evaluations have {own}; LIBERO's published initial states, "
             "in order."
         ))  # fmt: skip

@@ -12,12 +12,13 @@ are measured anew: a row has a hash of their code, comments and docstrings apart
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.only in suite or args.only in names[suite][task]
             if (missing := tuple(i for i in range(args.episodes) if (suite, task, i) not in there))
         ]
-        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-            done = pool.imap_unordered(functools.partial(_measure, args.results, code), work)
+        measure = functools.partial(_measure, args.results, code)
+        done: Iterator[int]
+        with contextlib.ExitStack() as stack:
+            if args.processes > 1:
+                done = stack.enter_context(multiprocessing.get_context("spawn").Pool(args.processes)).imap_unordered(measure, work)
+            else:
+                done = map(measure, work)
             for _ in console.track(0, len(work), "tasks"):
                 next(done)
     rows = read(args.results, code)

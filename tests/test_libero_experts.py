@@ -67,7 +67,7 @@ class Toy:
         self.opening = float(np.clip(self.opening - 0.006 * np.sign(command[6]), 0.0, 0.08))
         if self.opening < 0.05 and np.linalg.norm(self.place - [0.096, 0.2, 0.032]) < 0.02 and self.goals[0].predicate == "turnon":
             self.opening, self.knob = max(self.opening, 0.024), self.knob + max(yaw_of(self.turn) - yaw, 0.0)
-        between = (np.abs(self.place[:2] - self.can[:2]) < 0.015).all() and abs(self.place[2] - self.can[2]) < CAN[2]
+        between = (np.abs(self.place[:2] - self.can[:2]) < 0.015).all() and abs(self.place[2] - self.can[2]) < 0.02
         if between and self.opening <= 2 * CAN[1]:
             self.opening, self.held = 2 * CAN[1], True
         if self.opening > 2 * CAN[1]:

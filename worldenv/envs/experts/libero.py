@@ -308,7 +308,7 @@ def _place(scene: Scene, goal: Goal, manner: Manner) -> Target:
     off = scene.place - place
     arrived = np.linalg.norm(off[:2]) < 0.015 and off[2] < slack and abs(_half_turn(yaw - yaw_of(scene.turn))) < 0.1
     met = scene.met[scene.goals.index(goal)]
-    if arrived or (met and (goal.predicate == "in" or off[2] < 0.03)):
+    if arrived or (met and off[2] < slack + 0.02):
         return Target(scene.place, yaw_of(scene.turn), _OPEN)
     return _over(scene, place, yaw, rest, hang, manner, _SHUT)
 

@@ -66,6 +66,7 @@ class Direct:
         """Drawing is what costs; nothing else of the observable changes."""
         sensor, black = observable._sensor, np.zeros((SIDE, SIDE, 3), np.uint8)
         observable._sensor = lambda cache: sensor(cache) if self.drawing else black
+        observable._sensor.__modality__ = sensor.__modality__
 
     def step(self, command: Any, draw: bool = True) -> None:
         self.drawing = draw

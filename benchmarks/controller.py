@@ -4,7 +4,9 @@
     python -m benchmarks.controller --measure FOLDER    fit on some scenes, measure on the others; the last line is JSON
 
 Random commands are what policies with noise do: smooth ones, smooth ones with Laplace noise, held ones, and some without rotation; all within
-reach and off the table. A path that is recorded is not recorded again, so a killed run goes on.
+reach and off the table. Expert paths that end in success count; one that fails presses on something it should not, of which the law knows
+nothing. In the fit each counts `EXPERT_TIMES` times: experts are brisk, and turn the hand at full speed, where torque limits are felt. A path
+that is recorded is not recorded again, so a killed run goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ FIT = ("libero_spatial:0", "libero_object:3", "libero_10:0")
 HELD_OUT = ("libero_goal:8", "libero_spatial:2", "libero_object:5")
 """Scenes that they are measured in."""
 KINDS = ("smooth", "noisy", "held", "straight", "expert")
+EXPERT_TIMES = 3
+"""How often an expert's transition counts in the fit."""
 _STEPS = 200
 _SPREAD = np.array([0.35, 0.35, 0.35, 0.05, 0.07, 0.06])  # of the published demonstrations' commands
 _REACH = np.array([0.18, 0.25, 0.12])  # [m] from where the arm begins
@@ -105,7 +109,23 @@ def _file(folder: Path, scene: str, kind: str) -> Path:
 
 
 def _paths(folder: Path, scenes: Sequence[str], kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
-    return [path for scene in scenes for kind in kinds for path in checkpoint.load(_file(folder, scene, kind))]
+    found = [path for scene in scenes for kind in kinds for path in checkpoint.load(_file(folder, scene, kind))]
+    return [path for path in found if path["kind"] != "expert" or path["success"]]
+
+
+def gripper_shares(paths: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Least squares of the empty gripper's law over all transitions of random motion."""
+    now, last, left = [], [], []
+    for path in paths:
+        ramp = [1.0]  # a path begins after ten steps that open it
+        for grip in path["command"][:, 6]:
+            ramp.append(min(max(ramp[-1] - PANDA.gripper_step * float(np.sign(grip)), 0.0), 1.0))
+        opening = path["gripper"]
+        now.append(np.array(ramp[1:]) - opening[:-1])
+        last.append(np.array(ramp[:-1]) - opening[:-1])
+        left.append(np.diff(opening))
+    (a, b), *_ = np.linalg.lstsq(np.stack([np.concatenate(now), np.concatenate(last)], axis=1), np.concatenate(left), rcond=None)
+    return float(a), float(b)
 
 
 def errors(model: ControllerModel, paths: Sequence[dict[str, Any]], horizon: int) -> dict[str, dict[str, float]]:
@@ -122,7 +142,8 @@ def errors(model: ControllerModel, paths: Sequence[dict[str, Any]], horizon: int
 
 def measure(folder: Path) -> dict[str, Any]:
     """Errors on held-out scenes: of constants fitted in the others, of the robot's stored ones, and of a law of single axes."""
-    known = _paths(folder, FIT)
+    random, expert = _paths(folder, FIT, KINDS[:-1]), _paths(folder, FIT, KINDS[-1:])
+    known = random + EXPERT_TIMES * expert
     parts = [path["pose"] for path in known], [path["command"] for path in known]
     single = dataclasses.replace(PANDA, coupling=None, holds_turn=False, gripper_shares=(1.0, 0.0))
     models = {"stored": ControllerModel.of(PANDA), "fitted": kinematics.fit(*parts, PANDA), "single axes": kinematics.fit(*parts, single)}
@@ -130,7 +151,11 @@ def measure(folder: Path) -> dict[str, Any]:
     for name, model in models.items():
         for data, kinds in (("expert", KINDS[-1:]), ("exploration", KINDS[:-1])):
             rows[f"{name}, {data}"] = {**errors(model, _paths(folder, HELD_OUT, kinds), 1), **errors(model, _paths(folder, HELD_OUT, kinds), 8)}
-    return {"fitted on": FIT, "measured on": HELD_OUT, "transitions": sum(map(len, parts[1])), "model": models["fitted"].to_dict(), "rows": rows}
+    counts = {name: sum(len(path["command"]) for path in paths) for name, paths in (("random", random), ("expert", expert))}
+    return {
+        "fitted on": FIT, "measured on": HELD_OUT, "transitions": counts, "model": models["fitted"].to_dict(), "rows": rows,
+        "gripper_shares": gripper_shares(random),
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

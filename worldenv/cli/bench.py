@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         rows = []
         for row in cases.run(args.case, setting, [word for word in args.only.split(",") if word]):
-            console.say(f"{row.case}: {'wrong numbers, ' + row.note if row.value is None else f'{row.value:.4g} {row.unit}'}")
+            unmeasured = f"wrong numbers, {row.note}" if row.parity == "fail" else row.note
+            console.say(f"{row.case}: {unmeasured if row.value is None else f'{row.value:.4g} {row.unit}'}")
             rows.append(row)
     except ValueError as error:
         print(f"worldenv-bench: {error}", file=sys.stderr)

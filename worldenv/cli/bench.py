@@ -33,6 +33,8 @@ class BenchArgs:
     """Of weights and activations; auto: bfloat16 on a GPU, else float32."""
     size: Literal["auto", "tiny", "published"] = "auto"
     """Networks of the tiny preset or of the published sizes, with random weights; auto: published on a GPU, else tiny."""
+    preset: Literal["", "tiny"] = ""
+    """With engines: this preset's networks, as --size tiny."""
     threads: int | None = None
     """Threads of one operation on the CPU; as many as torch chooses where not given."""
     only: Annotated[str, tyro.conf.arg(metavar="WORD,...")] = ""
@@ -82,12 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--threads {args.threads}: want at least 1")
             torch.set_num_threads(args.threads)
         setting = harness.Setting.on(
-            args.device, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), size=None if args.size == "auto" else args.size,
-            pairs=args.pairs, seconds=args.seconds,
+            args.device, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+            size=args.preset or (None if args.size == "auto" else args.size), pairs=args.pairs, seconds=args.seconds,
         )  # fmt: skip
         rows = []
         for row in cases.run(args.case, setting, [word for word in args.only.split(",") if word]):
-            console.say(f"{row.case}: {'wrong numbers, ' + row.note if row.value is None else f'{row.value:.4g} {row.unit}'}")
+            unmeasured = f"wrong numbers, {row.note}" if row.parity == "fail" else row.note
+            console.say(f"{row.case}: {unmeasured if row.value is None else f'{row.value:.4g} {row.unit}'}")
             rows.append(row)
     except ValueError as error:
         print(f"worldenv-bench: {error}", file=sys.stderr)

@@ -8,10 +8,12 @@ LIBERO's or robosuite's around it: the same number of MuJoCo's own steps, each w
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,12 @@ def measure(work: Callable[[], None]) -> tuple[float, float]:
     return STEPS / (time.perf_counter() - wall), STEPS / (time.process_time() - cpu)
 
 
+def _bare(model: Any, data: Any) -> None:
+    for _ in range(SUBSTEPS):
+        mujoco.mj_forward(model, data)
+        mujoco.mj_step(model, data)
+
+
 def rows(suite: str) -> list[dict[str, object]]:
     """One row per way of looking."""
     command = np.array([0.1, 0.0, -0.1, 0.0, 0.0, 0.0, -1.0])
@@ -41,14 +49,7 @@ def rows(suite: str) -> list[dict[str, object]]:
         wall, cpu = measure(lambda env=env: env.advance(command))  # type: ignore[misc]
         found.append({"suite": suite, "what": name, "steps_per_s": round(wall, 1), "steps_per_cpu_s": round(cpu, 1)})
         if not views:
-            model, data = env.inner.sim.model._model, env.inner.sim.data._data
-
-            def bare(model=model, data=data) -> None:
-                for _ in range(SUBSTEPS):
-                    mujoco.mj_forward(model, data)
-                    mujoco.mj_step(model, data)
-
-            wall, cpu = measure(bare)
+            wall, cpu = measure(functools.partial(_bare, env.inner.sim.model._model, env.inner.sim.data._data))
             found.insert(0, {"suite": suite, "what": "MuJoCo's steps alone", "steps_per_s": round(wall, 1), "steps_per_cpu_s": round(cpu, 1)})
         env.close()
     return found

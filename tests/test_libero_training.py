@@ -1,0 +1,42 @@
+"""The pipeline on LIBERO: what needs its assets. Whole runs are a command (docs/libero-training.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from worldenv import config, train
+from worldenv.data import lerobot, libero_hdf5
+from worldenv.data.episode import EpisodeSet
+from worldenv.run import RunError
+
+pytestmark = [pytest.mark.libero, pytest.mark.slow]
+
+
+def test_demonstrations_in_libero_are_of_the_chosen_task_and_go_into_every_format(tmp_path):
+    settings = config.fast(config.preset("libero"))
+    train.train(tmp_path / "run", settings, until="demos")
+    (episode,) = EpisodeSet(tmp_path / "run/stages/demos")
+    assert episode.instruction == "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    assert episode.success[-1]
+    assert episode.steps == episode.first_success + settings.demos.after_success
+    assert episode.camera.mirrored
+    assert episode.frame.shape[1:] == (64, 64, 3)
+    assert len({frame.tobytes() for frame in episode.frame}) > episode.first_success  # every frame is drawn
+    lerobot.write(tmp_path / "set", [episode])
+    assert next(lerobot.read(tmp_path / "set"))[1].content == episode.content
+    with libero_hdf5.writing(tmp_path / "demo.hdf5", episode.instruction) as add:
+        add(episode)
+    ((_, again),) = libero_hdf5.read(tmp_path / "demo.hdf5")
+    assert np.array_equal(again.frame, episode.frame)
+    assert np.array_equal(again.pose, episode.pose)
+
+
+def test_tasks_of_scenes_with_different_cameras_are_refused(tmp_path):
+    settings = config.fast(config.preset("libero"))
+    env = dataclasses.replace(settings.env, name="libero_10", tasks=(0, 2))  # a living room and a kitchen
+    desk = train.Desk(train.Run(tmp_path, dataclasses.replace(settings, env=env)))
+    with pytest.raises(RunError, match="different cameras"):
+        _ = desk.camera

@@ -384,5 +384,5 @@ def command(env: Libero, variation: NDArray[np.float64]) -> NDArray[np.float32]:
     """
     if env.task not in TASKS[env.suite]:
         raise ValueError(f"{env.suite}: no expert for task {env.task}, {env.tasks[env.task]!r}; there is one for tasks {TASKS[env.suite]}")
-    scene, manner = look(env.inner), Manner.of(variation)
+    scene, manner = look(env.inner.env), Manner.of(variation)
     return steer(scene, next_target(scene, manner), manner)

@@ -24,7 +24,7 @@ from small_policy import SMALL, statistics
 
 from worldenv import checkpoint, evaluation
 from worldenv.cli import eval as command_line
-from worldenv.config import EnvConfig
+from worldenv.config import EnvConfig, preset, to_dict
 from worldenv.data.collect import Start
 from worldenv.envs.contract import Snapshot
 from worldenv.envs.tabletop import Tabletop
@@ -412,6 +412,27 @@ def test_a_checkpoint_is_evaluated_and_knows_its_file(tmp_path, capsys):
     drawn = [*run[:-1], str(tmp_path / "drawn"), "--sample", "--seed", "3"]
     assert command_line.main(drawn) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["sampling"] == "sampled, seed 3"
+
+
+def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
+    """Its latest policy, its environment's pictures, limit and tasks, its demonstrations and its reflector."""
+    settings = preset("tiny")
+    env = dataclasses.replace(settings.env, image=48, steps=24, test_states=9)
+    settings = dataclasses.replace(settings, env=env, demos=dataclasses.replace(settings.demos, per_task=4))
+    (tmp_path / "run.json").write_text(json.dumps({"settings": to_dict(settings)}))
+    for stage, name in (("sft", "policy"), ("loop", "policy"), ("reward", "reflector")):
+        (tmp_path / "stages" / stage).mkdir(parents=True)
+        (tmp_path / "stages" / stage / f"{name}.safetensors").write_text(stage)
+    asked_for = command_line.RunArgs(str(tmp_path), "tabletop", "reflector")
+    with pytest.raises(ValueError, match="--episodes 150: there are 9 test states"):
+        command_line._evaluation(asked_for)
+    found, judge = command_line._evaluation(dataclasses.replace(asked_for, episodes=27, demonstrations=50))
+    assert (found.image, found.limit, found.demonstrations, found.env) == (48, 24, 4, env)
+    assert found.identity == checkpoint.file_hash(tmp_path / "stages" / "loop" / "policy.safetensors")
+    assert judge == tmp_path / "stages" / "reward" / "reflector.safetensors"
+    assert found.reflector == checkpoint.file_hash(judge)
+    elsewhere, _ = command_line._evaluation(command_line.RunArgs(str(tmp_path), "libero_goal"))
+    assert (elsewhere.image, elsewhere.limit, elsewhere.episodes, elsewhere.env) == (256, 300, 500, None)
 
 
 @pytest.mark.parametrize(

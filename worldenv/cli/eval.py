@@ -16,7 +16,9 @@ import tyro
 
 from worldenv import checkpoint
 from worldenv.cli.arguments import parse
+from worldenv.config import EnvConfig
 from worldenv.envs import suites
+from worldenv.envs.libero import TEST_STATES
 from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.evaluation import Protocol
@@ -40,7 +42,7 @@ class RunArgs:
     episodes: int | None = None
     """In all, spread over the tasks; by default 50 a task."""
     tasks: tuple[int, ...] = ()
-    """Only these; by default all (of an expert: all that it can do)."""
+    """Only these; by default those that the policy's run was about, all that an expert can do, or all."""
     out: Path | None = None
     """Folder of this evaluation; by default below runs/eval."""
     processes: int = 1
@@ -58,7 +60,7 @@ class RunArgs:
     views: int | None = None
     """Pictures that an OpenVLA-OFT directory was trained with; the published LIBERO models: 2."""
     image: int | None = None
-    """Side of the pictures [px]; LIBERO: 256."""
+    """Side of the pictures [px]; by default that of the policy's run, else 256 in LIBERO."""
     device: str = "auto"
     """Of networks: auto, cpu, cuda."""
 
@@ -119,15 +121,15 @@ def _device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def _tasks(asked: tuple[int, ...], suite: str, policy: str) -> tuple[int, ...]:
+def _tasks(asked: tuple[int, ...], suite: str, who: actors.Description) -> tuple[int, ...]:
     """Which tasks are evaluated. ValueError for one that is not there, or that the expert cannot do."""
-    count = 3 if suite == "tabletop" else 10
-    able = tuple(range(count))
-    if policy == "expert":
-        able = tuple(getattr(suites.expert(suite), "TASKS", {}).get(suite, able))
+    able = tuple(range(3 if suite == "tabletop" else 10))
+    if who.name == "expert" and suite != "tabletop":
+        able = suites.expert(suite).TASKS[suite]
     if odd := [task for task in asked if task not in able]:
-        raise ValueError(f"--tasks {odd[0]}: {f'the expert of {suite} does' if policy == 'expert' else f'{suite} has'} {', '.join(map(str, able))}")
-    return tuple(sorted(set(asked))) or able
+        raise ValueError(f"--tasks {odd[0]}: {f'the expert of {suite} does' if who.name == 'expert' else f'{suite} has'} {', '.join(map(str, able))}")
+    trained = who.env.tasks if who.env is not None and who.env.name == suite else ()
+    return tuple(sorted(set(asked))) or trained or able
 
 
 def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
@@ -142,13 +144,14 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     judge = (args.reflector or who.reflector) if args.mode == "reflector" else None
     if args.mode == "reflector" and (judge is None or not judge.is_file()):
         raise ValueError(f"--mode reflector: no reflector at {judge}; give --reflector FILE (reflector.safetensors of a run's stage reward)")
-    tasks = _tasks(args.tasks, args.suite, args.policy)
-    most = who.env.test_states if who.env and args.suite == "tabletop" else 200 if args.suite == "tabletop" else EPISODES_PER_TASK
+    tasks = _tasks(args.tasks, args.suite, who)
+    its = who.env if who.env is not None and who.env.name == args.suite else None
+    ours = its if args.suite == "tabletop" else None
+    most = (ours or EnvConfig()).test_states if args.suite == "tabletop" else TEST_STATES
     episodes = EPISODES_PER_TASK * len(tasks) if args.episodes is None else args.episodes
     if not 1 <= episodes <= most * len(tasks):
         raise ValueError(f"--episodes {episodes}: there are {most} test states for each of {len(tasks)} tasks; give 1 .. {most * len(tasks)}")
-    ours = who.env if who.env and args.suite == "tabletop" and who.env.name == "tabletop" else None
-    image = args.image or (ours.image if ours else suites.picture(args.suite))
+    image = args.image or (its.image if its else suites.picture(args.suite))
     limit = ours.steps if ours else suites.step_limit(args.suite)
     views = 0 if args.policy == "expert" else 1  # of a network: known when it is open
     return Evaluation(

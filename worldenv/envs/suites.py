@@ -54,9 +54,6 @@ def open_suite(suite: str, image: int, wrist: bool = False, pictures: bool = Tru
 
 
 def expert(suite: str) -> Any:
-    """The module with the scripted expert of `suite`: `command(env, variation)`, `VARIATION`. ValueError where there is none."""
-    name = "tabletop" if check(suite) == "tabletop" else "libero"
-    try:
-        return importlib.import_module(f"worldenv.envs.experts.{name}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{suite} has no scripted expert") from error
+    """The module with the scripted expert of `suite`: `command(env, variation)`, `VARIATION`; of LIBERO also `TASKS` by suite. ValueError if none."""
+    module = "tabletop" if check(suite) == "tabletop" else "libero"
+    return importlib.import_module(f"worldenv.envs.experts.{module}")

@@ -7,6 +7,9 @@ import pytest
 import torch
 from pusher import Pusher
 
+from worldenv import audit
+from worldenv.config import EnvConfig
+from worldenv.data.collect import Recorder
 from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.nouns import Context
@@ -79,3 +82,21 @@ def test_rollouts_end_at_true_success_whatever_the_slots(env):
         assert not any(done[:-1])
         assert (done[-1], rollout.value) == (rollout.stopped, float(rollout.stopped))
     assert 0 < sum(rollout.stopped for rollout in one) < 12
+
+
+def test_episodes_of_unequal_length_are_imagined_in_one_batch():
+    """In the true environment, what is imagined is what was: of 13 and of 8 steps, neither of them a multiple of 5."""
+    env = Tabletop(EnvConfig(image=16, train_states=3))
+    recorders = []
+    for index, steps in ((0, 13), (2, 8)):
+        recorder = Recorder(1, "train", index, [env.begin(1, "train", index)])
+        for t in range(steps):
+            recorder.commands.append(np.full(7, 0.3 - 0.05 * t, np.float32))
+            recorder.moments.append(env.advance(recorder.commands[-1]))
+        recorders.append(recorder)
+    episodes = [recorder.episode(env, "test") for recorder in recorders]
+    world = TrueWorld(env, CPU, every_frame=True)
+    for batch in (1, 2):
+        imagined = audit.imagine_episodes(world, episodes, batch, 5, "imagine")
+        assert [len(frames) for frames in imagined] == [14, 9]
+        assert all(np.array_equal(frames, episode.frame) for frames, episode in zip(imagined, episodes, strict=True))

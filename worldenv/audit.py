@@ -52,20 +52,22 @@ def psnr(ours: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
 def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chunk: int, label: str) -> list[NDArray[np.uint8]]:
     """Each episode's commands in `world`, from its first frame: that frame and the imagined ones (T + 1, H, W, 3), in order.
 
-    `batch` episodes at a time; `label` names the progress bar.
+    `batch` episodes at a time, the shorter ones prolonged by their last command to whole chunks, of which nothing is kept; `label` names the
+    progress bar.
     """
     out: list[NDArray[np.uint8]] = []
     for n in console.track(0, math.ceil(len(episodes) / batch), label):
         start = n * batch
         some = episodes[start : start + batch]
-        command = torch.from_numpy(np.stack([e.command for e in some]))
+        longest = chunk * math.ceil(max(e.steps for e in some) / chunk)
+        command = torch.from_numpy(np.stack([np.pad(e.command, ((0, longest - e.steps), (0, 0)), mode="edge") for e in some]))
         scenes = world.begin([_context(e) for e in some], range(start, start + len(some)))
         parts = [np.stack([e.frame[:1] for e in some])]
         for first in range(0, command.shape[1], chunk):
             made = advance(world, scenes, command[:, first : first + chunk])
             scenes = [one.after for one in made]
             parts.append(torch.stack([one.frames for one in made]).cpu().numpy())
-        out += list(np.concatenate(parts, axis=1))
+        out += [frames[: e.steps + 1] for frames, e in zip(np.concatenate(parts, axis=1), some, strict=True)]
     return out
 
 

@@ -103,9 +103,10 @@ def _plain_policy(policy: OpenVLAOFT, name: str) -> Callable[[], nn.Module]:
         with torch.device("meta"):
             network = PolicyNetwork(policy.config)
         network.load_state_dict(lora.merged(policy.network), assign=True)
+        module = policy_graphs.graphs(network)[name].eval()
         if name == policy_backbone.NAME:  # a refit gives all weights of a graph, and no others
             del network.action_head, network.scale_head
-        return policy_graphs.graphs(network)[name].eval()
+        return module
 
     return plain
 

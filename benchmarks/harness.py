@@ -94,8 +94,9 @@ class Row:
     """The largest that is accepted."""
 
     def plain(self) -> dict[str, Any]:
-        """For programs."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if not one.metadata.get("table")}
+        """For programs; what only engines have stands in their rows alone."""
+        own = ("engine", "max_rel_error", "tolerance") if self.engine is None else ()
+        return {one.name: getattr(self, one.name) for one in fields(self) if not one.metadata.get("table") and one.name not in own}
 
 
 Variants = Mapping[str, Callable[[], Row]]

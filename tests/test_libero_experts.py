@@ -114,8 +114,7 @@ def test_knobs_come_first_and_low_things_before_tall_ones() -> None:
     goals = (ON, Goal("on", "box", "plate"))
     bodies = {**scene.bodies, "box": Body("box", np.array([0.1, -0.3, 0.01]), np.eye(3))}
     scene = dataclasses.replace(scene, boxes=merged, bodies=bodies, goals=goals, met=(False, False))
-    np.testing.assert_allclose(next_target(scene, MIDDLE).yaw, best_grasp(scene, goals[1], MIDDLE).yaw)
-    assert next_target(scene, MIDDLE).place[1] < -0.05
+    np.testing.assert_allclose(next_target(scene, MIDDLE).place[:2], best_grasp(scene, goals[1], MIDDLE).place[:2])
 
 
 @pytest.mark.parametrize("goal", [ON, IN, TURN], ids=lambda goal: goal.predicate)

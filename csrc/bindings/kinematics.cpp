@@ -51,7 +51,8 @@ py::tuple follow_arms(const Doubles& state, const Doubles& command, const Contro
     throw py::value_error("follow: want state (B, 25) of the same B as command");
   }
   std::vector<ArmState> arms(static_cast<std::size_t>(rows));
-  for (std::size_t row = 0; row < arms.size(); ++row) read(state.data() + kState * static_cast<py::ssize_t>(row), arms[row]);
+  for (std::size_t row = 0; row < arms.size(); ++row)
+    read(state.data() + kState * static_cast<py::ssize_t>(row), arms[row]);
   Doubles path_pose({rows, steps, py::ssize_t{7}}), path_gripper({rows, steps}), end({rows, kState});
   const double* in = command.data();
   double *pose = path_pose.mutable_data(), *gripper = path_gripper.mutable_data();

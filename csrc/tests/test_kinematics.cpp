@@ -146,7 +146,8 @@ void axes_that_are_coupled_move_each_other() {
   REQUIRE(near(state.velocity[2], -0.3 * 0.05 * 0.5) && near(state.velocity[4], 2.0 * 0.003 + 2.0 * 0.005 * 0.7));
 }
 
-// A turn of 0.5 rad is asked for once and made little by little where the controller holds it, and breaks off where not.
+// A turn of 0.5 rad is asked for once and made little by little where the controller holds it, and breaks off where
+// not.
 void a_turn_that_is_held_is_made_in_the_end() {
   for (const bool holds : {false, true}) {
     ControllerModel model = free_model();

@@ -1,6 +1,6 @@
 """Other people's formats: what is written is read, bit for bit where the format allows; published files by their own rules; damage is named.
 
-Tried against wrong versions, each found here: observation and action of LIBERO's files paired by the same row; the last row's command kept;
+Meant to find; nine of these were tried, and found: observation and action of LIBERO's files paired by the same row; the last row's command kept;
 pictures turned about one axis; q and -q mixed up; axis-angle wrapped at pi; no-ops compared with the last command instead of the last kept;
 frames taken by position in a video that several episodes share; the last frame of a neighbour; a mask that drops the last observation.
 """

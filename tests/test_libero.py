@@ -1,8 +1,8 @@
 """LIBERO through our environment, against LIBERO called directly: states, observations, pixels, success, cameras, limits.
 
-Tried against wrong versions of the code, each found here: a gripper's ramp that outlives its episode; LIBERO's own growing list of samplers left
-out, so that fixtures stand elsewhere; an observation's clock or a controller's goal that `restore` forgets; frames that are not mirrored; a
-picture's middle half a pixel off.
+Found here when they were there: a gripper's ramp that outlived its episode; LIBERO's own growing list of samplers left out, so that fixtures stood
+elsewhere. Meant to find as well: an observation's clock or a controller's goal that `restore` forgets; frames that are not mirrored; a picture's
+middle half a pixel off.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Evaluation in a folder: protocols, processes, killed runs, pairs; LeRobot's policies behind their process; who can be evaluated at all.
 
-Tried against wrong versions of the code, each found here: a reflector's stop one observation late; a last chunk that runs past the limit; success
+Meant to find: a reflector's stop one observation late; a last chunk that runs past the limit; success
 at the limit read at any time; a half-written line taken for an episode; an episode made twice; a worker that is given two episodes at once.
 """
 

@@ -217,6 +217,7 @@ def test_the_measured_version_is_that_of_the_code_and_not_of_its_comments(tmp_pa
         assert (libero_experts.version() == before) is same
 
 
+@pytest.mark.slow  # of make check, which sets LIBERO up before
 @pytest.mark.libero
 @pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 2), ("libero_object", 0), ("libero_goal", 7), ("libero_10", 5)])
 def test_an_episode_of_each_suite(suite: libero.Suite, task: int) -> None:

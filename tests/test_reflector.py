@@ -22,7 +22,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import LLAVA_ONEVISION, LLAVA_VOCAB, ReflectorConfig
-from worldenv.reflector import cache, flops, frames, judge, llava, prompt, weights
+from worldenv.reflector import cache, flops, frames, graphs, judge, llava, prompt, weights
 from worldenv.reflector.contract import Reflector
 from worldenv.reflector.head import RewardHead
 from worldenv.reflector.judge import LlavaReflector
@@ -458,7 +458,7 @@ def test_wrong_readings_differ_from_transformers(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(inner.vision_tower.encoder, "forward", normalised)
     else:
         monkeypatch.setattr(
-            inner, "apply_pooling", lambda x: nn.functional.interpolate(x.unflatten(1, (3, 3)).permute(0, 3, 1, 2), size=2).flatten(2).mT
+            reflector.llava.runs[graphs.VISION], "_pooling", lambda x: nn.functional.interpolate(x.unflatten(1, (3, 3)).permute(0, 3, 1, 2), size=2).flatten(2).mT
         )
     wrong = reflector.embed(INSTRUCTIONS[:1], [clip]).answer[0]
     assert (wrong - hidden[-1]).abs().max() > 1e-3

@@ -98,6 +98,7 @@ def example() -> dict[str, Any]:
         },
         "loop": {
             "returns": [0.4, 0.42, 0.47],
+            "engines": {"simulator_unet": {"back_end": "eager"}},
             "seconds_per_iteration": 34.0,
             "curve": [{"iteration": 5 * i, **tally([20 + i, 24, 22 - i], 50)} for i in range(3)],
             "metrics": [{"imagined_success": 0.5, "clip_fraction": 0.1 * i, "ratio_max": 1.3, "kl": 0.01 * 9**i} for i in range(3)],

@@ -457,9 +457,11 @@ def test_wrong_readings_differ_from_transformers(monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(inner.vision_tower.encoder, "forward", normalised)
     else:
-        monkeypatch.setattr(
-            reflector.llava.runs[graphs.VISION], "_pooling", lambda x: nn.functional.interpolate(x.unflatten(1, (3, 3)).permute(0, 3, 1, 2), size=2).flatten(2).mT
-        )
+
+        def nearest(x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.interpolate(x.unflatten(1, (3, 3)).permute(0, 3, 1, 2), size=2).flatten(2).mT
+
+        monkeypatch.setattr(reflector.llava.runs[graphs.VISION], "_pooling", nearest)
     wrong = reflector.embed(INSTRUCTIONS[:1], [clip]).answer[0]
     assert (wrong - hidden[-1]).abs().max() > 1e-3
 

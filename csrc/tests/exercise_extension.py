@@ -31,9 +31,11 @@ def answers(core: Any, number: int) -> list[np.ndarray]:
             out.append(getattr(core, name)(number, words, words, words, 1, count))
     for rows, steps in ((0, 3), (1, 0), (7, 33)):
         command = np.sin(np.arange(rows * steps * 7, dtype=np.float64) + number).reshape(rows, steps, 7)
-        pose = np.tile([0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 1.0], (rows, 1))
+        upright = [0.0, 0.0, 0.0, 1.0]
+        state = np.tile([0.1, 0.2, 0.3, *upright, 1.0, *[0.0] * 12, *upright, 1.0], (rows, 1))
         law = (np.full(6, 0.1), np.full(6, 0.6), np.full(6, 0.5), 0.125, np.full(3, -0.5), np.full(3, 0.5))
-        out += core.follow(pose, np.ones(rows), np.zeros((rows, 6)), command, *law)
+        for more in ((None, False, 1.0, 0.0), (np.full((6, 18), 1e-3), True, 0.6, 0.2)):
+            out += core.follow(state, command, core.ControllerModel(*law, *more))
     return out + scheduled(core, number)
 
 
@@ -86,7 +88,7 @@ def main() -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    for bad in (lambda: core.philox_bits(0, np.zeros(3), *[np.zeros(2, np.uint32)] * 2, 1, 4), lambda: core.follow(*[np.zeros((2, 7))] * 10)):
+    for bad in (lambda: core.philox_bits(0, np.zeros(3), *[np.zeros(2, np.uint32)] * 2, 1, 4), lambda: core.follow(*[np.zeros((2, 7))] * 3)):
         try:
             bad()
         except (TypeError, ValueError):

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 
-PROGRAM = "import os, sys, worldenv.cli; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+PROGRAM = "import os, sys, worldenv.cli; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
 
 
 def said(**environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     return subprocess.run([sys.executable, "-c", PROGRAM], env=kept | environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_threads_wait_passively_unless_the_environment_says_otherwise() -> None:
-    assert said() == "False passive"  # once torch is there, it would be too late
-    assert said(OMP_WAIT_POLICY="active") == "False active"
+def test_threads_spin_briefly_unless_the_environment_says_otherwise() -> None:
+    assert said() == "False 10000"  # once torch is there, it would be too late
+    assert said(OMP_WAIT_POLICY="active") == "False None"
+    assert said(GOMP_SPINCOUNT="7") == "False 7"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from worldenv import _core, config, kinematics, noise, run, train
+from worldenv import _core, config, kinematics, noise, run
 from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
 from worldenv.benchmarks.plan_costs import Affine, fitted
@@ -27,6 +27,7 @@ from worldenv.reflector import weights as reflectors
 from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform
 from worldenv.rollout.store import differing
 from worldenv.simulator.evac import Evac
+from worldenv.stages.desk import Desk
 from worldenv.world import ImaginedWorld, Made, Scene, advance, ended_at, observe
 
 THRESHOLD = 0.5
@@ -132,7 +133,7 @@ def _random(args: RolloutArgs, tiny: config.RunConfig, env: Tabletop) -> tuple[R
 
 
 def _of_run(args: RolloutArgs, folder: Path) -> tuple[Replica, float, list[Context]]:
-    desk = train.Desk(run.Run(folder, run.settings_of(folder), leads=False))
+    desk = Desk(run.Run(folder, run.settings_of(folder), leads=False))
     reflector, policy, tasks = desk.reflector(), desk.policy("scale"), len(desk.env.tasks)
     policy.scale_factor = desk.settings.loop.scale_factor
     contexts = [desk.context(n % tasks, n // tasks) for n in range(-(-args.rollouts // args.group))]

@@ -30,7 +30,7 @@ from worldenv.cli.arguments import parse
 from worldenv.data.episode import Episode
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.run import Run, settings_of
-from worldenv.train import Desk
+from worldenv.stages.desk import Desk
 
 OURS, NO_MAPS, NO_EXTRA = "simulator", "without action maps", "without extra data"
 COPY, COPY_BEFORE, CEILING = "copy of the given frame", "copy of the true frame before", "autoencoder (ceiling)"

@@ -8,7 +8,7 @@ The first form is a whole run of `worldenv-train` with one part taken out by nam
 there has done with the same settings are taken over; in the true simulator no world model is trained. The second trains what a user would try
 first instead of LOOP: fine-tuning for twice as long, on the demonstrations or on these and the successes of the exploration. Every form pairs
 the result with the fine-tuned policy on the same test states, and adds one row to benchmarks/results/learns.jsonl. --table prints all rows, and
-pools seeds.
+pools seeds; then successes by what ends an episode, and how often the judge is fooled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,8 @@ from worldenv.evaluation import Outcomes
 from worldenv.learning import sft
 from worldenv.policy import weights as policies
 from worldenv.run import Run
+from worldenv.stages.desk import Desk
+from worldenv.stages.policy import begun_policy
 
 RESULTS = Path(__file__).parent / "results" / "learns.jsonl"
 
@@ -61,7 +62,7 @@ class LearnsArgs:
     results: Path = RESULTS
     """Where rows are added."""
     table: bool = False
-    """Print the rows that there are, and nothing else."""
+    """Print what the rows that there are say, and nothing else."""
 
 
 def variant(args: LearnsArgs) -> str:
@@ -100,14 +101,14 @@ def until_first_success(episode: Episode) -> Episode:
 def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
     """Fine-tune for twice as many steps, from scratch as stage sft does, and pair it with stage sft's policy on stage eval's test states."""
     settings = settings_for(dataclasses.replace(args, instead=None))
-    desk = train.Desk(Run(base, settings))
+    desk = Desk(Run(base, settings))
     episodes = list(desk.episodes("demos"))
     if args.instead == "exploration-demos":
         episodes += [until_first_success(e) for e in desk.episodes("explore") if e.success.any() and not e.success[0]]
     before = Outcomes.from_tree(checkpoint.load(base / "stages" / "eval" / "outcomes.safetensors")["sft"])
     folder = args.runs / f"seed-{args.seed}" / f"{args.instead}-policy"
     folder.mkdir(parents=True, exist_ok=True)
-    policy, _ = train.begun_policy(desk, episodes, lambda part: checkpoint.Savepoint(folder / f"{part}.savepoint"))
+    policy, _ = begun_policy(desk, episodes, lambda part: checkpoint.Savepoint(folder / f"{part}.savepoint"))
     longer = dataclasses.replace(settings.sft, steps=2 * settings.sft.steps)
     fitted = sft.sft(policy, episodes, desk.env.robot, longer, desk.seed, checkpoint.Savepoint(folder / "fit.savepoint"))
     policies.save(folder / "policy.safetensors", policy)
@@ -123,7 +124,7 @@ def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
 
 def _true_simulator(args: LearnsArgs, out: Path) -> dict[str, Any]:
     """LOOP where nothing is imagined: stages up to loop without a world model, then both policies by the predicate on stage eval's test states."""
-    desk = train.Desk(Run(out, settings_for(args)))
+    desk = Desk(Run(out, settings_for(args)))
     chosen, steps = evaluation.starts(desk.env, desk.settings.eval.episodes), desk.settings.env.steps
     policies_by = {"sft": desk.policy("scale"), "loop": desk.policy("loop")}
     outcomes = {
@@ -181,17 +182,63 @@ def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**count, "episodes": episodes, **evaluation.paired(before, after)}
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """All rows as Markdown, newest of each (variant, settings, seed), and a pooled line where a variant has several seeds."""
-    newest = {(row["variant"], row["settings"], row["seed"]): row for row in rows}
-    by_variant: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in newest.values():
+def _newest(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """By variant, the newest row of each (settings, seed), by seed and then by age; a file's rows stand in the order in which they were added."""
+    newest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    order = dict[str, None]()
+    for row in rows:
+        order[row["variant"]] = None
+        newest.pop(key := (row["variant"], row["settings"], row["seed"]), None)
+        newest[key] = row
+    by_variant: dict[str, list[Mapping[str, Any]]] = {variant: [] for variant in order}
+    for row in sorted(newest.values(), key=lambda row: int(row["seed"])):
         by_variant[row["variant"]].append(row)
+    return by_variant
+
+
+def _one_per_seed(some: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return list({row["seed"]: row for row in some}.values())
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """All rows as Markdown: newest of each (variant, settings, seed), and a pooled line of the newest of each seed where a variant has several."""
     lines = ["| what | seed | fine-tuned | after | points (95 %) | gained, lost | p | commit |", "|---|---|---|---|---|---|---|---|"]
-    for name, some in by_variant.items():
-        some.sort(key=lambda row: row["seed"])
+    for name, some in _newest(rows).items():
         lines += [_line(name, str(row["seed"]), pool([row]), row["commit"][:7]) for row in some]
-        lines += [_line(f"**{name}**", "pooled", pool(some), "")] if len(some) > 1 else []
+        last = _one_per_seed(some)
+        lines += [_line(f"**{name}**", "pooled", pool(last), "")] if len(last) > 1 else []
+    return "\n".join(lines)
+
+
+_ENDS = {"oracle": "by the predicate", "limit": "at the step limit", "reflector": "by the reflector"}
+
+
+def table_of_ends(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The paper's Table 3 as Markdown, with the cell that it lacks: successes by what ends an episode; seeds added up, the newest row of each."""
+    lines = ["| what | seeds | policy | " + " | ".join(f"ended {said}" for said in _ENDS.values()) + " |", "|---|---|---|---|---|---|"]
+    for name, some in _newest(rows).items():
+        last = [row for row in _one_per_seed(some) if all(end in row["eval"][which] for which in ("sft", "loop") for end in _ENDS)]
+        for which, said in (("sft", "fine-tuned"), ("loop", "after")):
+            cells = [[row["eval"][which][end] for row in last] for end in _ENDS]
+            counts = [f"{sum(one['successes'] for one in cell)}/{sum(one['episodes'] for one in cell)}" for cell in cells]
+            lines += [f"| {name} | {len(last)} | {said} | " + " | ".join(counts) + " |"] if last else []
+    return "\n".join(lines)
+
+
+def table_of_verdicts(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Is the judge fooled, and more so after LOOP? As Markdown: imagined rollouts against the true outcome of the same actions, seeds added up."""
+    lines = ["| what | seeds | policy | rollouts | imagined successes | true | true failures imagined as successes | true successes missed |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for name, some in _newest(rows).items():
+        last = [row for row in _one_per_seed(some) if "outcome_agreement_loop" in row.get("world", {})]
+        for which, said in (("sft", "fine-tuned"), ("loop", "after")):
+            found = [row["world"][f"outcome_agreement_{which}"] for row in last]
+            n, imagined, true, fooled, missed = (
+                sum(one[key] for one in found)
+                for key in ("episodes", "imagined_successes", "true_successes", "false_positives", "false_negatives")
+            )
+            cells = (name, len(last), said, n, imagined, true, f"{fooled} of {n - true}", missed)
+            lines += ["| " + " | ".join(str(cell) for cell in cells) + " |"] if last else []
     return "\n".join(lines)
 
 
@@ -214,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.learns: {error}", file=sys.stderr)
         return 2
     if args.table:
-        print(table(json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()))
+        rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+        print("\n\n".join(made(rows) for made in (table, table_of_ends, table_of_verdicts)))
         return 0
     row = measure(args)
     if not args.fast:

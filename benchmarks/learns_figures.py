@@ -21,13 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from worldenv import audit, checkpoint, report, train
+from worldenv import audit, checkpoint, report
 from worldenv.cli.arguments import parse
 from worldenv.data.collect import act_out
 from worldenv.evaluation import Outcomes
 from worldenv.nouns import Context
 from worldenv.policy import weights as policies
 from worldenv.run import Run, settings_of
+from worldenv.stages.desk import Desk
 
 _SHOWN = 9
 """Frames of a strip."""
@@ -136,7 +137,7 @@ def _strip(rows: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.floating] | N
 
 def after_success(run: Path, path: Path) -> str:
     """A test episode of the post-trained policy, else of the fine-tuned one, that succeeds where the reflector ends it and fails at the limit."""
-    desk = train.Desk(Run(run, settings_of(run)))
+    desk = Desk(Run(run, settings_of(run)))
     stored = checkpoint.load(run / "stages" / "eval" / "outcomes.safetensors")
     for name, stage in (("loop", "loop"), ("sft", "scale")):
         outcomes = Outcomes.from_tree(stored[name])

@@ -19,6 +19,7 @@ from worldenv.envs.chosen import ChosenTasks
 from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.tabletop import Tabletop
 from worldenv.run import Run, RunError
+from worldenv.stages.desk import Desk
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_a_run_of_one_task_demonstrates_that_task_alone(tmp_path):
 
 
 def test_tasks_that_are_seen_by_different_cameras_are_named(tmp_path, monkeypatch):
-    desk = train.Desk(Run(tmp_path, config.fast(config.TINY)))
+    desk = Desk(Run(tmp_path, config.fast(config.TINY)))
     seen = desk.env.camera_of(0)
     assert desk.camera is not None
     del desk.__dict__["camera"]

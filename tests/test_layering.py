@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     *("_core", "nouns", "config", "noise", "checkpoint", "console", "kernels", "robots", "kinematics", "action_map", "context", "engines"),
     *("policy", "simulator", "reflector", "compiled", "world", "gym", "envs", "data", "rollout", "learning", "evaluation", "audit", "distributed"),
-    *("report", "run", "train", "trials", "doctor", "cli"),
+    *("report", "run", "stages", "train", "trials", "doctor", "cli"),
 )
 
 # They are given something to call, and do not know what runs it.

@@ -49,6 +49,37 @@ def test_the_table_keeps_every_seed_and_the_newest_row_of_each():
     assert f"{again['eval']['loop']['oracle']['successes']}/80" in lines[0]
 
 
+def test_a_seed_that_was_measured_with_two_settings_is_pooled_once():
+    old, new, other = {**row(0, *drawn(0)), "settings": "old"}, row(0, *drawn(5)), row(1, *drawn(1))
+    lines = learns.table([old, new, other]).splitlines()[2:]
+    assert len(lines) == 4
+    both = learns.pool([new, other])
+    assert f"| {both['sft']}/160 | {both['loop']}/160 |" in lines[-1]
+
+
+def test_ends_and_verdicts_are_added_up_over_seeds():
+    def more(seed, counts):
+        found = row(seed, *drawn(seed))
+        for which, some in zip(("sft", "loop"), counts, strict=True):
+            for end, n in zip(("oracle", "limit", "reflector"), some, strict=True):
+                found["eval"][which][end] = {"successes": n, "episodes": 80, "interval": [0.0, 1.0]}
+            found.setdefault("world", {})[f"outcome_agreement_{which}"] = {
+                "episodes": 10, "imagined_successes": some[0] // 10, "true_successes": some[1] // 10, "false_positives": some[2] // 10,
+                "false_negatives": seed,
+            }  # fmt: skip
+        return found
+
+    rows = [more(0, [(10, 20, 30), (40, 50, 60)]), more(1, [(11, 22, 33), (44, 55, 66)]), row(0, *drawn(3), variant="true-simulator")]
+    assert learns.table_of_ends(rows).splitlines()[2:] == [
+        "| method | 2 | fine-tuned | 21/160 | 42/160 | 63/160 |",
+        "| method | 2 | after | 84/160 | 105/160 | 126/160 |",
+    ]
+    assert learns.table_of_verdicts(rows).splitlines()[2:] == [
+        "| method | 2 | fine-tuned | 20 | 2 | 4 | 6 of 16 | 1 |",
+        "| method | 2 | after | 20 | 8 | 10 | 12 of 10 | 1 |",
+    ]
+
+
 def test_switches_reach_the_settings_and_name_the_variant():
     args = LearnsArgs(seed=4, control="shuffle", no_extra_data=True, no_termination=True)
     settings = learns.settings_for(args)

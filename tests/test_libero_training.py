@@ -10,7 +10,8 @@ import pytest
 from worldenv import config, train
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.episode import EpisodeSet
-from worldenv.run import RunError
+from worldenv.run import Run, RunError
+from worldenv.stages.desk import Desk
 
 pytestmark = [pytest.mark.libero, pytest.mark.slow]
 
@@ -37,6 +38,6 @@ def test_demonstrations_in_libero_are_of_the_chosen_task_and_go_into_every_forma
 def test_tasks_of_scenes_with_different_cameras_are_refused(tmp_path):
     settings = config.fast(config.preset("libero"))
     env = dataclasses.replace(settings.env, name="libero_10", tasks=(0, 2))  # a living room and a kitchen
-    desk = train.Desk(train.Run(tmp_path, dataclasses.replace(settings, env=env)))
+    desk = Desk(Run(tmp_path, dataclasses.replace(settings, env=env)))
     with pytest.raises(RunError, match="different cameras"):
         _ = desk.camera

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldenv import config, train
+from worldenv import config
 from worldenv.checkpoint import Savepoint
 from worldenv.config import DemosConfig, EnvConfig
 from worldenv.data.collect import demonstrate
@@ -25,6 +25,8 @@ from worldenv.envs.tabletop import MOST_JITTER_M, NOMINAL, PUCK_HALF, initial_st
 from worldenv.learning import sft
 from worldenv.policy.vision import VisionTower
 from worldenv.run import Run
+from worldenv.stages import policy as policy_stages
+from worldenv.stages.desk import Desk
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +88,10 @@ def test_a_tower_begins_with_positions_as_strong_as_what_it_sees():
 def test_a_policy_that_begins_from_reaching_is_told_of_the_demonstrations(tmp_path):
     fast = config.fast(config.TINY)
     settings = dataclasses.replace(fast, sft=dataclasses.replace(fast.sft, batch=4, prior_per_task=2, prior_steps=3))
-    desk = train.Desk(Run(tmp_path / "run", settings))
+    desk = Desk(Run(tmp_path / "run", settings))
     demonstrate(desk.env.whole, pusher, pusher.VARIATION, 32, DemosConfig(per_task=1), 0, tmp_path / "demos")
     shown = list(EpisodeSet(tmp_path / "demos"))
-    policy, metrics = train.begun_policy(desk, shown, lambda part: Savepoint(tmp_path / part))
+    policy, metrics = policy_stages.begun_policy(desk, shown, lambda part: Savepoint(tmp_path / part))
     assert (metrics["prior"]["steps"], metrics["prior"]["chunks"]) == (3, 6 * (reaching.STEPS - policy.chunk + 1))
     fresh = sft.untrained(settings.policy, shown, desk.env.tasks, desk.env.robot, 0, desk.device)
     assert str(policy.statistics) == str(fresh.statistics)
@@ -99,6 +101,6 @@ def test_a_policy_that_begins_from_reaching_is_told_of_the_demonstrations(tmp_pa
     for instruction in (*desk.env.tasks, "move the gripper over the red puck"):
         assert policy.tokenizer.ids(instruction)
     without = dataclasses.replace(settings, sft=dataclasses.replace(settings.sft, prior_steps=0))
-    untouched, nothing = train.begun_policy(train.Desk(Run(tmp_path / "other", without)), shown, lambda part: Savepoint(tmp_path / part))
+    untouched, nothing = policy_stages.begun_policy(Desk(Run(tmp_path / "other", without)), shown, lambda part: Savepoint(tmp_path / part))
     assert nothing == {}
     assert torch.equal(untouched.network.action_head.model.fc1.weight, fresh.network.action_head.model.fc1.weight)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worldenv import noise, train
+from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import PRESETS, ReflectorConfig, RewardConfig
 from worldenv.data.episode import Episode
@@ -25,6 +25,7 @@ from worldenv.learning.reward_head import Labelled, auc, calibration_error, fit_
 from worldenv.reflector import weights
 from worldenv.reflector.frames import shown
 from worldenv.reflector.judge import LlavaReflector
+from worldenv.stages import reward
 
 INSTRUCTIONS = ("move the square to the right side", "push the square to the right")
 SMALL = ReflectorConfig(
@@ -215,7 +216,7 @@ def test_a_published_backbone_stays_as_it_is_and_gets_a_head(tmp_path: Path) -> 
     settings = replace(PRESETS["tiny"], reflector=like, reward=chosen)
     desk = SimpleNamespace(settings=settings, device=torch.device("cpu"), seed=0, env=SimpleNamespace(tasks=INSTRUCTIONS))
     stage = SimpleNamespace(metrics={}, savepoint=lambda name: Savepoint(tmp_path / name))
-    made = train._llava(desk, stage, TRAIN[:20], [one.frame for one in TRAIN[:20]])  # type: ignore[arg-type]
+    made = reward.fitted_llava(desk, stage, TRAIN[:20], [one.frame for one in TRAIN[:20]])  # type: ignore[arg-type]
     assert made.config == replace(SMALL, sampler="stable_dyadic", frames=4, head_width=like.head_width, threshold=like.threshold)
     assert made.head is not None
     assert made.llava.model.dtype == torch.bfloat16

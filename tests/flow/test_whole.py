@@ -14,7 +14,7 @@ import pytest
 
 from worldenv import checkpoint, report
 from worldenv.rollout.store import RolloutStore
-from worldenv.train import REPLAY_NUMBERS
+from worldenv.stages.desk import REPLAY_NUMBERS
 
 FAST = ["--preset", "tiny", "--fast"]
 STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]

@@ -20,6 +20,7 @@ from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.learning import processes
 from worldenv.rollout.collect import RolloutError
+from worldenv.stages.replay import replay
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         if args.replay is not None:
-            found = train.replay(args.out, settings, args.replay)
+            found = replay(args.out, settings, args.replay)
             print(json.dumps(found, allow_nan=False))
             return 0 if found["bit_equal"] else 1
         with distributed.joined():

@@ -1,0 +1,138 @@
+"""What every stage can reach: the run's settings, its device, the true environment, and what earlier stages left."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from worldenv import checkpoint, compiled, config, noise
+from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.engines.store import Store
+from worldenv.envs import suites
+from worldenv.envs.chosen import ChosenTasks
+from worldenv.envs.contract import TrueEnvironment
+from worldenv.kinematics import ControllerModel
+from worldenv.nouns import Camera, Context
+from worldenv.policy import weights as policies
+from worldenv.policy.contract import Policy
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.reflector import weights as reflectors
+from worldenv.reflector.classifier import ClassifierReflector
+from worldenv.reflector.contract import Judge
+from worldenv.reflector.judge import LlavaReflector
+from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
+from worldenv.run import Run, RunError
+from worldenv.simulator import weights as simulators
+from worldenv.simulator.evac import Evac
+from worldenv.world import ImaginedWorld, World
+
+LOOP_NUMBERS, REPLAY_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 3 << 30
+"""First rollout numbers of LOOP, of the audit and of what engines are compared on; exploration counts from 0. Numbers are the second half of
+noise keys: no two alike."""
+
+
+def open_env(settings: config.EnvConfig) -> ChosenTasks:
+    """The true environment that `settings` name, with the tasks that they choose."""
+    whole: TrueEnvironment = suites.open_suite(settings.name, settings.image, config=settings)
+    return ChosenTasks(whole, settings.tasks)
+
+
+class Desk:
+    """What every stage can reach: settings, device, the environment, and what earlier stages left."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.settings, self.seed = run, run.settings, run.settings.seed
+        wanted = self.settings.device
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+    @functools.cached_property
+    def env(self) -> ChosenTasks:
+        return open_env(self.settings.env)
+
+    @functools.cached_property
+    def camera(self) -> Camera:
+        """agentview, which all tasks of a run share: the simulator learns to draw one view."""
+        views = [self.env.camera_of(task) for task in range(len(self.env.tasks))]
+        for task, view in enumerate(views):
+            if not all(np.allclose(getattr(view, name), getattr(views[0], name), atol=1e-6) for name in ("intrinsics", "camera_to_world")):
+                first, other = self.env.tasks[0], self.env.tasks[task]
+                raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --env.tasks")
+        return views[0]
+
+    def episodes(self, stage: Literal["demos", "explore"]) -> EpisodeSet:
+        return EpisodeSet(self.run.folder(stage))
+
+    @functools.cached_property
+    def explored(self) -> tuple[list[Episode], list[Episode]]:
+        """Exploration for training, and held out."""
+        episodes = list(self.episodes("explore"))
+        held = max(1, round(self.settings.explore.held_out * len(episodes)))
+        order = np.argsort(noise.bits(self.seed, 0, 0, 0, noise.Stream.HOLD_OUT, len(episodes)), kind="stable")
+        chosen = set(order[:held].tolist())
+        return [e for i, e in enumerate(episodes) if i not in chosen], [e for i, e in enumerate(episodes) if i in chosen]
+
+    def policy(self, stage: Literal["sft", "scale", "loop"]) -> OpenVLAOFT:
+        return policies.load(self.run.folder(stage) / "policy.safetensors", self.device)
+
+    @functools.cached_property
+    def controller(self) -> ControllerModel:
+        return ControllerModel.from_dict(json.loads((self.run.folder("world") / "controller.json").read_text()))
+
+    def simulator(self) -> Evac:
+        path = self.run.folder("world") / "simulator.safetensors"
+        return simulators.from_tree(checkpoint.load(path), str(path)).to(self.device)
+
+    def reflector(self) -> LlavaReflector | ClassifierReflector:
+        return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(self.device)
+
+    def world(self, reflector: Judge | None, simulator: Evac | None = None) -> ImaginedWorld:
+        simulator = self.simulator() if simulator is None else simulator
+        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, simulator.config.latent, self.seed, self.device)
+
+    def fit_engines(self, folder: Path, policy: OpenVLAOFT, world: World, simulator: Evac | None, reflector: Judge | None) -> compiled.Fitted:
+        """Engines for the networks of rollouts of `policy` in `world`, in their places; what was taken is kept in stage folder `folder`."""
+        settings, engines = self.settings, self.settings.engines
+        if simulator is None:  # the true environment is most of such a rollout
+            engines = dataclasses.replace(engines, back_end="eager")
+        precision = compiled.precision_of(engines, self.device)
+        networks = compiled.of_policy(policy, precision)
+        networks += compiled.of_simulator(simulator, precision) if simulator is not None else []
+        networks += compiled.of_reflector(reflector, precision)
+        tasks = len(self.env.tasks)
+        jobs = [Assignment(RECORD_NUMBERS + n, n, self.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
+
+        def rollouts() -> None:
+            with self.flights(policy, world, math.inf) as flights:
+                list(flights.fly(jobs))
+
+        store = Store(self.run.out / "engines", int(engines.limit_gb * 1e9))
+        return compiled.fitted(networks, rollouts, engines, store, self.device, folder / "engines.json", simulator)
+
+    def flights(self, policy: Policy, world: World, threshold: float, keep_frames: bool = False) -> Flights:
+        """On this run's schedule."""
+        return Flights(
+            self.replicas(policy, world), seed=self.seed, steps=self.settings.env.steps, threshold=threshold, schedule=self.schedule,
+            keep_frames=keep_frames,
+        )  # fmt: skip
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of every rollout in this run."""
+        loop = self.settings.loop
+        return Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap)
+
+    def replicas(self, policy: Policy, world: World) -> list[Replica]:
+        """One for each worker: on a CPU all share the networks."""
+        return [Replica(policy, world)] * self.schedule.workers(self.device, world)
+
+    def context(self, task: int, index: int) -> Context:
+        """Training state `index` of `task`."""
+        now = self.env.begin(task, "train", index)
+        return Context(self.env.tasks[task], task, index, now.frame, now.pose, now.gripper)

@@ -1,0 +1,95 @@
+"""Stage eval: success in the true environment before and after LOOP, and imagined against true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldenv import audit, checkpoint, compiled, evaluation
+from worldenv.data.episode import Episode
+from worldenv.nouns import Context
+from worldenv.policy import weights as policies
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.reflector.contract import Judge
+from worldenv.run import Stage
+from worldenv.stages.desk import REPLAY_NUMBERS, Desk
+from worldenv.world import ImaginedWorld
+
+
+def evaluate(desk: Desk, stage: Stage) -> None:
+    """Greedy success in the true environment before and after LOOP, on the same test states; imagined against true."""
+    settings, reflector = desk.settings, desk.reflector()
+    eta, chosen = reflector.config.threshold, evaluation.starts(desk.env, settings.eval.episodes)
+    outcomes = {
+        name: evaluation.evaluate(policy, desk.env, chosen, settings.env.steps, reflector, eta, desk.device, f"eval {name}")
+        for name, policy in (("sft", desk.policy("scale")), ("loop", desk.policy("loop")))
+    }
+    checkpoint.save(stage.folder / "outcomes.safetensors", {name: one.tree() for name, one in outcomes.items()})
+    stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
+    stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
+    stage.metrics["curve"] = _curve(desk)
+    stage.metrics["world"] = _fidelity(desk, desk.world(reflector), desk.explored[1])
+    for i, name in enumerate(("sft", "loop")):
+        pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
+        stage.metrics.setdefault("engines", {})[name] = engines
+        stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
+        checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
+
+
+def _curve(desk: Desk) -> list[dict[str, Any]]:
+    """Greedy success in the true environment by LOOP iteration, from the copies that stage loop kept; 0 is the policy that it started from."""
+    chosen = evaluation.starts(desk.env, min(desk.settings.eval.curve_episodes, desk.settings.eval.episodes))
+    kept = [(0, desk.run.folder("scale") / "policy.safetensors")]
+    kept += [(int(path.stem.rpartition("-")[2]), path) for path in sorted(desk.run.folder("loop").glob("policy-*.safetensors"))]
+    rows = []
+    for iteration, path in kept:
+        policy = policies.load(path, desk.device)
+        outcome = evaluation.evaluate(policy, desk.env, chosen, desk.settings.env.steps, None, 1.0, desk.device, f"eval iteration {iteration}")
+        rows.append({"iteration": iteration, **outcome.tally(desk.env.tasks)["oracle"]})
+    return rows
+
+
+def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) -> dict[str, Any]:
+    """PSNR by chunk on held-out exploration: imagined, the first frame repeated, and the autoencoder's own reconstruction as ceiling."""
+    chunk, reconstruct = desk.settings.policy.chunk, desk.simulator().reconstruct
+    ours = [frames[1:] for frames in audit.imagine_episodes(imagined, episodes, desk.settings.loop.slots, chunk, "imagine held-out")]
+    still = [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes]
+    ceiling = [reconstruct(torch.from_numpy(e.frame[1:]).to(desk.device)).cpu().numpy() for e in episodes]
+    by = {"psnr_by_chunk": ours, "psnr_copy_first_by_chunk": still, "psnr_ceiling_by_chunk": ceiling}
+    return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, episodes, chunk) for name, frames in by.items()}}
+
+
+def audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name: str) -> tuple[ImaginedWorld, compiled.Fitted]:
+    """An imagined world for `policy` and stage eval's engines in it; `name` is of sft or loop."""
+    policy.scale_factor = desk.settings.loop.scale_factor
+    simulator = desk.simulator()
+    imagined = desk.world(reflector, simulator)
+    (folder / name).mkdir(exist_ok=True)
+    return imagined, desk.fit_engines(folder / name, policy, imagined, simulator, reflector)
+
+
+def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audit.Pair], dict[str, Any]]:
+    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true; and what ran the imagined ones."""
+    policy, reflector = desk.policy("scale" if name == "sft" else "loop"), desk.reflector()
+    imagined, engines = audited(desk, policy, reflector, folder, name)
+    tasks, states = len(desk.env.tasks), desk.env.states("train")
+    contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
+    pairs = audit.replay(
+        desk.replicas(policy, imagined), desk.env, reflector, contexts, seed=desk.seed, first_number=first,
+        steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
+    )  # fmt: skip
+    return pairs, engines.plain
+
+
+def _plain(pair: audit.Pair) -> dict[str, Any]:
+    context = {f.name: getattr(pair.context, f.name) for f in fields(pair.context)}
+    return {**{f.name: getattr(pair, f.name) for f in fields(pair)}, "context": context}
+
+
+def replayed_pairs(path: Path) -> list[audit.Pair]:
+    return [audit.Pair(**{**tree, "context": Context(**tree["context"])}) for tree in checkpoint.load(path)]

@@ -1,0 +1,119 @@
+"""Stage loop: Algorithm 1 of the paper (arXiv:2509.24948, section 4.4)."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from worldenv import compiled, console, noise
+from worldenv.engines.parity import Parity
+from worldenv.envs.true_world import TrueWorld
+from worldenv.learning.loop.update import Learner
+from worldenv.nouns import Context
+from worldenv.policy import weights as policies
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.reflector.contract import Judge
+from worldenv.rollout.collect import Assignment
+from worldenv.rollout.store import RolloutStore
+from worldenv.run import Stage
+from worldenv.simulator.evac import Evac
+from worldenv.stages.desk import LOOP_NUMBERS, Desk
+from worldenv.world import World
+
+
+def contexts_of(desk: Desk, iteration: int) -> list[Context]:
+    """The start states of one LOOP iteration: spread over the tasks, training states only."""
+    loop, tasks = desk.settings.loop, desk.env.tasks
+    pool = [(e.task, e.state_index) for e in desk.episodes("demos").entries]
+    if loop.context_states == "train":
+        pool = [(task, index) for task in range(len(tasks)) for index in range(desk.env.states("train"))]
+    chosen = []
+    for n in range(loop.contexts):
+        mine = [state for state in pool if state[0] == (iteration * loop.contexts + n) % len(tasks)]
+        draw = noise.integers(desk.seed, noise.Stream.CONTEXT, iteration * loop.contexts + n, len(mine), 1)
+        chosen.append(desk.context(*mine[int(draw[0])]))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Practice:
+    """Where LOOP's rollouts happen."""
+
+    world: World
+    threshold: float
+    """A score above it ends a rollout."""
+    engines: compiled.Fitted
+
+
+def practice_of(desk: Desk, policy: OpenVLAOFT, folder: Path) -> Practice:
+    """For `policy`, with engines as stage loop in `folder` took them, or takes them now."""
+    simulator: Evac | None = None
+    reflector: Judge | None = None
+    if desk.settings.loop.control == "true-simulator":
+        world: World = TrueWorld(desk.env, desk.device)
+        threshold = 0.5
+    else:
+        simulator, reflector = desk.simulator(), desk.reflector()
+        world, threshold = desk.world(reflector, simulator), reflector.config.threshold
+    engines = desk.fit_engines(folder, policy, world, simulator, reflector)
+    return Practice(world, threshold if desk.settings.loop.termination else math.inf, engines)
+
+
+def _snapshot(stage: Stage, iterations: int) -> Path:
+    return stage.folder / f"policy-{iterations:04d}.safetensors"
+
+
+def loop(desk: Desk, stage: Stage) -> None:
+    """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
+    settings = desk.settings.loop
+    learner = Learner(desk.policy("scale"), settings, desk.seed)
+    savepoint = stage.savepoint("iterations")
+    history: list[dict[str, float]] = []
+    groups: list[dict[str, list[float]]] = []
+    seconds: list[float] = []
+    if (kept := savepoint.load()) is not None:
+        learner.load_tree(kept["learner"])
+        history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
+    practice = practice_of(desk, learner.policy, stage.folder)
+    per, refits = settings.contexts * settings.group, dict[str, Parity]()
+    for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
+        began = time.monotonic()
+        store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")
+        made = {rollout.number for rollout in store.rollouts}
+        contexts = contexts_of(desk, iteration)
+        jobs = [
+            Assignment(LOOP_NUMBERS + iteration * per + n, iteration * settings.contexts + n // settings.group, contexts[n // settings.group])
+            for n in range(per)
+        ]
+        jobs = [job for job in jobs if job.number not in made]
+        refits = practice.engines.refit()
+        with desk.flights(learner.policy, practice.world, practice.threshold) as flights:
+            for flight in flights.fly(jobs):
+                store.add(flight.rollout())
+        collected = time.monotonic()
+        metrics = learner.update(store.rollouts, iteration)
+        returns = np.array([rollout.value for rollout in sorted(store.rollouts, key=lambda r: r.number)]).reshape(-1, settings.group)
+        history.append({
+            "return": float(np.mean(returns)),
+            "imagined_success": float(np.mean([r.stopped for r in store.rollouts])),
+            "spread": float(np.mean(np.std(returns, axis=1))),
+            **metrics,
+        })  # fmt: skip
+        groups.append({"mean": returns.mean(axis=1).tolist(), "low": returns.min(axis=1).tolist(), "high": returns.max(axis=1).tolist()})
+        seconds.append(time.monotonic() - began)
+        stage.timings["rollouts_per_second"] = len(jobs) / max(collected - began, 1e-9)
+        if settings.snapshot_every and (iteration + 1) % settings.snapshot_every == 0:
+            policies.save(_snapshot(stage, iteration + 1), learner.policy, learner.merged())
+        savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds})
+        store.discard()
+        bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
+    policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
+    learner.export_adapter(stage.folder / "lora_adapter")
+    stage.metrics["engines"] = practice.engines.plain
+    stage.timings["refit"] = {name: one.plain() for name, one in refits.items()}
+    stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history, "groups": groups}
+    stage.timings["seconds_per_iteration"] = float(np.mean(seconds))

@@ -1,0 +1,111 @@
+"""Stages demos, sft, scale and explore: a policy from a few demonstrations, and what it does in the true environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worldenv.checkpoint import Savepoint
+from worldenv.config import DemosConfig, RunConfig
+from worldenv.data import collect as data
+from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.envs import suites
+from worldenv.envs.chosen import ChosenTasks
+from worldenv.envs.experts import reaching as reach
+from worldenv.envs.reaching import STEPS as REACHING_STEPS
+from worldenv.envs.reaching import Reaching
+from worldenv.learning import processes, scale_head, sft
+from worldenv.policy import lora
+from worldenv.policy import weights as policies
+from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.run import Stage
+from worldenv.stages.desk import Desk, open_env
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """The scripted expert of a suite, which looks into the environment itself."""
+
+    suite: str
+
+    def command(self, env: ChosenTasks, variation: NDArray[np.float64]) -> NDArray[np.float32]:
+        """See `data.Expert`."""
+        command: NDArray[np.float32] = suites.expert(self.suite).command(env.whole, variation)
+        return command
+
+
+def demos(desk: Desk, stage: Stage) -> None:
+    """A scripted expert shows every task a few times."""
+    settings = desk.settings
+    expert, variation = _Expert(settings.env.name), suites.expert(settings.env.name).VARIATION
+    stage.metrics |= data.demonstrate(desk.env, expert, variation, settings.env.steps, settings.demos, desk.seed, stage.folder)
+
+
+def begun_policy(desk: Desk, episodes: Sequence[Episode], savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
+    """What fine-tuning on `episodes` begins from, and the metrics of its prior: a published policy, or random weights that learn to reach first."""
+    settings, env = desk.settings, desk.env
+    if settings.sft.start:
+        return sft.pretrained(settings.policy, settings.sft, episodes, env.robot, desk.seed, desk.device), {}
+    if not settings.sft.prior_steps:
+        return sft.untrained(settings.policy, episodes, env.tasks, env.robot, desk.seed, desk.device), {}
+    reaching = Reaching(settings.env, 2 * settings.sft.prior_per_task)
+    with tempfile.TemporaryDirectory() as folder:  # every process makes its own, the same: they are quicker made than read
+        shown = DemosConfig(per_task=settings.sft.prior_per_task)
+        data.demonstrate(reaching, reach, reach.VARIATION, REACHING_STEPS, shown, desk.seed, Path(folder) / "prior")
+        seen = list(EpisodeSet(Path(folder) / "prior"))
+    reaching.close()
+    policy = sft.untrained(settings.policy, seen, (*env.tasks, *reaching.tasks), env.robot, desk.seed, desk.device)
+    learning = dataclasses.replace(settings.sft, steps=settings.sft.prior_steps, lr=settings.sft.prior_lr, lora_rank=0)
+    metrics = sft.sft(policy, seen, env.robot, learning, desk.seed, savepoint("prior"), "prior")
+    return sft.retold(policy, episodes, env.robot), {"prior": metrics}
+
+
+def fit_policy(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
+    episodes = list(desk.episodes("demos"))
+    policy, prior = begun_policy(desk, episodes, savepoint)
+    return policy, prior | sft.sft(policy, episodes, desk.env.robot, desk.settings.sft, desk.seed, savepoint("fit"))
+
+
+def fine_tune(desk: Desk, stage: Stage) -> None:
+    """The policy imitates the demonstrations; of several processes, all take part."""
+    processes.agreed("sft")
+    policy, metrics = fit_policy(desk, stage.savepoint)
+    stage.metrics |= metrics
+    policies.save(stage.folder / "policy.safetensors", policy, lora.merged(policy.network))
+    if desk.settings.sft.lora_rank:
+        lora.Adapter.of(policy.network).write(stage.folder / "lora_adapter")
+
+
+def scale(desk: Desk, stage: Stage) -> None:
+    """The scale head learns how far off the policy is."""
+    policy, episodes = desk.policy("sft"), list(desk.episodes("demos"))
+    stage.metrics |= scale_head.fit_scale_head(policy, episodes, desk.env.robot, desk.settings.scale, desk.seed, stage.savepoint("fit"))
+    policies.save(stage.folder / "policy.safetensors", policy)
+
+
+def explore(desk: Desk, stage: Stage) -> None:
+    """The policy acts with its noise in the true environment, past success."""
+    settings, policy = desk.settings.explore, desk.run.folder("scale") / "policy.safetensors"
+    if settings.processes == 1:
+        _explore_part(desk.env, policy, desk.settings, stage.folder, desk.device, (0, 1))
+    else:
+        data.explore_apart(functools.partial(_explore_apart, policy, desk.settings, stage.folder, desk.device), settings.processes)
+    stage.metrics |= data.explored(len(desk.env.tasks), settings, stage.folder)
+
+
+def _explore_part(env: ChosenTasks, policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:
+    data.explore(env, policies.load(policy, device), settings.env.steps, settings.explore, settings.seed, out, device, part)
+
+
+def _explore_apart(policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:
+    """One of several processes: its own scene, its own copy of the policy."""
+    _explore_part(open_env(settings.env), policy, settings, out, device, part)

@@ -1,0 +1,88 @@
+"""One stored rollout, made again alone and compared bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worldenv.checkpoint import Savepoint
+from worldenv.config import RunConfig
+from worldenv.learning.loop.update import Learner
+from worldenv.policy.contract import Policy
+from worldenv.rollout.collect import Assignment, Flight
+from worldenv.rollout.store import RolloutStore, differing
+from worldenv.run import Run, RunError, savepoint_path
+from worldenv.stages.desk import LOOP_NUMBERS, REPLAY_NUMBERS, Desk
+from worldenv.stages.evaluate import audited, replayed_pairs
+from worldenv.stages.loop import contexts_of, practice_of
+from worldenv.world import World
+
+
+def replay(out: Path, settings: RunConfig, number: int) -> dict[str, Any]:
+    """Make rollout `number` of the run in `out` once more, alone, and compare it with the stored one.
+
+    Stored are those of LOOP's iteration that is under way, and stage eval's imagined ones. Returns what is JSON-ready: rollout, of, steps,
+    differs (names of what is not bit-equal), largest_score_difference. Raises RunError where the rollout is not stored, and as the stages do.
+    """
+    desk = Desk(Run(out, settings))
+    per = settings.report.replays
+    if REPLAY_NUMBERS <= number < REPLAY_NUMBERS + 2 * per:
+        made, stored, differs, of = _replayed_pair(desk, number, *divmod(number - REPLAY_NUMBERS, per))
+    else:
+        made, stored, differs, of = _replayed_rollout(desk, number)
+    same_steps = made.shape == stored.shape
+    return {
+        "rollout": number, "of": of, "steps": len(made), "bit_equal": not differs, "differs": differs,
+        "largest_score_difference": float((made - stored).abs().max()) if same_steps else None,
+    }  # fmt: skip
+
+
+def _replayed_pair(desk: Desk, number: int, which: int, row: int) -> tuple[torch.Tensor, torch.Tensor, list[str], str]:
+    """Scores (T,) made and stored, what differs, and where the stored one lies."""
+    name, reflector = ("sft", "loop")[which], desk.reflector()
+    path = desk.run.folder("eval") / f"replays-{name}.safetensors"
+    if not path.is_file():
+        raise RunError(f"rollout {number} is one of stage eval, which has not been done in {desk.run.out}")
+    pair, policy = replayed_pairs(path)[row], desk.policy("scale" if name == "sft" else "loop")
+    policy.scale_factor = desk.settings.loop.scale_factor
+    imagined, _ = audited(desk, policy, reflector, desk.run.folder("eval"), name)
+    made = _alone(desk, policy, imagined, math.inf, Assignment(number, 0, pair.context))
+    command, score = torch.cat([query.command for query in made.queries]).cpu().numpy(), made.rollout().score.flatten()
+    parts: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+        "command": (command, pair.command), "frames": (made.frames().numpy(), pair.imagined), "score": (score.numpy(), pair.imagined_score),
+    }  # fmt: skip
+    differs = [part for part, (ours, theirs) in parts.items() if not np.array_equal(ours, theirs)]
+    return score, torch.from_numpy(pair.imagined_score), differs, str(path)
+
+
+def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tensor, list[str], str]:
+    """As `_replayed_pair`, of the iteration of LOOP that is under way."""
+    settings, folder = desk.settings.loop, desk.run.folder("loop")
+    kept = Savepoint(savepoint_path(folder, "iterations")).load()
+    iteration = 0 if kept is None else len(kept["history"])
+    path = folder / f"iteration-{iteration:04d}.log"
+    stored = {one.number: one for one in RolloutStore(path).rollouts} if path.is_file() else {}
+    if number not in stored:
+        under_way = f"{min(stored)} .. {max(stored)} (LOOP's iteration {iteration}, under way), " if stored else ""
+        eval_last = REPLAY_NUMBERS + 2 * desk.settings.report.replays - 1
+        raise RunError(f"rollout {number} is not stored in {desk.run.out}: there are {under_way}{REPLAY_NUMBERS} .. {eval_last} (stage eval)")
+    learner = Learner(desk.policy("scale"), settings, desk.seed)
+    if kept is not None:
+        learner.load_tree(kept["learner"])
+    practice = practice_of(desk, learner.policy, folder)
+    practice.engines.refit()
+    context = contexts_of(desk, iteration)[(number - LOOP_NUMBERS) % (settings.contexts * settings.group) // settings.group]
+    made = _alone(desk, learner.policy, practice.world, practice.threshold, Assignment(number, stored[number].group, context)).rollout()
+    return made.score[made.live], stored[number].score[stored[number].live], differing(made, stored[number]), str(path)
+
+
+def _alone(desk: Desk, policy: Policy, world: World, threshold: float, job: Assignment) -> Flight:
+    """One rollout without any other."""
+    with desk.flights(policy, world, threshold, keep_frames=True) as flights:
+        (flight,) = flights.fly([job])
+    return flight

@@ -714,6 +714,14 @@ def test_commit_is_that_of_the_source_tree(tmp_path: Path, monkeypatch: pytest.M
     assert commit_seen_from(tmp_path) == head
     (tmp_path / "new.txt").write_text("a run's folder may lie in the tree")
     assert commit_seen_from(tmp_path) == head
+    rows = tmp_path / "benchmarks" / "results" / "rows.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("{}\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "third")
+    head = git("rev-parse", "HEAD")
+    rows.write_text("{}\n{}\n")
+    assert commit_seen_from(tmp_path) == head  # one more row
     (tmp_path / "tracked.txt").write_text("two")
     assert commit_seen_from(tmp_path) == f"{head}+dirty"
     monkeypatch.setenv("GIT_DIR", "/no/such/repository")

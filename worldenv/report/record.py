@@ -54,6 +54,7 @@ def versions(renderer: str | None = None) -> dict[str, str]:
 def commit() -> str:
     """The commit (40 hex digits) of the source tree that runs, with "+dirty" where tracked files differ from it; else "unknown".
 
+    Rows below benchmarks/results do not count: that a benchmark wrote one does not change what the next one measures.
     Unknown: no git, no repository, or one that does not track this file, such as a project in whose .venv worldenv is installed.
     """
     root = Path(__file__).resolve().parents[2]
@@ -66,7 +67,8 @@ def commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", str(Path(__file__).resolve().relative_to(root)))
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

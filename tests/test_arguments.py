@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
-from worldenv.cli.arguments import parse
+from worldenv.cli.arguments import device_of, parse
 from worldenv.config import TINY, RunConfig
 
 
@@ -38,3 +39,11 @@ def test_a_mistake_is_one_line(argv: list[str], says: str) -> None:
 def test_what_may_be_below_zero_or_nothing_still_may() -> None:
     config = parse("worldenv-train", RunConfig, TINY, ["--world.curriculum-begin", "-1", "-2", "--world.steps", "0", "--sft.lr", "0"])
     assert config.world == dataclasses.replace(TINY.world, curriculum_begin=(-1.0, -2.0), steps=0)
+
+
+def test_a_device_that_is_not_here_is_one_line() -> None:
+    assert device_of("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "cupid"):
+        with pytest.raises(ValueError, match=f"--device {name}: ") as said:
+            device_of(name)
+        assert "\n" not in str(said.value)

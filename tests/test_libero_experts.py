@@ -160,6 +160,43 @@ def test_a_rim_is_gripped_on_its_wall_away_from_a_neighbour_and_from_the_handle(
     assert min(g.place[0] for g in grasps(mug, "bowl", MIDDLE)) > -0.015  # its handle is at -x
 
 
+def test_a_finger_does_not_close_on_a_wall_behind_the_rim() -> None:
+    """A bowl in a drawer: between the open fingers there would be room for the drawer's front as well."""
+    bowl = ("bowl", (0.0, 0.0, 0.025), (0.05, 0.05, 0.025))
+    parts = boxes(bowl, *(("drawer", (0.0, side * 0.0695, 0.025), (0.2, 0.003, 0.025)) for side in (-1.0, 1.0)))
+    bodies = {"bowl": Body("akita_black_bowl", np.zeros(3), np.eye(3)), "plate": Toy(ON).scene().bodies["plate"]}
+    grasp = best_grasp(dataclasses.replace(Toy(ON).scene(), boxes=parts, bodies=bodies), Goal("on", "bowl", "plate"), MIDDLE)
+    assert abs(grasp.place[0]) > 2 * abs(grasp.place[1])
+
+
+def carrying(region: Region, *more: tuple[str, tuple[float, float, float], tuple[float, float, float]]) -> Scene:
+    """The can in the gripper, high over the table, on its way to `region`."""
+    place = np.array([-0.1, 0.0, 0.6])
+    return dataclasses.replace(
+        Toy(ON).scene(), place=place, held="can", goals=(Goal("on", "can", "there"),), met=(False,), regions={"there": region},
+        boxes=boxes(("can", tuple(place), tuple(CAN)), *more), bodies={"can": Body("can", place, np.eye(3))},
+    )  # fmt: skip
+
+
+def test_on_a_table_it_is_put_where_a_finger_has_room_to_open() -> None:
+    middle = np.array([0.05, 0.2, 0.0])
+    region = Region(middle, np.eye(3), np.array([0.05, 0.05, 0.007]), "")
+    np.testing.assert_allclose(next_target(carrying(region), MIDDLE).place[:2], middle[:2], atol=1e-6)
+    plate = ("plate", (0.05, 0.08, 0.01), (0.07, 0.07, 0.01))  # 19 mm from the can, had it the middle
+    put = next_target(carrying(region, plate), MIDDLE).place
+    assert 0.015 < put[1] - middle[1] < 0.05
+    assert abs(put[0] - middle[0]) < 1e-6
+
+
+def test_what_is_carried_far_out_and_high_stays_within_reach_on_the_way_down() -> None:
+    shelf = Region(np.array([0.018, -0.249, 0.34]), np.eye(3), np.array([0.12, 0.09, 0.001]), "shelf")
+    scene = carrying(shelf, ("shelf", (0.018, -0.249, 0.17), (0.12, 0.09, 0.17)))
+    put = next_target(scene, MIDDLE).place
+    assert beyond(scene, np.array([0.018, -0.249, 0.46])) > 0.0
+    assert beyond(scene, np.array([*put[:2], 0.46])) < 0.0
+    assert (np.abs(put[:2] - shelf.place[:2]) < shelf.half[:2]).all()
+
+
 def test_a_box_is_gripped_across_its_narrow_side_and_not_below_the_table() -> None:
     for half, yaw in (((0.041, 0.021, 0.009), 0.0), ((0.021, 0.041, 0.009), np.pi / 2)):
         bodies = {"box": Body("box", np.array([0.0, 0.0, 0.009]), np.eye(3))}

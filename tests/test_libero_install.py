@@ -94,8 +94,9 @@ def test_what_is_no_archive_of_assets_changes_nothing(kind, installed, tmp_path,
         path = tmp_path / "folder"
         (path / "scenes").mkdir(parents=True)
     monkeypatch.setenv(ASSETS_VARIABLE, str(path))
-    with pytest.raises(LiberoMissing, match=re.escape(str(path))):
+    with pytest.raises(LiberoMissing, match=re.escape(str(path))) as said:
         libero_install.install_assets()
+    assert "\n" not in str(said.value)
     assert [one.name for one in installed.iterdir()] == ["assets"]
     assert (place / "scenes" / "file.xml").read_text() == "scenes"
 

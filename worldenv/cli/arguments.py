@@ -7,8 +7,9 @@ import difflib
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import tyro
 
 T = TypeVar("T")
@@ -24,10 +25,24 @@ def value_of(argv: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def parse(program: str, kind: type[T], default: T, argv: Sequence[str]) -> T:
-    """`argv` as a `kind`. Raises ValueError with one line for an unknown flag or a bad value; --help prints and exits with 0."""
+def device_of(name: str) -> torch.device:
+    """What `--device` names: auto is cuda where there is one, else cpu. Raises ValueError for one that is not there."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -> T:
+    """`argv` as a `kind`, from `default`; None: it has arguments that must be given.
+
+    Raises ValueError with one line for an unknown flag or a bad value; --help prints and exits with 0.
+    """
     options = (tyro.conf.FlagCreatePairsOff,)
-    known = {word for action in tyro.extras.get_parser(kind, default=default, config=options)._actions for word in action.option_strings}
+    begun: dict[str, Any] = {} if default is None else {"default": default}
+    known = {word for action in tyro.extras.get_parser(kind, **begun, config=options)._actions for word in action.option_strings}
     for word in argv:
         name = word.split("=")[0].replace("_", "-")
         if word.startswith("--") and name not in {k.replace("_", "-") for k in known}:
@@ -36,11 +51,12 @@ def parse(program: str, kind: type[T], default: T, argv: Sequence[str]) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, default=default, args=list(argv), config=options)
+            found: T = tyro.cli(kind, prog=program, args=list(argv), config=options, **begun)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ValueError(_line(said.getvalue())) from None
+    return found
 
 
 def _line(box: str) -> str:

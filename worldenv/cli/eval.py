@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import tyro
 
 from worldenv import checkpoint
-from worldenv.cli.arguments import parse
+from worldenv.cli.arguments import device_of, parse
 from worldenv.config import EnvConfig
 from worldenv.envs import suites
 from worldenv.envs.libero import TEST_STATES
@@ -117,10 +116,6 @@ class InspectArgs:
     """Side of the pictures [px]; LIBERO: 256."""
 
 
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def _tasks(asked: tuple[int, ...], suite: str, who: actors.Description) -> tuple[int, ...]:
     """Which tasks are evaluated. ValueError for one that is not there, or that the expert cannot do."""
     able = tuple(range(3 if suite == "tabletop" else 10))
@@ -138,6 +133,8 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
         raise ValueError("--policy: say whom to evaluate: expert, a checkpoint, lerobot:PATH")
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: want at least 1")
+    if args.image is not None and args.image < 1:
+        raise ValueError(f"--image {args.image}: want at least 1 px")
     who = actors.describe(args.policy, args.demonstrations)
     if args.policy == "expert" and (args.mode == "reflector" or args.sample):
         raise ValueError("--policy expert: it is neither watched nor sampled; modes oracle and limit")
@@ -171,7 +168,7 @@ def _evaluate(args: RunArgs) -> dict[str, Any]:
         return runner.evaluate(asked, out, args.processes, None)
     robot = suites.robot(args.suite)
     seed = args.seed if args.sample else None
-    with actors.open_bench(args.policy, robot, _device(args.device), args.python, seed, args.views, judge) as bench:
+    with actors.open_bench(args.policy, robot, device_of(args.device), args.python, seed, args.views, judge) as bench:
         return runner.evaluate(runner.seen_by(asked, bench.actor.views), out, args.processes, bench)
 
 
@@ -199,7 +196,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _curve(argv: Sequence[str]) -> int:
-    args = tyro.cli(CurveArgs, prog="worldenv-eval curve", args=list(argv))
+    args = parse("worldenv-eval curve", CurveArgs, None, argv)
     kept = sorted((args.run / "stages" / "loop").glob("policy-*.safetensors"))
     if not kept:
         raise ValueError(f"{args.run}: no copies of the policy (stages/loop/policy-*.safetensors); train with loop.snapshot_every")
@@ -217,7 +214,7 @@ def _curve(argv: Sequence[str]) -> int:
 
 
 def _compare(argv: Sequence[str]) -> int:
-    args = tyro.cli(CompareArgs, prog="worldenv-eval compare", args=list(argv))
+    args = parse("worldenv-eval compare", CompareArgs, None, argv)
     found = runner.compare(args.left, args.right)
     low, high = (100 * end for end in found["interval"])
     for side in ("left", "right"):
@@ -231,7 +228,7 @@ def _compare(argv: Sequence[str]) -> int:
 
 
 def _inspect(argv: Sequence[str]) -> int:
-    args = tyro.cli(InspectArgs, prog="worldenv-eval inspect", args=list(argv))
+    args = parse("worldenv-eval inspect", InspectArgs, None, argv)
     try:
         command = np.load(args.actions, allow_pickle=False)
     except (OSError, ValueError) as error:

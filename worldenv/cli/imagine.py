@@ -17,7 +17,7 @@ import tyro
 from numpy.typing import NDArray
 
 from worldenv import action_map, checkpoint, config, console, kinematics, noise
-from worldenv.cli.arguments import parse
+from worldenv.cli.arguments import device_of, parse
 from worldenv.data import episode as episodes
 from worldenv.nouns import ACTION_DIM, Camera
 from worldenv.report import videos
@@ -240,15 +240,6 @@ def motion(args: ImagineArgs) -> Motion:
     return Motion(frame, pose, gripper, robot.arms[-1:], camera, robot)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _simulator(args: ImagineArgs) -> Evac:
     if args.clip is not None and (args.checkpoint is None or weights.is_ours(args.checkpoint)):
         raise ValueError(f"--clip {args.clip}: is for a released --checkpoint that lacks its image tower; leave it away")
@@ -307,7 +298,7 @@ def imagine(args: ImagineArgs) -> dict[str, Any]:
     if (args.checkpoint is None) != args.random_weights:
         both = "--checkpoint and --random-weights: choose one"
         raise ValueError(both if args.random_weights else "give --checkpoint; or --random-weights, whose video shows nothing but that it runs")
-    device, seen = _device(args.device), motion(args)
+    device, seen = device_of(args.device), motion(args)
     simulator = _simulator(args)
     simulator.sample_with(args.denoise_steps, args.eta, args.guidance)
     settings = simulator.config

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from worldenv import config, distributed, run, train
-from worldenv.cli.arguments import parse, value_of
+from worldenv.cli.arguments import device_of, parse, value_of
 from worldenv.config import RunConfig
 from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.replay is not None and (args.only or args.from_stage or args.until or args.reuse or args.resume):
             raise ValueError("--replay takes --out and nothing else of the run's stages")
         settings = _settings(args)
+        if settings.device != "auto":
+            device_of(settings.device)
     except ValueError as error:
         print(f"worldenv-train: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from worldenv.envs import libero_install
 from worldenv.envs.contract import Snapshot, Split
+from worldenv.envs.gymnasium_env import GymnasiumEnv
 from worldenv.envs.offscreen import Offscreen, mujoco
 from worldenv.kinematics import ControllerModel
 from worldenv.nouns import ACTION_DIM, Camera
@@ -167,14 +168,12 @@ def instructions(suite: Suite) -> tuple[str, ...]:
     return tuple(found.get_task(i).language for i in range(found.get_num_tasks()))
 
 
-class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
+class Libero(GymnasiumEnv):
     """`TrueEnvironment`, and a Gymnasium environment: reset(options={"task", "split", "index"}), reward 1 while the predicate holds.
 
     Episodes never terminate (they go on past success); they are truncated at the suite's step limit. Scenes are built when they are first needed
     and kept (80 MB each); many episodes at once share an instance through `capture` and `restore`. Not for use by two threads at once.
     """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 -- Gymnasium's own declaration
 
     def __init__(
         self, suite: Suite, image: int = 256, wrist: bool = False, pictures: bool = True, train_states: int = 50,
@@ -187,11 +186,10 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         """
         if suite not in SUITES:
             raise ValueError(f"suite={suite!r}: want one of {', '.join(SUITES)}")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode={render_mode!r}: want 'rgb_array' or None")
+        super().__init__(render_mode)
         if image < 1 or train_states < 0:
             raise ValueError(f"image={image}, train_states={train_states}: want at least 1 px, and no fewer than 0 states")
-        self.suite, self.render_mode = suite, render_mode
+        self.suite = suite
         self._image, self._wrist, self._pictures, self._train_states = image, wrist, pictures, train_states
         self._libero = libero_install.load()
         self._benchmark = _benchmark(suite)
@@ -199,7 +197,6 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         self._eyes: dict[int, Offscreen] = {}
         self._hashes: dict[tuple[int, Split, int], str] = {}
         self._start: tuple[int, Split, int] | None = None
-        self._steps = 0
         self._drawing = False
         self._seen: _Seen
         self._initial: NDArray[np.float64]
@@ -446,36 +443,8 @@ class Libero(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         probe._time_since_last_sample, probe._sampled = moment.clock
         self._seen, self._frames = moment.seen, (moment.seen.frame, moment.seen.wrist)
 
-    # Gymnasium
-
-    def _observation(self, now: Snapshot) -> dict[str, NDArray[Any]]:
-        wrist = {} if now.wrist is None else {"wrist": now.wrist}
-        return {"frame": now.frame, **wrist, "proprio": PANDA.proprio(now.pose, now.gripper)}
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Begin the episode that `options` names: "task", "split" (train where left out), "index"; what else is left out is drawn by `seed`.
-
-        Raises ValueError for an unknown option and for a state that is not there.
-        """
-        super().reset(seed=seed)
-        chosen = dict(options or {})
-        split = chosen.pop("split", "train")
-        task = int(chosen.pop("task", self.np_random.integers(len(self.tasks))))
-        index = int(chosen.pop("index", self.np_random.integers(self.states(split))))
-        if chosen:
-            raise ValueError(f"reset: unknown options {sorted(chosen)}; there are task, split, index")
-        now = self.begin(task, split, index)
-        return self._observation(now), {"success": now.success, "instruction": self.tasks[task], "task": task, "split": split, "index": index}
-
-    def step(self, action: NDArray[np.floating[Any]]) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
-        """One control step: observation, 1.0 while the predicate holds, never terminated, truncated at the step limit."""
-        now = self.advance(action)
-        return self._observation(now), float(now.success), False, self._steps >= self.steps, {"success": now.success}
-
-    def render(self) -> NDArray[np.uint8] | None:
-        """The last frame (H, W, 3), or None where no render mode was asked for."""
-        self.task  # noqa: B018 -- raises before the first episode
-        return self._seen.frame.copy() if self.render_mode else None
+    def _last_frame(self) -> NDArray[np.uint8]:
+        return self._seen.frame
 
     def close(self) -> None:
         """Free scenes and OpenGL contexts."""

@@ -133,7 +133,8 @@ def _unpack(archive: Path, place: Path, digest: str) -> None:
         with tarfile.open(archive) as opened:
             opened.extractall(place, filter="data")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise LiberoMissing(f"{archive}: cannot be unpacked ({error}); {ASSETS_VARIABLE} wants a folder or a tar archive of assets") from error
+        why = " ".join(str(error).split())
+        raise LiberoMissing(f"{archive}: cannot be unpacked ({why}); {ASSETS_VARIABLE} wants a folder or a tar archive of assets") from error
     if not _is_assets(place):
         raise LiberoMissing(f"{archive}: holds no assets of LIBERO (want {', '.join(PARTS)} at its top)")
     (place / _SOURCE).write_text(digest, encoding="utf-8")

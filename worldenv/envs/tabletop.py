@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from worldenv import kinematics, noise
 from worldenv.config import EnvConfig
 from worldenv.envs.contract import Snapshot, Split
+from worldenv.envs.gymnasium_env import GymnasiumEnv
 from worldenv.envs.offscreen import Offscreen, mujoco
 from worldenv.kinematics import ControllerModel, KinematicState
 from worldenv.nouns import ACTION_DIM, Camera
@@ -219,20 +220,16 @@ class _Moment:
     frame: NDArray[np.uint8]
 
 
-class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
+class Tabletop(GymnasiumEnv):
     """`TrueEnvironment`, and a Gymnasium environment: reset(options={"task", "split", "index"}), reward 1 while the predicate holds.
 
     Episodes never terminate (they go on past success); they are truncated at the step limit. One scene and one OpenGL context per
     instance: many episodes at once share an instance through `capture` and `restore`.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 -- Gymnasium's own declaration
-
     def __init__(self, config: EnvConfig | None = None, render_mode: str | None = "rgb_array") -> None:
         """`config.image` is the side of the picture [px]. Raises ValueError for an unknown render mode."""
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode={render_mode!r}: want 'rgb_array' or None")
-        self.render_mode = render_mode
+        super().__init__(render_mode)
         self._config = config or EnvConfig()
         self.model = mujoco.MjModel.from_xml_string(_scene(self._config.image))
         """MuJoCo's model, to look at: whoever writes into it breaks the promise of determinism."""
@@ -246,7 +243,6 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         if [int(self.model.jnt_qposadr[j]) for j in joints] != [0, 7, 14, 21, 28, 30]:
             raise AssertionError("qpos is no longer pucks, palm, then opening and spring of each finger")
         self._task: int | None = None
-        self._steps = 0
         self._arm: KinematicState
         self._frame: NDArray[np.uint8]
         side, finger = self._config.image, TABLETOP.finger_m / 2
@@ -261,6 +257,11 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
     def tasks(self) -> tuple[str, ...]:
         """See `TrueEnvironment`."""
         return tuple(f"push the {colour} puck onto the green strip" for colour in COLOURS)
+
+    @property
+    def steps(self) -> int:
+        """The step limit [control steps at 20 Hz]."""
+        return self._config.steps
 
     @property
     def robot(self) -> Robot:
@@ -398,35 +399,8 @@ class Tabletop(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.float32]]):
         mujoco.mj_setState(self.model, self.data, moment.physics, _PHYSICS)
         self._task, self._steps, self._arm, self._frame = moment.task, moment.steps, moment.arm, moment.frame
 
-    # Gymnasium
-
-    def _observation(self, now: Snapshot) -> dict[str, NDArray[Any]]:
-        return {"frame": now.frame, "proprio": TABLETOP.proprio(now.pose, now.gripper)}
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Begin the episode that `options` names: "task", "split" (train where left out), "index"; what else is left out is drawn by `seed`.
-
-        Raises ValueError for an unknown option and for a state that is not there.
-        """
-        super().reset(seed=seed)
-        chosen = dict(options or {})
-        split = chosen.pop("split", "train")
-        task = int(chosen.pop("task", self.np_random.integers(len(COLOURS))))
-        index = int(chosen.pop("index", self.np_random.integers(self.states(split))))
-        if chosen:
-            raise ValueError(f"reset: unknown options {sorted(chosen)}; there are task, split, index")
-        now = self.begin(task, split, index)
-        return self._observation(now), {"success": now.success, "instruction": self.tasks[task], "task": task, "split": split, "index": index}
-
-    def step(self, action: NDArray[np.floating[Any]]) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
-        """One control step: observation, 1.0 while the predicate holds, never terminated, truncated at the step limit."""
-        now = self.advance(action)
-        return self._observation(now), float(now.success), False, self._steps >= self._config.steps, {"success": now.success}
-
-    def render(self) -> NDArray[np.uint8] | None:
-        """The last frame (H, W, 3), or None where no render mode was asked for."""
-        self.task  # noqa: B018 -- raises before the first episode
-        return self._frame.copy() if self.render_mode else None
+    def _last_frame(self) -> NDArray[np.uint8]:
+        return self._frame
 
     def close(self) -> None:
         """Free the OpenGL context."""

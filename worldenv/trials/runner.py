@@ -98,17 +98,26 @@ class _Folder:
         """Open or make `out`. Raises RunError where it holds another evaluation, other files, or another process is at work."""
         self.out = out
         known = out / "eval.json"
-        if known.is_file():
-            theirs, ours = json.loads(known.read_text(encoding="utf-8")), asked.plain()
-            if differing := [f"{key}: {theirs.get(key)} there, {ours[key]} asked" for key in ours if theirs.get(key) != ours[key]]:
-                raise RunError(f"{out} holds another evaluation ({'; '.join(differing[:3])}); choose another --out")
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not known.is_file() and out.exists() and (not out.is_dir() or any(entry.name != ".lock" for entry in out.iterdir())):
             raise RunError(f"{out} exists and is no evaluation of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        if not known.is_file():
-            checkpoint.write_text(known, json.dumps(asked.plain(), indent=1))
         self._lock = held(out)
+        try:
+            self._claim(known, asked.plain())
+        except RunError:
+            self._lock.close()
+            raise
         self.trials = {trial.number: trial for trial in read_trials(out)}
+
+    def _claim(self, known: Path, ours: dict[str, Any]) -> None:
+        """Make the folder this evaluation's. One that never finished an episode, as of a command that could not begin, has nothing to lose."""
+        theirs = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        differing = [f"{key}: {theirs.get(key)} there, {ours[key]} asked" for key in ours if theirs.get(key) != ours[key]]
+        if differing and read_trials(self.out):
+            raise RunError(f"{self.out} holds another evaluation ({'; '.join(differing[:3])}); choose another --out")
+        if differing:
+            checkpoint.write_text(known, json.dumps(ours, indent=1))
+            (self.out / "versions.json").unlink(missing_ok=True)
 
     def add(self, trial: Trial) -> None:
         """On disk when this returns."""

@@ -31,6 +31,8 @@ _POSITION_SCALE, _ROTATION_SCALE = 0.05, 0.5  # what a command of 1 asks for [m,
 _HAND = np.array([0.104, 0.032])  # half size of the palm, along the fingers' line and across
 _PALM = 0.031  # from the fingertips' point up to the palm
 _REST_M = 0.08  # over everything near, when all is done
+_CARRIED_M = 0.08  # what is put down comes from this much higher: there too, the elbow must not be straight, or the arm is stuck
+_FINGER_ROOM_M = 0.035  # beside what is put down, for a finger that opens
 _NARROW_M = 0.035  # half a compartment that is narrower than this decides how things stand in it
 _TIP = 0.010  # from the fingertips' point down to the end of the fingers
 _WIDEST = 0.076  # what fits between the open fingers
@@ -158,10 +160,10 @@ def beyond(scene: Scene, place: Doubles) -> float:
 
 
 _HAND_POINTS = np.array(
-    [(side * 0.044, a, h) for side in (-1, 1) for a in (-0.008, 0.008) for h in (-_TIP, 0.01, 0.03)]
+    [(side * out, a, h) for side in (-1, 1) for out in (0.014, 0.029, 0.044) for a in (-0.008, 0.008) for h in (-_TIP, 0.01, 0.03)]
     + [(side * out, a, h) for side in (-1, 1) for out in (0.045, 0.075, 0.104) for a in (-0.032, 0.032) for h in (0.035, 0.075, 0.115)]
 )
-"""(p, 3) points of open fingers and palm: along the line between the fingers, across it, and up."""
+"""(p, 3) points of open fingers, of the ways on which they close, and of the palm: along the line between the fingers, across it, and up."""
 
 
 def _hand_points(grasp: Grasp) -> Doubles:
@@ -253,6 +255,18 @@ def _pick(scene: Scene, goal: Goal, manner: Manner) -> Target:
     return _over(scene, grasp.place, grasp.yaw, scene.boxes, 0.0, manner, _OPEN)
 
 
+def _free_part(scene: Scene, name: str, place: Doubles, reach: Doubles) -> Doubles:
+    """(2,) From the middle `place` of a table's region to the nearest part of it that has room for `name` and the fingers at its sides [m]."""
+    others = scene.boxes.without(name, "").near(place, 0.3)
+    low, high = scene.boxes.of(name).bounds(np.zeros(3), np.eye(3))
+    shares = np.linspace(-0.8, 0.8, 9)
+    steps: Doubles = np.stack(np.meshgrid(shares * reach[0], shares * reach[1]), axis=-1).reshape(-1, 2)
+    gap = np.abs(place[:2] + steps[:, None] - others.centre[:, :2]) - others.reach()[:, :2] - (high - low)[:2] / 2
+    room = gap.max(2).min(1, initial=_FINGER_ROOM_M)
+    best: Doubles = steps[int(np.argmax(room - 0.1 * np.linalg.norm(steps, axis=1)))]
+    return best
+
+
 def _spot(scene: Scene, goal: Goal, manner: Manner) -> Doubles:
     """(3,) Where the origin of the goal's object is to be put: the middle of the target, or of the part that is free; z is the support [m]."""
     aside = 0.006 * manner.aside
@@ -267,6 +281,8 @@ def _spot(scene: Scene, goal: Goal, manner: Manner) -> Doubles:
     place = region.place.copy()
     reach = np.abs(region.turn @ region.half)
     place[2] -= reach[2]
+    if not region.owner:
+        place[:2] += _free_part(scene, goal.what, place, reach)
     place[1] += aside
     others = [g.what for g in scene.goals if g.where == goal.where and g.what != goal.what]
     if others:  # two things that share a region lie side by side, along the side on which they are narrow
@@ -294,7 +310,7 @@ def _place(scene: Scene, goal: Goal, manner: Manner) -> Target:
     if goal.where in scene.regions:
         region = scene.regions[goal.where]
         reach = np.abs(region.turn @ region.half)[:2]
-        far = beyond(scene, place + _up(0.03))
+        far = beyond(scene, place + _up(_CARRIED_M))
         if far > 0.0:  # into reach, as far as the region goes
             inward = scene.base[:2] - place[:2]
             shift = (far + 0.01) * inward / np.linalg.norm(inward)

@@ -69,7 +69,7 @@ class Region:
     half: Doubles
     """(3,) half sizes along its axes [m]."""
     owner: str
-    """The object or fixture that it belongs to."""
+    """The object or fixture that it belongs to; "" is the room: a part of a table or a floor."""
     joint: str = ""
     """The joint that moves it, if any."""
 
@@ -184,7 +184,7 @@ def look(inner: Any) -> Scene:
         joint = site.joints[0] if site.joints else ""
         if joint:
             joints[joint] = float(data.qpos[model.get_joint_qpos_addr(joint)])
-        regions[name] = Region(data.get_site_xpos(name).copy(), data.get_site_xmat(name).copy(), np.array(site.size), site.parent_name, joint)
+        regions[name] = Region(data.get_site_xpos(name).copy(), data.get_site_xmat(name).copy(), np.array(site.size), site.parent_name or "", joint)
     for name in inner.fixtures_dict:
         for joint in inner.get_object(name).joints:
             joints[joint] = float(data.qpos[model.get_joint_qpos_addr(joint)])

@@ -55,9 +55,16 @@ class _Wide(nn.Module):
 def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequence[torch.Tensor]] = ()) -> nn.Module:
     """A copy of `module` in the recipe's precision, without gradients; the norms named in `recipe.wide` compute in float32.
 
+    A layer that at every call computes something of its weights alone has a method `folded`, which gives a layer that holds the result: its
+    weights are constants of the graph, as runtimes want them (TensorRT takes no other in a transposed convolution), and can be set anew.
     fp8 is calibrated on `recorded` inputs. EngineError where no quantiser is installed.
     """
-    made = copy.deepcopy(module).eval().requires_grad_(False)
+    made = copy.deepcopy(module)
+    for name, one in list(made.named_modules()):
+        if hasattr(one, "folded"):
+            parent, _, last = name.rpartition(".")
+            setattr(made.get_submodule(parent), last, one.folded())
+    made = made.eval().requires_grad_(False)
     if recipe.dtype == torch.float32:
         return made.float()
     floating = [one for one in made.modules() if next(one.parameters(recurse=False), None) is not None]
@@ -211,6 +218,7 @@ def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = 
         ) from error
     assert made is not None
     graph, weights = made.model, state(module)
+    _fold(graph, weights)
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()  # stack traces of whoever exported it: megabytes, and never the same
     kept = {name: weights[name] for name in graph.graph.initializers if name in weights}
@@ -224,6 +232,20 @@ def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = 
         value.const_value = ir.ExternalTensor(WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=str(folder))
     with checkpoint.atomic(folder / GRAPH) as temporary:
         ir.save(graph, temporary)
+
+
+def _fold(graph: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Compute what depends on neither inputs nor weights: TensorRT wants axes that are constants.
+
+    All of onnxscript's optimizer tries its rules at every node: that takes longer than the export, and ends with the same operators.
+    """
+    from onnxscript import optimizer
+
+    def should_fold(node: Any) -> bool | None:
+        return False if any(one is not None and one.name in weights for one in node.inputs) else None
+
+    optimizer.fold_constants_ir(graph, should_fold=should_fold)
+    optimizer.remove_unused_nodes(graph)
 
 
 def exported(module: nn.Module, recipe: EngineRecipe, store: Store, folder: Path, opset: int = OPSET) -> None:

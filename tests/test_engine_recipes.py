@@ -13,11 +13,12 @@ from test_simulator import SMALL as SIMULATOR
 from worldenv import compiled
 from worldenv.benchmarks import engine_rows, networks
 from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT, TINY
-from worldenv.engines import backend, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
+from worldenv.engines import backend, export, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
 from worldenv.reflector import weights
 from worldenv.simulator.evac import Evac
-from worldenv.simulator.unet import ResBlock, SpatialTransformer
+from worldenv.simulator.layers import UpsampleConv
+from worldenv.simulator.unet import CausalConv, FeedForward, ResBlock, SpatialTransformer
 
 
 def everything(evac=TINY.simulator, oft=TINY.policy, llava=TINY.reflector, precision="fp32"):  # type: ignore[no-untyped-def]
@@ -65,6 +66,19 @@ def test_eager_networks_take_what_their_recipes_say() -> None:
             made = made if isinstance(made, tuple) else (made,)
             assert len(made) == len(network.recipe.outputs), network.name
             assert all(bool(torch.isfinite(one).all()) for one in made), network.name
+
+
+@pytest.mark.parametrize("layer", [CausalConv(6), FeedForward(6), UpsampleConv(6)], ids=lambda one: type(one).__name__)
+def test_a_folded_layer_is_the_layer(layer: torch.nn.Module) -> None:
+    """Of clips that are no square, with random weights; and it is folded: nothing that could be is left in what is exported."""
+    x = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    recipe = EngineRecipe("toy", (Binding("x", {"clip": (1, 2, 4), "frame": 3, "height": 4, "width": 5, "channel": 6}),), ("y",), 1e-5)
+    folded = export.prepared(torch.nn.Sequential(layer), recipe)
+    assert not any(hasattr(one, "folded") for one in folded.modules())
+    with torch.no_grad():
+        want = layer(x)
+        assert float(want.std()) > 0.1
+        torch.testing.assert_close(folded(x), want, rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -10,30 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from small_policy import SMALL, small_policy
-from test_reflector import SMALL as SMALL_REFLECTOR
-from test_rollout_bits import SMALL_SIMULATOR
-from test_simulator import trained
 from torch import nn
 
 from worldenv import compiled
+from worldenv.benchmarks import engine_rows
 from worldenv.cli import engine as command
 from worldenv.engines import backend, export, tensorrt, torch_tensorrt
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe
 from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store
-from worldenv.reflector import weights
 
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_120")
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx, which make check installs")
 
 
-def small_networks() -> list[compiled.Network]:
-    judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
-    return [
-        *compiled.of_simulator(trained(SMALL_SIMULATOR), "bf16"), *compiled.of_policy(small_policy(SMALL), "bf16"),
-        *compiled.of_reflector(judge, "bf16"),
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, compiled.Network]:
+    """The tiny preset's, in bfloat16, by name."""
+    return {one.name: one for one in engine_rows.subject("tiny", "preset", None, torch.device("cpu"), "bf16").networks}
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +35,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("engines"))
 
 
-BUILT = ("policy_heads",)
-"""What was seen to build so far; `worldenv-engine build --arch sm_80,sm_86,sm_89,sm_120` tries all of them."""
-
-
 @rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUILT)
-def test_a_network_parses_and_builds_for_every_architecture(name: str, store: Store) -> None:
+@pytest.mark.parametrize("name", compiled.NAMES)
+def test_a_network_parses_and_builds_for_every_architecture(name: str, tiny: dict[str, compiled.Network], store: Store) -> None:
     """Strongly typed; beside each plan the builder's log and its timing cache."""
-    network = next(one for one in small_networks() if one.name == name)
+    network = tiny[name]
     plans = [backend.planned("tensorrt_rtx", network.plain(), network.recipe, arch, store) for arch in ARCHES]
     assert len({plan.key for plan in plans}) == len(ARCHES)
     for plan in plans:
@@ -79,8 +69,8 @@ def test_the_command_builds_for_other_machines_and_says_so(tmp_path: Path, capsy
 
 @rtx
 @pytest.mark.slow
-def test_a_plan_cannot_be_loaded_without_a_gpu_and_says_why(store: Store) -> None:
-    network = small_networks()[4]
+def test_a_plan_cannot_be_loaded_without_a_gpu_and_says_why(tiny: dict[str, compiled.Network], store: Store) -> None:
+    network = tiny["policy_heads"]
     plan = backend.planned("tensorrt_rtx", network.plain(), network.recipe, "sm_89", store)
     with pytest.raises(EngineError, match="runs on an NVIDIA GPU, not on cpu"):
         backend.back_end("tensorrt_rtx").load(plan.folder, network.recipe, torch.device("cpu"))

@@ -221,7 +221,7 @@ def test_an_engine_that_computes_something_else_is_not_used_and_the_run_says_so_
 
 def test_auto_takes_an_engine_only_where_it_is_faster(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     network = heads()
-    for speedup, name in ((1.4, "onnxruntime"), (0.7, "eager")):
+    for speedup, name in ((1.4, "onnxruntime"), (1.05, "eager"), (0.7, "eager")):  # near 1 a measurement comes out either way
         monkeypatch.setattr(parity, "_speedup", lambda *given, now=speedup: now)
         assert compiled.choose(network, EnginesConfig(), store, CPU, recorded(network)).engine.back_end == name
     assert compiled.choose(network, ONNX, store, CPU, recorded(network)).engine.back_end == "onnxruntime"  # asked for by name

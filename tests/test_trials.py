@@ -428,6 +428,39 @@ def test_a_checkpoint_is_evaluated_and_knows_its_file(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["sampling"] == "sampled, seed 3"
 
 
+def test_a_policy_runs_by_an_engine_where_that_is_asked_for(tmp_path, capsys, monkeypatch):
+    """Its actions are eager's to rounding; the result and the folder say what ran it, and the folder is of this choice alone."""
+    path, words = tmp_path / "policy.safetensors", PromptTokenizer.build(Tabletop(EnvConfig()).tasks)
+    policies.save(path, OpenVLAOFT.create(SMALL, words, statistics(), 0, CPU))
+    asked_by, commands, answer = [], [], Bench.answer
+
+    def watched(bench: Bench, question: Question) -> Answer:
+        given = answer(bench, question)
+        asked_by.append({name: getattr(call, "engine", call).__class__.__name__ for name, call in bench.actor.policy.runs.items()})  # type: ignore[attr-defined]
+        commands.append(given.command)
+        return given
+
+    monkeypatch.setattr(Bench, "answer", watched)
+    run = ["run", "--policy", str(path), "--suite", "tabletop", "--tasks", "0", "--episodes", "1", "--out", str(tmp_path / "e")]
+    assert command_line.main([*run, "--engines.back-end", "onnxruntime"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["engines"] == {"policy_backbone": "onnxruntime", "policy_heads": "onnxruntime"}
+    assert json.loads((tmp_path / "e" / "engines.json").read_text()) == found["engines"]
+    assert (tmp_path / "engines").is_dir()
+    assert set(asked_by[-1].values()) == {"OnnxRuntime"}
+    assert "OnnxRuntime" not in asked_by[0].values()
+    ours = [one for one in commands[-4:] if one is not None]
+    assert command_line.main(run) == 2  # eager, in the folder of an engine's evaluation
+    assert "engines" in capsys.readouterr().err
+    commands.clear()
+    assert command_line.main([*run[:-1], str(tmp_path / "eager")]) == 0
+    assert "engines" not in json.loads(capsys.readouterr().out.splitlines()[-1])
+    theirs = [one for one in commands[-4:] if one is not None]
+    assert len(ours) == len(theirs) == 4
+    for mine, want in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, want, atol=1e-4)
+
+
 def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
     """Its latest policy, its environment's pictures, limit and tasks, its demonstrations and its reflector."""
     settings = preset("tiny")
@@ -462,6 +495,9 @@ def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
         (["run", "--policy", "expert", "--suite", "tabletop", "--episodes", "601"], "give 1 .. 600"),
         (["run", "--policy", "expert", "--suite", "tabletop", "--tasks", "3"], "--tasks 3"),
         (["run", "--policy", "expert", "--suite", "libero_90"], "libero_90"),
+        (["run", "--policy", "expert", "--suite", "tabletop", "--engines.back-end", "auto"], "runs no network here that an engine could"),
+        (["run", "--policy", "lerobot:x", "--engines.back-end", "onnxruntime"], "runs no network here that an engine could"),
+        (["run", "--policy", "expert", "--engines.back-end", "onxruntime"], "did you mean 'onnxruntime'"),
         (["run", "--polcy", "expert"], "did you mean '--policy'"),
         (["compare", "no", "where"], "no: no evaluation there"),
         (["run", "--policy", "expert", "--suite", "tabletop", "--image", "-3"], "--image -3: want at least 1 px"),

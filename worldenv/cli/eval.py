@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,8 @@ import tyro
 
 from worldenv import checkpoint
 from worldenv.cli.arguments import device_of, parse
-from worldenv.config import EnvConfig
+from worldenv.config import EnginesConfig, EnvConfig
+from worldenv.engines.recipe import EngineError
 from worldenv.envs import suites
 from worldenv.envs.libero import TEST_STATES
 from worldenv.envs.libero_install import LiberoMissing
@@ -62,6 +63,8 @@ class RunArgs:
     """Side of the pictures [px]; by default that of the policy's run, else 256 in LIBERO."""
     device: str = "auto"
     """Of networks: auto, cpu, cuda."""
+    engines: EnginesConfig = field(default_factory=lambda: EnginesConfig(back_end="eager"))
+    """What runs the policy, and the reflector in mode reflector (docs/engines.md)."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,9 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     who = actors.describe(args.policy, args.demonstrations)
     if args.policy == "expert" and (args.mode == "reflector" or args.sample):
         raise ValueError("--policy expert: it is neither watched nor sampled; modes oracle and limit")
+    engines = None if args.engines.back_end == "eager" else args.engines
+    if engines is not None and (args.policy == "expert" or args.policy.startswith("lerobot:")):
+        raise ValueError(f"--engines.back-end {engines.back_end}: {args.policy} runs no network here that an engine could; leave it out")
     judge = (args.reflector or who.reflector) if args.mode == "reflector" else None
     if args.mode == "reflector" and (judge is None or not judge.is_file()):
         raise ValueError(f"--mode reflector: no reflector at {judge}; give --reflector FILE (reflector.safetensors of a run's stage reward)")
@@ -153,7 +159,7 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     views = 0 if args.policy == "expert" else 1  # of a network: known when it is open
     return Evaluation(
         args.suite, args.policy, who.identity, args.mode, episodes, tasks, limit, image, views, args.sample, args.seed, who.demonstrations,
-        checkpoint.file_hash(judge) if judge else None, ours,
+        checkpoint.file_hash(judge) if judge else None, ours, engines,
     ), judge  # fmt: skip
 
 
@@ -265,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # of the command line, a checkpoint, or a folder that is another's
         print(f"worldenv-eval: {error}", file=sys.stderr)
         return 1 if isinstance(error, runner.TrialError) else 2
-    except (OSError, LiberoMissing, NoOpenGL, LeRobotError) as error:
+    except (OSError, LiberoMissing, NoOpenGL, LeRobotError, EngineError) as error:
         print(f"worldenv-eval: {error}", file=sys.stderr)
         return 1
 

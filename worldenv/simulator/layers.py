@@ -58,14 +58,42 @@ class UpsampleConv(nn.Conv2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., 2 H, 2 W, C)."""
+    def kernel(self) -> torch.Tensor:
+        """(C, C, 4, 4) of the transposed convolution: 3x3 taps spread by the 2x2 pixels of nearest neighbour."""
         taps = F.pad(self.weight, (1, 1, 1, 1))
         rows = taps[:, :, 1:] + taps[:, :, :-1]
-        kernel = (rows[..., 1:] + rows[..., :-1]).flip(2, 3).transpose(0, 1)  # 3x3 taps spread by the 2x2 pixels of nearest neighbour
+        return (rows[..., 1:] + rows[..., :-1]).flip(2, 3).transpose(0, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., 2 H, 2 W, C)."""
         pictures = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
-        y = F.conv_transpose2d(pictures, kernel, self.bias, stride=2, padding=1).permute(0, 2, 3, 1)
+        y = F.conv_transpose2d(pictures, self.kernel(), self.bias, stride=2, padding=1).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+    def folded(self) -> nn.Module:
+        """The same function for a compiler of graphs (`engines.export.prepared`), as a plain convolution, which every runtime has in every type."""
+        return _Phases(self)
+
+
+class _Phases(nn.Conv2d):
+    """An `UpsampleConv`: each of the 2 x 2 output pixels of an input pixel is a 2x2 convolution, and all four are computed as one."""
+
+    def __init__(self, conv: UpsampleConv) -> None:
+        super().__init__(conv.in_channels, 4 * conv.out_channels, 2, padding=1)
+        assert conv.bias is not None
+        phases = [conv.kernel()[:, :, [3 - down, 1 - down]][..., [3 - right, 1 - right]] for down in range(2) for right in range(2)]
+        self.weight.data = torch.cat(phases, dim=1).transpose(0, 1).detach().contiguous()
+        self.bias.data = conv.bias.detach().repeat(4)  # type: ignore[union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width, channels = x.shape[-3:]
+        y = super().forward(x.reshape(-1, height, width, channels).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        rows = []
+        for down in range(2):
+            first = 2 * down * channels
+            pixels = [y[:, down : down + height, right : right + width, first + right * channels :][..., :channels] for right in range(2)]
+            rows.append(torch.stack(pixels, dim=3).flatten(2, 3))
+        return torch.stack(rows, dim=2).reshape(*x.shape[:-3], 2 * height, 2 * width, channels)
 
 
 def zero(layer: Layer) -> Layer:

@@ -11,6 +11,7 @@ Sources: EnerVerse-AC (arXiv:2505.09723); DynamiCrafter (arXiv:2310.12190), whos
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,15 +55,30 @@ class CausalConv(nn.Conv3d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
         batch, frames, height, width, channels = x.shape
-        if torch.compiler.is_exporting():  # channels stay last: a runtime would turn everything round for a convolution and back
-            before = torch.cat([x[:, :1], x[:, :-1]], dim=1)
-            taps = torch.cat([torch.cat([x[:, :1], before[:, :-1]], dim=1), before, x], dim=-1)
-            return F.linear(taps.view(-1, _TAPS * channels), self.weight.flatten(2).transpose(1, 2).flatten(1), self.bias).view(x.shape)
         before = x[:, :1].expand(-1, _TAPS - 1, -1, -1, -1)
         padded = torch.cat([before, x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
         weight = self.weight.squeeze(-1)  # one picture of frames by pixels, one tall kernel
         y = F.conv2d(padded.permute(0, 3, 1, 2), weight, self.bias)
         return y.permute(0, 2, 3, 1).reshape(batch, frames, height, width, channels)
+
+
+    def folded(self) -> nn.Module:
+        """The same function for a compiler of graphs (`engines.export.prepared`)."""
+        return _FramesConv(self)
+
+
+class _FramesConv(nn.Conv2d):
+    """A `CausalConv` over pictures of frames by pixels: a runtime's fastest convolution, and nothing to be computed of its weight."""
+
+    def __init__(self, conv: CausalConv) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, (_TAPS, 1))
+        assert conv.bias is not None
+        self.weight.data, self.bias.data = conv.weight.detach().squeeze(-1).contiguous(), conv.bias.detach()  # type: ignore[union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, frames, height, width, channels = x.shape
+        padded = torch.cat([x[:, :1]] * (_TAPS - 1) + [x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
+        return super().forward(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
 
 
 class TemporalConvBlock(nn.Module):
@@ -180,6 +196,23 @@ class _Gated(nn.Module):
         half = self.proj.out_features // 2
         value, gate = (F.linear(x, self.proj.weight[rows], self.proj.bias[rows]) for rows in (slice(half), slice(half, None)))
         return value * F.gelu(gate)
+
+    def folded(self) -> nn.Module:
+        """As of `CausalConv`: the halves of its weights are layers of their own."""
+        return _GatedHalves(self)
+
+
+class _GatedHalves(nn.Module):
+    def __init__(self, gated: _Gated) -> None:
+        super().__init__()
+        half = gated.proj.out_features // 2
+        self.value, self.gate = (nn.Linear(gated.proj.in_features, half) for _ in range(2))
+        for layer, rows in ((self.value, slice(half)), (self.gate, slice(half, None))):
+            layer.weight.data, layer.bias.data = (one.detach()[rows].contiguous() for one in (gated.proj.weight, gated.proj.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.value(x) * F.gelu(self.gate(x))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -419,7 +452,8 @@ class UNet(nn.Module):
         batch, _, frames, _, _ = x.shape
         counts = ((memory_row, memory), (chunk_row, frames - memory))
         embedding = torch.cat([row.expand(batch, -1)[:, None].expand(-1, count, -1) for row, count in counts], dim=1)
-        embeddings = iter(torch.split(embedding[:, :, None, None], self._widths, dim=-1))
+        ends = itertools.accumulate(self._widths)
+        embeddings = iter([embedding[:, :, None, None, end - width : end] for end, width in zip(ends, self._widths, strict=True)])
         views = iter(pairs)
 
         def run(layers: nn.Module, h: torch.Tensor) -> torch.Tensor:

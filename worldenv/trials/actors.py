@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worldenv import checkpoint, noise, run
-from worldenv.config import EnvConfig
+from worldenv import checkpoint, compiled, noise, run
+from worldenv.config import EnginesConfig, EnvConfig
 from worldenv.envs.contract import Snapshot
 from worldenv.nouns import Observation
 from worldenv.policy import published
 from worldenv.policy import weights as policies
 from worldenv.policy.contract import Policy
 from worldenv.policy.lerobot import LeRobotPolicy
+from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.contract import Judge
 from worldenv.robots.contract import Robot
@@ -188,6 +189,14 @@ class Bench:
     actor: Actor
     judge: Judge | None
     device: torch.device
+
+    def networks(self, engines: EnginesConfig) -> list[compiled.Network]:
+        """What `engines` may run. ValueError for a policy in another process."""
+        if not isinstance(self.actor, PolicyActor):
+            raise ValueError("--engines.back-end: this policy runs in a process of its own, which no engine reaches")
+        precision = compiled.precision_of(engines, self.device)
+        mine = compiled.of_policy(self.actor.policy, precision) if isinstance(self.actor.policy, OpenVLAOFT) else []
+        return mine + compiled.of_reflector(self.judge, precision)
 
     def __post_init__(self) -> None:
         self._watches: dict[int, Any] = {}

@@ -3,6 +3,7 @@
     OUT/eval.json          what is evaluated, and how; a folder belongs to one evaluation
     OUT/versions.json      what decided the outcomes: packages, assets, renderer; going on with others is refused
     OUT/episodes.jsonl     one line per finished episode, on disk before it is counted
+    OUT/engines.json       what ran each network, where engines were asked for
     OUT/result.json        the result, when all episodes are finished
 
 An episode is a function of policy, initial state and seed alone: not of the process that it ran in, nor of the order. Whoever acts is asked one
@@ -27,9 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldenv import checkpoint, console, report
-from worldenv.config import EnvConfig
+from worldenv import checkpoint, compiled, console, report
+from worldenv.config import EnginesConfig, EnvConfig
 from worldenv.data.collect import Start
+from worldenv.engines.store import Store
 from worldenv.envs import libero, suites
 from worldenv.evaluation import Protocol, paired, wilson
 from worldenv.run import RunError, held
@@ -38,6 +40,8 @@ from worldenv.trials.episode import Answer, Trial, play
 
 EPISODES_PER_TASK = 50
 """By default: OpenVLA-OFT's, and the paper's."""
+_RECORDED_STEPS = 24
+"""Of one episode a task: what engines are compared on."""
 
 
 class TrialError(RunError):
@@ -72,6 +76,8 @@ class Evaluation:
     """SHA-256 of the reflector's file."""
     env: EnvConfig | None = None
     """Of the tabletop, where the policy's run has its own."""
+    engines: EnginesConfig | None = None
+    """What runs the policy, and the reflector where it stops; None: eager. Actions depend on it in their last bits."""
 
     def starts(self) -> list[Start]:
         """Test states, spread evenly over the tasks, each task's in order."""
@@ -284,15 +290,37 @@ def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, 
         workers.close()
 
 
+def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> None:
+    """The engines that were asked for, in their places; they are compared on what an episode's first chunks ask. Plans lie beside `out`, so that the
+    next evaluation exports nothing."""
+    if asked.engines is None:
+        return
+    assert bench is not None
+    env = asked.open()
+
+    def rollouts() -> None:
+        limit = min(asked.limit, _RECORDED_STEPS)
+        for start in asked.starts()[: len(asked.tasks)]:
+            _drive(play(env, start, asked.mode, limit, None, 0, asked.seed), bench.answer)
+
+    try:
+        store = Store(out.parent / "engines", int(asked.engines.limit_gb * 1e9))
+        compiled.fitted(bench.networks(asked.engines), rollouts, asked.engines, store, bench.device, out / "engines.json")
+    finally:
+        env.close()
+
+
 def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) -> dict[str, Any]:
     """Make the episodes that are missing in `out`, and the result, which is JSON-ready. `bench` answers questions; an expert needs none.
 
-    Raises RunError where the folder is another evaluation's, TrialError where an episode fails; what is finished stays.
+    Raises RunError where the folder is another evaluation's, EngineError where an engine that it was begun with is not to be had, TrialError where an
+    episode fails; what is finished stays.
     """
     folder = _Folder(out, asked)
     try:
         missing = [start for start in asked.starts() if start.number not in folder.trials]
         if missing:
+            _fit_engines(asked, out, bench)
             made = _alone(asked, missing, bench) if processes == 1 else _together(asked, missing, bench, min(processes, len(missing)))
             with contextlib.closing(made):
                 for _ in (bar := console.track(len(folder.trials), asked.episodes, f"eval {asked.suite}")):
@@ -301,6 +329,8 @@ def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) 
                     folder.add(trial)
                     bar.note(success=float(np.mean([one.success for one in folder.trials.values()])))
         found = result(asked, list(folder.trials.values()), json.loads((out / "versions.json").read_text(encoding="utf-8")))
+        if asked.engines is not None:
+            found["engines"] = json.loads((out / "engines.json").read_text(encoding="utf-8"))
         checkpoint.write_text(out / "result.json", json.dumps(found, indent=1))
         return found
     finally:

@@ -61,7 +61,6 @@ class CausalConv(nn.Conv3d):
         y = F.conv2d(padded.permute(0, 3, 1, 2), weight, self.bias)
         return y.permute(0, 2, 3, 1).reshape(batch, frames, height, width, channels)
 
-
     def folded(self) -> nn.Module:
         """The same function for a compiler of graphs (`engines.export.prepared`)."""
         return _FramesConv(self)

@@ -95,7 +95,7 @@ def _published(narrow: bool, device: torch.device, precision: Precision) -> Subj
     everything = compiled.of_simulator(simulator, precision, batch)
     if narrow:
         everything += compiled.of_policy(random_policy(oft, setting), precision, batch)
-        everything += compiled.of_reflector(random_reflector(llava, setting), precision)
+        everything += compiled.of_reflector(random_reflector(llava, setting), precision, batch)
 
     def recorded() -> Mapping[str, Sequence[Any]]:
         return {one.name: [one.recipe.example({}, seed, str(device)) for seed in range(2)] for one in everything}

@@ -21,6 +21,8 @@ from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store
 
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_120")
+NO_DRIVER = "cudaError 35"
+"""What the builder says of a machine without a GPU, on its way to a plan."""
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx, which make check installs")
 
 
@@ -45,7 +47,8 @@ def test_a_network_parses_and_builds_for_every_architecture(name: str, tiny: dic
     assert len({plan.key for plan in plans}) == len(ARCHES)
     for plan in plans:
         assert (plan.folder / tensorrt.PLAN).stat().st_size > 10_000
-        assert "ERROR" not in (plan.folder / tensorrt.LOG).read_text()
+        said = (plan.folder / tensorrt.LOG).read_text().splitlines()
+        assert [line for line in said if line.startswith("ERROR") and NO_DRIVER not in line] == []
         assert (plan.folder / tensorrt.TIMING).is_file()
         assert not (plan.folder / export.WEIGHTS).exists()
         assert plan.parity is None  # built, never run

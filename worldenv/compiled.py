@@ -88,12 +88,12 @@ def of_policy(policy: OpenVLAOFT, precision: Precision = "fp32", batch: Range = 
     return [Network(one, modules[one.name], _plain_policy(policy, one.name), policy.runs) for one in recipes]
 
 
-def of_reflector(reflector: object, precision: Precision = "fp32") -> list[Network]:
-    """Vision tower and language model; nothing of a judge that is no LLaVA."""
+def of_reflector(reflector: object, precision: Precision = "fp32", row: Range = (1, 2, 32)) -> list[Network]:
+    """Vision tower and language model, of `row` sequences at once; nothing of a judge that is no LLaVA."""
     if not isinstance(reflector, LlavaReflector):
         return []
     modules = reflector_graphs.graphs(reflector.llava.model)
-    recipes = (reflector_vision.recipe(reflector.config, precision), reflector_llm.recipe(reflector.config, precision))
+    recipes = (reflector_vision.recipe(reflector.config, precision), reflector_llm.recipe(reflector.config, precision, row))
     return [Network(one, modules[one.name], _itself(modules[one.name]), reflector.llava.runs) for one in recipes]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -182,15 +182,13 @@ def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**count, "episodes": episodes, **evaluation.paired(before, after)}
 
 
-def _newest(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def _newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """By variant, the newest row of each (settings, seed), by seed and then by age; a file's rows stand in the order in which they were added."""
     newest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    order = dict[str, None]()
     for row in rows:
-        order[row["variant"]] = None
         newest.pop(key := (row["variant"], row["settings"], row["seed"]), None)
         newest[key] = row
-    by_variant: dict[str, list[Mapping[str, Any]]] = {variant: [] for variant in order}
+    by_variant: dict[str, list[Mapping[str, Any]]] = {row["variant"]: [] for row in rows}
     for row in sorted(newest.values(), key=lambda row: int(row["seed"])):
         by_variant[row["variant"]].append(row)
     return by_variant
@@ -200,7 +198,7 @@ def _one_per_seed(some: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list({row["seed"]: row for row in some}.values())
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All rows as Markdown: newest of each (variant, settings, seed), and a pooled line of the newest of each seed where a variant has several."""
     lines = ["| what | seed | fine-tuned | after | points (95 %) | gained, lost | p | commit |", "|---|---|---|---|---|---|---|---|"]
     for name, some in _newest(rows).items():
@@ -213,7 +211,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 _ENDS = {"oracle": "by the predicate", "limit": "at the step limit", "reflector": "by the reflector"}
 
 
-def table_of_ends(rows: Iterable[Mapping[str, Any]]) -> str:
+def table_of_ends(rows: Sequence[Mapping[str, Any]]) -> str:
     """The paper's Table 3 as Markdown, with the cell that it lacks: successes by what ends an episode; seeds added up, the newest row of each."""
     lines = ["| what | seeds | policy | " + " | ".join(f"ended {said}" for said in _ENDS.values()) + " |", "|---|---|---|---|---|---|"]
     for name, some in _newest(rows).items():
@@ -225,7 +223,7 @@ def table_of_ends(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def table_of_verdicts(rows: Iterable[Mapping[str, Any]]) -> str:
+def table_of_verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
     """Is the judge fooled, and more so after LOOP? As Markdown: imagined rollouts against the true outcome of the same actions, seeds added up."""
     lines = ["| what | seeds | policy | rollouts | imagined successes | true | true failures imagined as successes | true successes missed |"]
     lines += ["|---|---|---|---|---|---|---|---|"]

@@ -58,8 +58,8 @@ def mutate(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, old: str, new
 
 WRONG: dict[str, tuple[str, Any, str, str, str]] = {
     "temporal convolution sees the future": (
-        "evac_unet", unet.CausalConv, "forward", "torch.cat([before, x], dim=1)", "torch.cat([x[:, :1], x, x[:, -1:]], dim=1)"),
-    "temporal convolution padded with zeros": ("evac_unet", unet.CausalConv, "forward", "[before, x]", "[0 * before, x]"),
+        "evac_unet", unet, "_over_frames", "[x[:, :1]] * (_TAPS - 1) + [x]", "[x[:, :1], x, x[:, -1:]]"),
+    "temporal convolution padded with zeros": ("evac_unet", unet, "_over_frames", "[x[:, :1]] *", "[0 * x[:, :1]] *"),
     "image and action blocks swapped": (
         "evac_unet", unet.SpatialTransformer, "keys_values", "image if self.number % 2 else action", "action if self.number % 2 else image"),
     "GroupNorm over time per frame": (

@@ -79,6 +79,17 @@ def savepoint_path(folder: Path, part: str) -> Path:
     return folder / f"{part}{_SAVEPOINT}"
 
 
+def snapshot_path(folder: Path, iterations: int) -> Path:
+    """Where stage loop in `folder` keeps a copy of the policy after so many iterations."""
+    return folder / f"policy-{iterations:04d}.safetensors"
+
+
+def snapshots(out: Path) -> list[tuple[int, Path]]:
+    """Policies of the run in `out` by LOOP iteration: 0, which is what stage loop starts from, then the copies that it kept."""
+    kept = sorted((out / "stages" / "loop").glob("policy-*.safetensors"))
+    return [(0, out / "stages" / "scale" / "policy.safetensors"), *((int(path.stem.rpartition("-")[2]), path) for path in kept)]
+
+
 def _read_json(path: Path, cure: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

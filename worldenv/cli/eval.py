@@ -23,6 +23,7 @@ from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.evaluation import Protocol
 from worldenv.policy.lerobot import LeRobotError
+from worldenv.run import snapshots
 from worldenv.trials import actors, inspection, runner
 from worldenv.trials.runner import EPISODES_PER_TASK, Evaluation
 
@@ -203,10 +204,9 @@ def _run(argv: Sequence[str]) -> int:
 
 def _curve(argv: Sequence[str]) -> int:
     args = parse("worldenv-eval curve", CurveArgs, None, argv)
-    kept = sorted((args.run / "stages" / "loop").glob("policy-*.safetensors"))
-    if not kept:
+    points = snapshots(args.run)
+    if len(points) == 1:
         raise ValueError(f"{args.run}: no copies of the policy (stages/loop/policy-*.safetensors); train with loop.snapshot_every")
-    points = [(0, args.run / "stages" / "scale" / "policy.safetensors")] + [(int(path.stem.rpartition("-")[2]), path) for path in kept]
     out = args.out or Path("runs/eval") / f"{args.suite}-{_name(str(args.run))}-curve"
     rows = []
     for step, path in points:

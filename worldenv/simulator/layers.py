@@ -81,7 +81,8 @@ class _Phases(nn.Conv2d):
     def __init__(self, conv: UpsampleConv) -> None:
         super().__init__(conv.in_channels, 4 * conv.out_channels, 2, padding=1)
         assert conv.bias is not None
-        phases = [conv.kernel()[:, :, [3 - down, 1 - down]][..., [3 - right, 1 - right]] for down in range(2) for right in range(2)]
+        kernel = conv.kernel()
+        phases = [kernel[:, :, [3 - down, 1 - down]][..., [3 - right, 1 - right]] for down in range(2) for right in range(2)]
         self.weight.data = torch.cat(phases, dim=1).transpose(0, 1).detach().contiguous()
         self.bias.data = conv.bias.detach().repeat(4)  # type: ignore[union-attr]
 

@@ -54,12 +54,7 @@ class CausalConv(nn.Conv3d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
-        batch, frames, height, width, channels = x.shape
-        before = x[:, :1].expand(-1, _TAPS - 1, -1, -1, -1)
-        padded = torch.cat([before, x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
-        weight = self.weight.squeeze(-1)  # one picture of frames by pixels, one tall kernel
-        y = F.conv2d(padded.permute(0, 3, 1, 2), weight, self.bias)
-        return y.permute(0, 2, 3, 1).reshape(batch, frames, height, width, channels)
+        return _over_frames(x, self.weight.squeeze(-1), self.bias)
 
     def folded(self) -> nn.Module:
         """The same function for a compiler of graphs (`engines.export.prepared`)."""
@@ -75,9 +70,14 @@ class _FramesConv(nn.Conv2d):
         self.weight.data, self.bias.data = conv.weight.detach().squeeze(-1).contiguous(), conv.bias.detach()  # type: ignore[union-attr]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, frames, height, width, channels = x.shape
-        padded = torch.cat([x[:, :1]] * (_TAPS - 1) + [x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
-        return super().forward(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
+        return _over_frames(x, self.weight, self.bias)
+
+
+def _over_frames(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The causal convolution of `x` (B, T, H, W, C) as one of pictures of frames by pixels, with one tall kernel `weight` (C, C, 3, 1)."""
+    batch, frames, height, width, channels = x.shape
+    padded = torch.cat([x[:, :1]] * (_TAPS - 1) + [x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
+    return F.conv2d(padded.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1).reshape(x.shape)
 
 
 class TemporalConvBlock(nn.Module):

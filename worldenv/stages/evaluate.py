@@ -16,7 +16,7 @@ from worldenv.nouns import Context
 from worldenv.policy import weights as policies
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.contract import Judge
-from worldenv.run import Stage
+from worldenv.run import Stage, snapshots
 from worldenv.stages.desk import REPLAY_NUMBERS, Desk
 from worldenv.world import ImaginedWorld
 
@@ -42,12 +42,10 @@ def evaluate(desk: Desk, stage: Stage) -> None:
 
 
 def _curve(desk: Desk) -> list[dict[str, Any]]:
-    """Greedy success in the true environment by LOOP iteration, from the copies that stage loop kept; 0 is the policy that it started from."""
+    """Greedy success in the true environment by LOOP iteration."""
     chosen = evaluation.starts(desk.env, min(desk.settings.eval.curve_episodes, desk.settings.eval.episodes))
-    kept = [(0, desk.run.folder("scale") / "policy.safetensors")]
-    kept += [(int(path.stem.rpartition("-")[2]), path) for path in sorted(desk.run.folder("loop").glob("policy-*.safetensors"))]
     rows = []
-    for iteration, path in kept:
+    for iteration, path in snapshots(desk.run.out):
         policy = policies.load(path, desk.device)
         outcome = evaluation.evaluate(policy, desk.env, chosen, desk.settings.env.steps, None, 1.0, desk.device, f"eval iteration {iteration}")
         rows.append({"iteration": iteration, **outcome.tally(desk.env.tasks)["oracle"]})
@@ -92,4 +90,5 @@ def _plain(pair: audit.Pair) -> dict[str, Any]:
 
 
 def replayed_pairs(path: Path) -> list[audit.Pair]:
+    """What stage eval stored in `path` (replays-sft.safetensors, replays-loop.safetensors)."""
     return [audit.Pair(**{**tree, "context": Context(**tree["context"])}) for tree in checkpoint.load(path)]

@@ -19,7 +19,7 @@ from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.contract import Judge
 from worldenv.rollout.collect import Assignment
 from worldenv.rollout.store import RolloutStore
-from worldenv.run import Stage
+from worldenv.run import Stage, snapshot_path
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import LOOP_NUMBERS, Desk
 from worldenv.world import World
@@ -63,10 +63,6 @@ def practice_of(desk: Desk, policy: OpenVLAOFT, folder: Path) -> Practice:
     return Practice(world, threshold if desk.settings.loop.termination else math.inf, engines)
 
 
-def _snapshot(stage: Stage, iterations: int) -> Path:
-    return stage.folder / f"policy-{iterations:04d}.safetensors"
-
-
 def loop(desk: Desk, stage: Stage) -> None:
     """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
     settings = desk.settings.loop
@@ -107,7 +103,7 @@ def loop(desk: Desk, stage: Stage) -> None:
         seconds.append(time.monotonic() - began)
         stage.timings["rollouts_per_second"] = len(jobs) / max(collected - began, 1e-9)
         if settings.snapshot_every and (iteration + 1) % settings.snapshot_every == 0:
-            policies.save(_snapshot(stage, iteration + 1), learner.policy, learner.merged())
+            policies.save(snapshot_path(stage.folder, iteration + 1), learner.policy, learner.merged())
         savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds})
         store.discard()
         bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})

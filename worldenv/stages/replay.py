@@ -49,7 +49,6 @@ def _replayed_pair(desk: Desk, number: int, which: int, row: int) -> tuple[torch
     if not path.is_file():
         raise RunError(f"rollout {number} is one of stage eval, which has not been done in {desk.run.out}")
     pair, policy = replayed_pairs(path)[row], desk.policy("scale" if name == "sft" else "loop")
-    policy.scale_factor = desk.settings.loop.scale_factor
     imagined, _ = audited(desk, policy, reflector, desk.run.folder("eval"), name)
     made = _alone(desk, policy, imagined, math.inf, Assignment(number, 0, pair.context))
     command, score = torch.cat([query.command for query in made.queries]).cpu().numpy(), made.rollout().score.flatten()

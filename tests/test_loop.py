@@ -190,6 +190,41 @@ def test_update_makes_good_actions_likelier() -> None:
     assert lead(fresh) > lead(given) + 0.1
 
 
+def test_the_gradient_of_some_rollouts_is_that_of_a_step_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = learner(dataclasses.replace(FREE, batch=8))
+    given = rollouts(made.policy)
+    (step,) = gradients(made, monkeypatch, given)
+    value = torch.tensor([r.value for r in given], dtype=torch.float64)
+    before = {name: p.detach().clone() for name, p in made.policy.network.named_parameters()}
+    found = made.gradient(given, leave_one_out(value, torch.tensor([r.group for r in given])).float())
+    for name, of in (("lora", made._lora), ("action_head", made._heads), ("scale_head", made._heads)):
+        want = torch.cat([step[key].flatten() for key in of if name == "lora" or key.startswith(name)])
+        assert apart(found[name], want) < 1e-4, name
+    assert all(torch.equal(p, before[name]) for name, p in made.policy.network.named_parameters())
+
+
+def test_learning_rates_rise_over_the_first_steps_and_go_on_rising_from_a_savepoint() -> None:
+    """Adam's first step is of full length, its rate, for every weight with a gradient, however small."""
+    warm = dataclasses.replace(CONFIG, warmup=8, head_lr=1e-3, weight_decay=0.0)
+
+    def moved(made: Learner, iteration: int) -> float:
+        before = {name: p.detach().clone() for name, p in made._heads.items()}
+        made.update(rollouts(made.policy), iteration)
+        return max(float((p.detach() - before[name]).abs().max()) for name, p in made._heads.items())
+
+    made, still = learner(dataclasses.replace(warm, batch=8)), learner(dataclasses.replace(CONFIG, batch=8, head_lr=1e-3, weight_decay=0.0))
+    assert moved(still, 0) == pytest.approx(1e-3, rel=1e-3)
+    assert moved(made, 0) == pytest.approx(1e-3 / 8, rel=1e-3)
+    later = learner(dataclasses.replace(warm, batch=8))
+    later.load_tree(made.tree())
+    assert [group["lr"] for group in later._optimizer.param_groups] == [CONFIG.lora_lr / 8, 1e-3 / 8]
+    moved(later, 1)
+    assert [group["lr"] for group in later._optimizer.param_groups] == [CONFIG.lora_lr / 4, 1e-3 / 4]
+    for iteration in range(2, 9):
+        moved(later, iteration)
+    assert [group["lr"] for group in later._optimizer.param_groups] == [CONFIG.lora_lr, 1e-3]
+
+
 def test_metrics_and_what_is_trained() -> None:
     made = learner()
     given = rollouts(made.policy)

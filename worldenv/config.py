@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 _SIGNED = ("curriculum_begin", "curriculum_end")
 _COUNTS = ("batch", "vae_batch", "backbone_batch", "head_batch", "classifier_batch", "per_task", "contexts", "check_every", "image")
-_SHARES = ("held_out", "map_share", "sampled_levels", "aligned_starts", "ema", "positives", "beta2")
+_SHARES = ("held_out", "map_share", "sampled_levels", "aligned_starts", "ema", "positives", "beta2", "hard_share")
 
 
 def _check_numbers(config: Any, path: str = "") -> None:
@@ -562,6 +562,9 @@ class LoopConfig:
     """Start states per iteration."""
     context_states: Literal["demos", "train"] = "train"
     """Start states: those of the demonstrations, or all training states; never test states."""
+    hard_share: float = 0.0
+    """Share of an iteration's start states that are drawn, instead, from those from which an exploration episode with noise no wider than
+    scale_factor failed: where a group's outcomes differ there is something to learn. 0 is the paper."""
     iterations: int = 30
     """Iterations (M)."""
     passes: int = 1
@@ -578,6 +581,8 @@ class LoopConfig:
     """Learning rate of LoRA."""
     head_lr: float = 1e-5
     """Learning rate of both heads."""
+    warmup: int = 0
+    """Optimiser steps over which both learning rates rise from 0: Adam's first steps are of full length, whatever the gradient says."""
     weight_decay: float = 1e-4
     """AdamW's weight decay."""
     grad_clip: float = 1.0

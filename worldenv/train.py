@@ -42,7 +42,7 @@ STAGES: dict[str, Plan] = {
     "explore": Plan(explore, ("scale",), lambda c: [c.seed, c.env, c.explore]),
     "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.simulator, c.world]),
     "reward": Plan(reward, ("demos", "explore", "world"), lambda c: [c.seed, c.reflector, c.reward]),
-    "loop": Plan(loop, ("demos", "scale", "world", "reward"), lambda c: [c.seed, c.env, c.loop, c.engines]),
+    "loop": Plan(loop, ("demos", "scale", "explore", "world", "reward"), lambda c: [c.seed, c.env, c.loop, c.engines]),
     "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report, c.engines]),
     "report": Plan(write_report, RECORDED, lambda c: [c]),
 }

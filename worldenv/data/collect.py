@@ -173,7 +173,7 @@ def explore(
     tasks, factors, before = len(env.tasks), len(config.factors), policy.scale_factor
     batches = []
     for now in config.factors:
-        mine = [n for n in range(config.episodes) if _factor(n, tasks, config) == now]
+        mine = [n for n in range(config.episodes) if factor_of(n, tasks, config) == now]
         starts = [Start(n, n % tasks, "train", n // (tasks * factors) % env.states("train")) for n in mine]
         batches += [(now, some) for some in _batches(starts, config.batch)]
     episodes = EpisodeSet(out)
@@ -198,7 +198,7 @@ def explored(tasks: int, config: ExploreConfig, out: Path) -> dict[str, Any]:
     if len(episodes) != config.episodes:
         raise ValueError(f"{out}: {len(episodes)} episodes, want {config.episodes}: a process that explored ended early; give the same command again")
     episodes.seal()
-    factors = [_factor(n, tasks, config) for n in range(config.episodes)]
+    factors = [factor_of(n, tasks, config) for n in range(config.episodes)]
     successes = dict.fromkeys(config.factors, 0)
     for entry in episodes.entries:
         successes[factors[entry.number]] += entry.first_success is not None
@@ -210,7 +210,8 @@ def explored(tasks: int, config: ExploreConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def _factor(number: int, tasks: int, config: ExploreConfig) -> float:
+def factor_of(number: int, tasks: int, config: ExploreConfig) -> float:
+    """The factor on the scale of exploration episode `number`, of `tasks` tasks."""
     return config.factors[number // tasks % len(config.factors)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from worldenv import compiled, console, noise
+from worldenv.data.collect import factor_of
 from worldenv.engines.parity import Parity
 from worldenv.envs.true_world import TrueWorld
 from worldenv.learning.loop.update import Learner
@@ -26,17 +27,27 @@ from worldenv.world import World
 
 
 def contexts_of(desk: Desk, iteration: int) -> list[Context]:
-    """The start states of one LOOP iteration: spread over the tasks, training states only."""
+    """The start states of one LOOP iteration: spread over the tasks, training states only, `hard_share` of them hard where a task has such."""
     loop, tasks = desk.settings.loop, desk.env.tasks
     pool = [(e.task, e.state_index) for e in desk.episodes("demos").entries]
     if loop.context_states == "train":
         pool = [(task, index) for task in range(len(tasks)) for index in range(desk.env.states("train"))]
+    failed = _failed_from(desk) if loop.hard_share else []
     chosen = []
     for n in range(loop.contexts):
-        mine = [state for state in pool if state[0] == (iteration * loop.contexts + n) % len(tasks)]
-        draw = noise.integers(desk.seed, noise.Stream.CONTEXT, iteration * loop.contexts + n, len(mine), 1)
+        number = iteration * loop.contexts + n
+        mine, hard = ([state for state in some if state[0] == number % len(tasks)] for some in (pool, failed))
+        mine = hard if hard and n < loop.hard_share * loop.contexts else mine
+        draw = noise.integers(desk.seed, noise.Stream.CONTEXT, number, len(mine), 1)
         chosen.append(desk.context(*mine[int(draw[0])]))
     return chosen
+
+
+def _failed_from(desk: Desk) -> list[tuple[int, int]]:
+    """Task and training state from which exploration failed at least once, with noise no wider than LOOP's."""
+    settings, tasks = desk.settings, len(desk.env.tasks)
+    entries = [e for e in desk.episodes("explore").entries if factor_of(e.number, tasks, settings.explore) <= settings.loop.scale_factor]
+    return sorted({(e.task, e.state_index) for e in entries if e.first_success is None})
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ def _notes(desk: Desk) -> list[str]:
     states = f"all {desk.env.states('train')} training states of each task"
     if settings.loop.context_states == "demos":
         states = "the initial states of the demonstrations"
+    if settings.loop.hard_share:
+        states += f", a share of {settings.loop.hard_share:g} of the draws from those from which exploration had failed"
     judge = "the reflector's vision tower and language model on the per-frame labels of training episodes, then frozen before its head was fitted."
     if settings.reward.judge == "classifier":
         judge = "the judge, a frame classifier (the baseline of other systems), on the per-frame labels of training episodes."

@@ -57,6 +57,8 @@ class Learner:
         lora_lr, head_lr = (0.0, 0.0) if config.control == "frozen" else (config.lora_lr, config.head_lr)
         groups = [{"params": list(self._lora.values()), "lr": lora_lr}, {"params": list(self._heads.values()), "lr": head_lr}]
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        self._rates = (lora_lr, head_lr)
+        self._steps = 0
 
     def update(self, rollouts: Sequence[Rollout], iteration: int) -> dict[str, float]:
         """Learn from one iteration's rollouts, all drawn by `policy` as it is now. Returns the metrics of the update.
@@ -105,8 +107,20 @@ class Learner:
         order: list[int] = np.argsort(draw, kind="stable").tolist()
         return [order[start : start + self.config.batch] for start in range(0, count, self.config.batch)]
 
-    def _step(self, rollouts: Sequence[Rollout], advantage: torch.Tensor, steps: float, total: _Totals, where: str) -> None:
-        """One optimiser step. Its gradient does not depend on the microbatch: every part is divided by the same `steps`."""
+    def gradient(self, rollouts: Sequence[Rollout], advantage: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradient of Eq. 5 over `rollouts` with `advantage` (R,), before any clipping, at the present weights; no step is taken.
+
+        Flat, float32, by what is trained: lora, action_head, scale_head.
+        """
+        self._backward(rollouts, advantage, float(sum(r.steps for r in rollouts)), _Totals())
+        parts = {"lora": self._lora, **{head: {n: p for n, p in self._heads.items() if n.startswith(head)} for head in HEADS}}
+        slopes = {name: [torch.zeros_like(p) if p.grad is None else p.grad for p in of.values()] for name, of in parts.items()}
+        flat = {name: torch.cat([slope.float().flatten() for slope in some]) for name, some in slopes.items()}
+        self._optimizer.zero_grad(set_to_none=True)
+        return flat
+
+    def _backward(self, rollouts: Sequence[Rollout], advantage: torch.Tensor, steps: float, total: _Totals) -> float:
+        """Leave the gradient of the loss at the weights, and return the loss; it does not depend on the microbatch."""
         self._optimizer.zero_grad(set_to_none=True)
         repeats = torch.tensor([len(r.live) for r in rollouts])
         rows = advantage.repeat_interleave(repeats).to(self.policy.device)
@@ -117,12 +131,20 @@ class Learner:
             result.loss.backward()  # type: ignore[no-untyped-call]
             loss += float(result.loss.detach())
             total.add(result.ratio, result.clipped, result.kl, laplace.entropy(log_scale.detach()).sum(-1), live)
+        return loss
+
+    def _step(self, rollouts: Sequence[Rollout], advantage: torch.Tensor, steps: float, total: _Totals, where: str) -> None:
+        """One optimiser step; every part of the loss is divided by the same `steps`."""
+        loss = self._backward(rollouts, advantage, steps, total)
         norms = [float(nn.utils.clip_grad_norm_(group.values(), self.config.grad_clip)) for group in (self._lora, self._heads)]
         if not all(math.isfinite(x) for x in (loss, *norms)):
             raise FloatingPointError(
                 f"loop: loss is {loss}, gradient norms are {norms} at {where}; "
                 "lower loop.lora_lr and loop.head_lr, or raise policy.scale_floor"
             )
+        self._steps += 1
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * min(1.0, self._steps / max(1, self.config.warmup))
         self._optimizer.step()
         total.step(loss * steps, *norms)
 
@@ -180,7 +202,7 @@ class Learner:
     def tree(self) -> dict[str, Any]:
         """Everything that an update changes, for `checkpoint.save`."""
         trained = {name: parameter.detach() for name, parameter in (self._lora | self._heads).items()}
-        return {"trained": trained, "optimizer": self._optimizer.state_dict()}
+        return {"trained": trained, "optimizer": self._optimizer.state_dict(), "steps": self._steps}
 
     @torch.no_grad()
     def load_tree(self, tree: Mapping[str, Any]) -> None:
@@ -196,6 +218,7 @@ class Learner:
         for name, parameter in own.items():
             parameter.copy_(stored[name])
         self._optimizer.load_state_dict(dict(tree["optimizer"]))
+        self._steps = tree["steps"]
 
     def merged(self) -> dict[str, torch.Tensor]:
         """The network's weights under their plain names, LoRA added to the pristine ones, which stay as they are."""

@@ -775,7 +775,9 @@ TINY = RunConfig(
     world=WorldConfig(vae_steps=1000, batch=8, steps=1000),
     reward=RewardConfig(backbone_steps=400, backbone_lr=2e-3, positives=0.2, embeddings=1000),
     engines=EnginesConfig(back_end="eager"),  # at this size a run's exports take about as long as its rollouts then save (docs/engines.md)
-    loop=LoopConfig(scale_factor=4.0, contexts=24, iterations=16, batch=24, lora_lr=4e-4, head_lr=1e-4, snapshot_every=4),
+    loop=LoopConfig(
+        scale_factor=4.0, contexts=24, hard_share=0.75, iterations=16, batch=24, lora_lr=3e-4, head_lr=7.5e-5, warmup=24, snapshot_every=4,
+    ),
     env=EnvConfig(train_states=200, test_states=400),
     eval=EvalConfig(episodes=1200),
     explore=ExploreConfig(episodes=900, factors=(1.0, 4.0, 8.0)),
@@ -788,7 +790,7 @@ LIBERO = dataclasses.replace(
     demos=DemosConfig(after_success=16),
     sft=dataclasses.replace(TINY.sft, steps=2000, prior_per_task=0, prior_steps=0),
     explore=ExploreConfig(episodes=60, factors=(1.0, 4.0), batch=8, processes=2),
-    loop=dataclasses.replace(TINY.loop, contexts=6, iterations=10, batch=12, snapshot_every=5),
+    loop=dataclasses.replace(TINY.loop, contexts=6, iterations=10, batch=12, warmup=8, snapshot_every=5),
     eval=EvalConfig(episodes=60, curve_episodes=20),
     report=ReportConfig(replays=12),
 )

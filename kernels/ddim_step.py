@@ -41,7 +41,8 @@ def step_ref(x: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, noise: torch.
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
     """`guided` (B, ...) with `share` of it brought to the standard deviation of `conditional`, per sample over everything else."""
     axes = list(range(1, guided.dim()))
-    matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    # a network that says 0 everywhere, as an untrained one does, has no deviation to match
+    matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp_min(1e-30))
     return share * matched + (1.0 - share) * guided
 
 
@@ -127,7 +128,7 @@ def _step_kernel(
             count = tl.load(row, mask=slot < parts, other=0.0)
             mean_v, squares_v = tl.load(row + 1, mask=slot < parts, other=0.0), tl.load(row + 2, mask=slot < parts, other=0.0)
             mean_g, squares_g = tl.load(row + 3, mask=slot < parts, other=0.0), tl.load(row + 4, mask=slot < parts, other=0.0)
-            ratio = _deviation(count, mean_v, squares_v) / _deviation(count, mean_g, squares_g)
+            ratio = _deviation(count, mean_v, squares_v) / tl.maximum(_deviation(count, mean_g, squares_g), 1e-30)
             v = (other + guidance * (v - other)) * (share * ratio + (1.0 - share))
         entry = table_ptr + index * 6
         signal, rest, rescale = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)

@@ -18,3 +18,14 @@ def test_threads_spin_briefly_unless_the_environment_says_otherwise() -> None:
     assert said() == "False 10000"  # once torch is there, it would be too late
     assert said(OMP_WAIT_POLICY="active") == "False None"
     assert said(GOMP_SPINCOUNT="7") == "False 7"
+
+
+def test_help_may_be_cut_short() -> None:
+    """As by `worldenv-eval run --help | head -1`: no traceback, whether the pipe breaks while help is printed or at the end."""
+    for arguments in ("worldenv.cli.train", "worldenv.cli.doctor"):
+        read, write = os.pipe()
+        os.close(read)
+        program = f"import sys; from {arguments} import main; sys.exit(main(['--help']))"
+        done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (0, "")

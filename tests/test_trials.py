@@ -428,6 +428,22 @@ def test_a_checkpoint_is_evaluated_and_knows_its_file(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["sampling"] == "sampled, seed 3"
 
 
+def test_every_point_of_a_curve_is_run_as_asked(tmp_path, capsys, monkeypatch):
+    """The policy that LOOP starts from, then its copies, each in a folder of its own."""
+    (tmp_path / "stages" / "loop").mkdir(parents=True)
+    for name in ("policy-0005", "policy-0010", "policy"):
+        (tmp_path / "stages" / "loop" / f"{name}.safetensors").touch()
+    asked, found = [], {"episodes": 2, "successes": 1, "interval": [0.0, 1.0], "tasks": []}
+    monkeypatch.setattr(command_line, "_evaluate", lambda args: asked.append(args) or found)
+    words = ["curve", str(tmp_path), "--suite", "tabletop", "--episodes", "2", "--out", str(tmp_path / "c"), "--engines.back-end", "onnxruntime"]
+    assert command_line.main(words) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["curve"]] == [0, 5, 10]
+    names = ["scale/policy", "loop/policy-0005", "loop/policy-0010"]
+    assert [one.policy for one in asked] == [str(tmp_path / "stages" / f"{name}.safetensors") for name in names]
+    assert [one.out.name for one in asked] == ["step-0000", "step-0005", "step-0010"]
+    assert {(one.suite, one.episodes, one.engines.back_end) for one in asked} == {("tabletop", 2, "onnxruntime")}
+
+
 def test_a_policy_runs_by_an_engine_where_that_is_asked_for(tmp_path, capsys, monkeypatch):
     """Its actions are eager's to rounding; the result and the folder say what ran it, and the folder is of this choice alone."""
     path, words = tmp_path / "policy.safetensors", PromptTokenizer.build(Tabletop(EnvConfig()).tasks)

@@ -88,6 +88,8 @@ class CurveArgs:
     """With an environment each."""
     device: str = "auto"
     """Of networks: auto, cpu, cuda."""
+    engines: EnginesConfig = field(default_factory=lambda: EnginesConfig(back_end="eager"))
+    """As in run; built anew for every copy."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,10 @@ def _curve(argv: Sequence[str]) -> int:
     out = args.out or Path("runs/eval") / f"{args.suite}-{_name(str(args.run))}-curve"
     rows = []
     for step, path in points:
-        one = RunArgs(str(path), args.suite, args.mode, args.episodes, args.tasks, out / f"step-{step:04d}", args.processes, device=args.device)
+        at = out / f"step-{step:04d}"
+        one = RunArgs(
+            str(path), args.suite, args.mode, args.episodes, args.tasks, at, args.processes, device=args.device, engines=args.engines
+        )  # fmt: skip
         found = _evaluate(one)
         rows.append({"step": step, **{key: found[key] for key in ("episodes", "successes", "interval", "tasks")}})
         by_task = "  ".join(f"{task['task']}: {task['successes']}/{task['episodes']}" for task in found["tasks"])

@@ -776,7 +776,7 @@ TINY = RunConfig(
     reward=RewardConfig(backbone_steps=400, backbone_lr=2e-3, positives=0.2, embeddings=1000),
     engines=EnginesConfig(back_end="eager"),  # at this size a run's exports take about as long as its rollouts then save (docs/engines.md)
     loop=LoopConfig(
-        scale_factor=4.0, contexts=24, hard_share=0.33, iterations=16, batch=24, lora_lr=3e-4, head_lr=7.5e-5, warmup=24, snapshot_every=4,
+        scale_factor=4.0, contexts=24, hard_share=0.33, iterations=16, batch=24, lora_lr=4e-4, head_lr=1e-5, warmup=24, snapshot_every=4,
     ),
     env=EnvConfig(train_states=200, test_states=400),
     eval=EvalConfig(episodes=1200),

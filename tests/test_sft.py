@@ -196,7 +196,7 @@ def test_killed_sft_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest
     want = sft(straight, given, TABLETOP, config, 0, savepoint(tmp_path / "a"))
     right = sft_module.loss_at
 
-    def die(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int, rows: np.ndarray) -> torch.Tensor:
+    def die(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         if step == 5:
             raise _Killed
         return right(policy, chunks, config, seed, step, rows)

@@ -82,10 +82,10 @@ def of_simulator(simulator: Evac, precision: Precision = "fp32", batch: Range = 
 
 
 def of_policy(policy: OpenVLAOFT, precision: Precision = "fp32", batch: Range = (1, 4, 32)) -> list[Network]:
-    """Backbone and heads."""
+    """Backbone and heads, of those that have a graph."""
     modules = policy_graphs.graphs(policy.network)
     recipes = (policy_backbone.recipe(policy.config, precision, batch), policy_heads.recipe(policy.config, batch))
-    return [Network(one, modules[one.name], _plain_policy(policy, one.name), policy.runs) for one in recipes]
+    return [Network(one, modules[one.name], _plain_policy(policy, one.name), policy.runs) for one in recipes if one.name in modules]
 
 
 def of_reflector(reflector: object, precision: Precision = "fp32", row: Range = (1, 2, 32)) -> list[Network]:
@@ -108,7 +108,9 @@ def _plain_policy(policy: OpenVLAOFT, name: str) -> Callable[[], nn.Module]:
         network.load_state_dict(lora.merged(policy.network), assign=True)
         module = policy_graphs.graphs(network)[name].eval()
         if name == policy_backbone.NAME:  # a refit gives all weights of a graph, and no others
-            del network.action_head, network.scale_head
+            for part in policy_graphs.READERS:
+                if hasattr(network, part):
+                    delattr(network, part)
         return module
 
     return plain

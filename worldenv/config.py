@@ -101,7 +101,7 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """OpenVLA-OFT: two vision towers, projector, Llama, L1 head, scale head."""
+    """OpenVLA-OFT: two vision towers, projector, Llama, and what reads actions off its hiddens."""
 
     image: int
     """Side of the picture that the towers see [px]."""
@@ -113,6 +113,9 @@ class PolicyConfig:
     """Language model."""
     head_width: int
     """Hidden channels of both MLPResNet heads."""
+    head: Literal["laplace", "tokens"] = "laplace"
+    """How actions are read off: L1 head and scale head, a Laplace density (the paper); or OpenVLA's tokens, 256 bins per dimension by the language
+    model's output layer, fine-tuned by cross-entropy: a baseline, which ends with stage sft."""
     chunk: int = 8
     """Actions per query (K), executed open loop."""
     proprio: int = 8
@@ -130,7 +133,7 @@ class PolicyConfig:
     attention: Literal["full", "prefix_lm"] = "full"
     """Who sees the action slots: everyone (OpenVLA-OFT), or the slots alone (RIPT-VLA: cheaper gradients, another function)."""
     scale_factor: float = 1.0
-    """Factor on the Laplace scale, inside the density (1 is the paper)."""
+    """Factor on the Laplace scale, inside the density (1 is the paper); of tokens, the softmax's temperature."""
     scale_floor: float = 0.02
     """Least Laplace scale before the factor [normalised action]; 0 is the paper. Idle dimensions fit a scale near 0."""
     scale_ceiling: float | None = None
@@ -143,6 +146,14 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.images not in (1, 2):
             raise ValueError(f"policy.chunk={self.chunk}, policy.images={self.images}: want at least 1 action, and 1 or 2 views")
+
+    def want_laplace(self, who: str) -> None:
+        """ValueError that names `who`, which works with the Laplace density, where there is none."""
+        if self.head != "laplace":
+            raise ValueError(
+                f"policy.head={self.head}: {who} needs the Laplace density, which this head has not; set policy.head to laplace, or stop after "
+                "stage sft (--until sft)"
+            )
 
 
 @dataclass(frozen=True)
@@ -361,7 +372,7 @@ class DemosConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Stage sft: L1 fine-tuning on the demonstrations."""
+    """Stage sft: fine-tuning on the demonstrations, by L1; of tokens, by cross-entropy."""
 
     steps: int = 1000
     """Optimiser steps."""
@@ -378,7 +389,7 @@ class SftConfig:
     proprio_noise: float = 0.1
     """Normal noise on the normalised proprio, so that the picture counts [1 = half its range]."""
     stop_l1: float = 0.01
-    """Stop when the mean L1 of the last epoch is below this [normalised action]."""
+    """Stop when the mean L1 of the last epoch is below this [normalised action]; of tokens, that of the greedy ones."""
     start: str = ""
     """Directory of a published OpenVLA or OpenVLA-OFT checkpoint to begin from, with fresh heads and the statistics of the demonstrations; with
     steps=0 the policy as it is, its own heads and statistics. Empty: random weights, and `prior_steps`."""
@@ -693,6 +704,11 @@ class RunConfig:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
         if self.policy.chunk != self.simulator.chunk:
             raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one chunk; make them equal")
+        if self.policy.head == "tokens" and self.sft.start and not self.sft.steps:
+            raise ValueError(
+                f"policy.head=tokens, sft.start={self.sft.start!r}, sft.steps=0: a directory is taken as it is for its L1 head; fine-tune it "
+                "(sft.steps), or set policy.head to laplace"
+            )
         if self.sft.prior_steps and not self.sft.start and self.env.name != "tabletop":
             raise ValueError(f"sft.prior_steps={self.sft.prior_steps}: the prior's scenes are the tabletop's; with {self.env.name} set it to 0")
         if self.env.steps % self.policy.chunk:

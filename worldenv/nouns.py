@@ -73,20 +73,21 @@ class ActionChunk:
     """One answer of the policy: K actions, in its normalised space and as the robot's command."""
 
     mu: torch.Tensor
-    """(B, K, 7) float32, normalised: the location of the Laplace density, and the greedy action."""
-    log_scale: torch.Tensor
-    """(B, K, 7) float32: log of the density's scale, factor and floor included."""
+    """(B, K, 7) float32, normalised: the greedy action; of a Laplace density, its location."""
+    log_scale: torch.Tensor | None
+    """(B, K, 7) float32: log of the Laplace density's scale, factor and floor included; None for a policy of tokens."""
     action: torch.Tensor
     """(B, K, 7) float32, normalised, not clipped: the sample that was drawn, whose density counts; mu if greedy."""
     log_prob: torch.Tensor
-    """(B, K) float32: log-density of `action`, summed over the 7 dimensions."""
+    """(B, K) float32: log-density of `action`, or log-probability of its tokens, summed over the 7 dimensions."""
     command: torch.Tensor
     """(B, K, 7) float32 in [-1, 1]: `action` un-normalised and clipped, gripper -1 open .. +1 close."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.mu.shape)
         for name in ("mu", "log_scale", "action", "command"):
-            _want(f"ActionChunk.{name}", getattr(self, name), (*shape[:2], ACTION_DIM), torch.float32)
+            if (given := getattr(self, name)) is not None:
+                _want(f"ActionChunk.{name}", given, (*shape[:2], ACTION_DIM), torch.float32)
         _want("ActionChunk.log_prob", self.log_prob, shape[:2], torch.float32)
 
 

@@ -63,6 +63,14 @@ def _up_to(last: str, settings: RunConfig) -> list[str]:
     return [name for name in names if name in needed]
 
 
+def chosen(settings: RunConfig, only: str | None = None, until: str | None = None) -> list[str]:
+    """The stages that `train` runs, in order. ValueError where the policy's head has no density and one of them is made with it."""
+    names = [only] if only else _up_to(until, settings) if until else list(STAGES)
+    if needy := [name for name in names if "scale" in _up_to(name, settings)]:
+        settings.policy.want_laplace(f"stage {needy[0]}")
+    return names
+
+
 def train(
     out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = (), until: str | None = None
 ) -> None:
@@ -71,19 +79,19 @@ def train(
 
     Of several processes (worldenv.distributed) the first one does this, and the others join it in stage world.
     A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
-    Raises RunError, CheckpointError, FloatingPointError or OSError with one line that names the thing and the cure.
+    Raises RunError, CheckpointError, FloatingPointError or OSError with one line that names the thing and the cure, and ValueError as `chosen` does.
     """
+    names = chosen(settings, only, until)
     if processes.rank():
         _follow(out, settings)
         return
     run = Run(out, settings)
-    names = _up_to(until, settings) if until else list(STAGES)
     order = list(STAGES)
     again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
     for name in again:
         run.forget(name)
     desk = Desk(run)
-    for name in [only] if only else names:
+    for name in names:
         plan = STAGES[name]
         fingerprint = run.fingerprint(name, plan.settings(settings), list(_inputs(name, settings)))
         if run.check(name, fingerprint):
@@ -95,7 +103,7 @@ def train(
         with run.at_work(name, fingerprint) as stage:
             plan.work(desk, stage)
     processes.agreed(None)
-    if "report" in ([only] if only else names):
+    if "report" in names:
         console.say(f"report: {out / 'report.html'}")
 
 

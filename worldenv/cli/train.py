@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.replay is not None and (args.only or args.from_stage or args.until or args.reuse or args.resume):
             raise ValueError("--replay takes --out and nothing else of the run's stages")
         settings = _settings(args)
+        if args.replay is None:
+            train.chosen(settings, args.only, args.until)
         if settings.device != "auto":
             device_of(settings.device)
     except ValueError as error:

@@ -42,8 +42,9 @@ def fit_scale_head(
     """Train `policy`'s scale head in place on all chunk starts of `episodes`.
 
     Returns JSON-ready metrics: mean NLL before and after [nat per dimension], and the median scale. FloatingPointError where the loss is
-    not finite.
+    not finite; ValueError for a policy of tokens.
     """
+    policy.config.want_laplace("the scale head's fit")
     hidden, mu, target = _seen(policy, Chunks(episodes, robot, policy.statistics, policy.chunk))
     head, limits = policy.network.scale_head, (policy.config.scale_floor, policy.config.scale_ceiling)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr)

@@ -1,5 +1,7 @@
 """Stage sft: the policy learns to imitate demonstrations, by L1 on normalised chunks (paper, appendix B.1, Eq. 6; OpenVLA-OFT's recipe).
 
+A policy of tokens learns the tokens of the same chunks by cross-entropy (OpenVLA); nothing else differs.
+
 A small policy is trained from random weights, all of it. A published one (`start`) gets LoRA on its backbone (`worldenv.policy.lora` says where and
 why), with its action head and proprio projector trained in full; what comes out has LoRA merged. Several processes (worldenv.distributed) take their
 rows of the very batch that one would take, and sum gradients: their number changes results by rounding only.
@@ -25,7 +27,7 @@ from worldenv.data.episode import Episode
 from worldenv.learning import augment, processes
 from worldenv.learning.chunks import Chunks
 from worldenv.nouns import ACTION_DIM, Observation
-from worldenv.policy import lora, published
+from worldenv.policy import lora, published, tokens
 from worldenv.policy.openvla_oft import OpenVLAOFT, Query
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.robots.contract import Robot
@@ -61,7 +63,7 @@ def pretrained(config: PolicyConfig, sft: SftConfig, episodes: Sequence[Episode]
     """
     dtype = torch.bfloat16 if (sft.lora_rank or not sft.steps) and sft.precision == "bfloat16" else torch.float32
     if sft.steps:
-        opened = published.open_base(Path(sft.start), _statistics(episodes, robot), dtype, seed)
+        opened = published.open_base(Path(sft.start), _statistics(episodes, robot), dtype, seed, config.head)
     else:
         opened = published.open_directory(Path(sft.start), sft.dataset or None, dtype=dtype, seed=seed)
     ours = {name: getattr(config, name) for name in ("images", "attention", "scale_factor", "scale_floor", "scale_ceiling")}
@@ -105,14 +107,23 @@ def query_at(policy: OpenVLAOFT, observation: Observation, config: SftConfig, se
     return query
 
 
-def loss_at(policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int, rows: NDArray[np.int64]) -> torch.Tensor:
-    """L1 of `rows` of the batch of `step`: a function of (seed, step, rows) and the weights."""
+def loss_at(
+    policy: OpenVLAOFT, chunks: Chunks, config: SftConfig, seed: int, step: int, rows: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `rows` of the batch of `step`, a function of (seed, step, rows) and the weights: what is learned, and L1 without gradient.
+
+    What is learned is L1 too, or of tokens their cross-entropy [nat]; L1 is then that of the most probable ones.
+    """
     observation, target = chunks.take(noise.integers(seed, noise.Stream.SFT, step, len(chunks), config.batch)[rows])
     query = query_at(policy, observation, config, seed, step, rows)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         hidden = policy.hidden(query)
-    mu: torch.Tensor = policy.network.action_head(hidden)
-    return (mu - target.to(mu.device)).abs().mean()
+    target = target.to(hidden.device)
+    if policy.config.head == "tokens":
+        logits = policy.network.token_head(hidden)
+        return tokens.cross_entropy(logits, target), (tokens.to_actions(logits.argmax(-1)) - target).abs().mean()
+    error = (policy.network.action_head(hidden) - target).abs().mean()
+    return error, error.detach()
 
 
 @torch.no_grad()
@@ -131,7 +142,8 @@ def sft(
     """Train `policy` in place on `episodes`; a killed stage goes on from `savepoint`, to the same bits. `label` is shown beside the progress.
 
     Returns JSON-ready metrics: `l1` over all chunk starts, `l1_train` of the last epoch, `steps` taken, `chunks`, `parameters`, how many of them were
-    `trained`. FloatingPointError where the loss is not finite; ValueError where the batch cannot be divided among the processes.
+    `trained`; of tokens, `cross_entropy_train` [nat per token]. FloatingPointError where the loss is not finite; ValueError where the batch cannot
+    be divided among the processes.
     """
     chunks = Chunks(episodes, robot, policy.statistics, policy.chunk)
     trained = _trained(policy, config, seed)
@@ -148,42 +160,48 @@ def sft(
         betas=(0.9, config.beta2),
         fused=True,
     )
-    begin, losses = 0, deque[float](maxlen=math.ceil(len(chunks) / config.batch))
+    begin, epoch = 0, math.ceil(len(chunks) / config.batch)
+    learned, errors = deque[float](maxlen=epoch), deque[float](maxlen=epoch)
     if (kept := savepoint.load()) is not None:
         begin = kept["step"]
-        losses.extend(kept["losses"])
+        learned.extend(kept["learned"])
+        errors.extend(kept["errors"])
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(kept["trained"][name])
         optimizer.load_state_dict(kept["optimizer"])
     step = begin
     for step in (bar := console.track(begin, config.steps, label)):
-        if len(losses) == losses.maxlen and sum(losses) / len(losses) < config.stop_l1:
+        if len(errors) == epoch and sum(errors) / epoch < config.stop_l1:
             break
         if rank == 0 and savepoint.due():
             weights = {name: parameter.detach() for name, parameter in trained.items()}
-            savepoint.save({"step": step, "losses": list(losses), "trained": weights, "optimizer": optimizer.state_dict()})
+            at = {"step": step, "learned": list(learned), "errors": list(errors)}
+            savepoint.save({**at, "trained": weights, "optimizer": optimizer.state_dict()})
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, config)
         optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        total, far = 0.0, 0.0
         for rows in parts:
-            loss = loss_at(policy, chunks, config, seed, step, rows)
+            loss, error = loss_at(policy, chunks, config, seed, step, rows)
             share = len(rows) / config.batch
-            total += float(loss.detach()) * share
+            total, far = total + float(loss.detach()) * share, far + float(error) * share
             (loss * share).backward()  # type: ignore[no-untyped-call]
-        losses.append(processes.total(total, policy.device))
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"sft: loss is {losses[-1]} at step {step}; lower sft.lr")
+        learned.append(processes.total(total, policy.device))
+        errors.append(processes.total(far, policy.device))
+        if not math.isfinite(learned[-1]):
+            raise FloatingPointError(f"sft: loss is {learned[-1]} at step {step}; lower sft.lr")
         processes.sum_up(p.grad for p in trained.values() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(trained.values(), _GRAD_CLIP)
         optimizer.step()
-        bar.note(l1=sum(losses) / len(losses))
+        bar.note(l1=sum(errors) / len(errors))
     else:
         step = config.steps
+    entropy = {"cross_entropy_train": sum(learned) / len(learned) if learned else None} if policy.config.head == "tokens" else {}
     return {
         "l1": l1(policy, chunks, config.batch),
-        "l1_train": sum(losses) / len(losses) if losses else None,
+        "l1_train": sum(errors) / len(errors) if errors else None,
+        **entropy,
         "steps": step,
         "chunks": len(chunks),
         "parameters": sum(parameter.numel() for parameter in policy.network.parameters()),
@@ -192,12 +210,12 @@ def sft(
 
 
 def _trained(policy: OpenVLAOFT, config: SftConfig, seed: int) -> dict[str, torch.nn.Parameter]:
-    """What is trained, by name: everything but the scale head; or fresh LoRA, put in here, with action head and proprio projector."""
+    """What is trained, by name: everything but the scale head; or fresh LoRA, put in here, with the head that acts and proprio projector."""
     network, kept = policy.network, "scale_head."
     network.recompute = config.gradient_checkpointing
     if not config.lora_rank:
         return {name: parameter for name, parameter in network.named_parameters() if not name.startswith(kept)}
     lora.attach(network, config.lora_rank, config.lora_alpha, noise.torch_seed(seed, noise.Stream.SFT))
-    for part in (network.action_head, network.proprio_projector):
+    for part in (network.token_head if policy.config.head == "tokens" else network.action_head, network.proprio_projector):
         part.requires_grad_(True)
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}

@@ -20,7 +20,7 @@ class Policy(Protocol):
     def act(self, observation: Observation, uniform: torch.Tensor | None = None) -> ActionChunk:
         """Answer B observations, without gradients.
 
-        `uniform` (B, K, 7) float64 in (0, 1) draws each action by the inverse CDF of its Laplace density; without it
-        the answer is greedy (action = mu).
+        `uniform` (B, K, 7) float64 in (0, 1) draws each action by the inverse CDF of its distribution, a Laplace density or that of OpenVLA's
+        tokens; without it the answer is greedy (action = mu).
         """
         ...

@@ -10,6 +10,9 @@ from torch import nn
 
 from worldenv.policy.openvla_oft import BACKBONE, HEADS, Network
 
+READERS = ("action_head", "scale_head", "token_head")
+"""What of a network reads its hiddens: no part of the backbone's graph."""
+
 
 class Backbone(nn.Module):
     """A query to the hiddens of its action slots."""
@@ -37,5 +40,6 @@ class Heads(nn.Module):
 
 
 def graphs(network: Network) -> dict[str, nn.Module]:
-    """Both, by name."""
-    return {BACKBONE: Backbone(network), HEADS: Heads(network)}
+    """Both, by name; of a policy of tokens the backbone alone, since its head is one product."""
+    found: dict[str, nn.Module] = {BACKBONE: Backbone(network)}
+    return found if network.config.head == "tokens" else found | {HEADS: Heads(network)}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from worldenv.nouns import ACTION_DIM
+from worldenv.policy.tokens import BINS
 
 LOG_SCALE_START = -3.0
 """The scale head's bias before training: b = 0.05."""
@@ -109,6 +110,18 @@ class ScaleHead(nn.Module):
         """See the class."""
         rows = by_step(hidden)
         return cast(torch.Tensor, self.model(rows) if self.form == "mlp" else self.log_b_head(self.trunk(rows)))
+
+
+class TokenHead(nn.Linear):
+    """Hiddens (B, 7 K, width) -> logits (B, K, 7, 256) float32 of the action tokens; the rows of a language model's output layer that they have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, BINS, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        batch, slots, _ = hidden.shape
+        return super().forward(hidden.float()).view(batch, slots // ACTION_DIM, ACTION_DIM, BINS)
 
 
 class ProprioProjector(nn.Module):

@@ -24,8 +24,8 @@ from torch import nn
 from worldenv.config import PolicyConfig
 from worldenv.kernels.frames import for_policy, normalise_pixels
 from worldenv.nouns import ACTION_DIM, ActionChunk, Observation
-from worldenv.policy import laplace
-from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead, begin
+from worldenv.policy import laplace, tokens
+from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead, TokenHead, begin
 from worldenv.policy.jpeg import jpeg_round_trip
 from worldenv.policy.llama import LanguageModel
 from worldenv.policy.processing import STOP, PromptTokenizer, Statistics, resized
@@ -61,7 +61,7 @@ class _Projector(nn.Module):
 
 
 class Network(nn.Module):
-    """Queries to the hiddens of the action slots, and those to mu and beta. Parameter names are the published ones."""
+    """Queries to the hiddens of the action slots, and those to mu and beta, or to logits. Parameter names are the published ones."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -71,8 +71,11 @@ class Network(nn.Module):
         self.projector = _Projector(config.dino.width + config.siglip.width, width)
         self.language_model = LanguageModel(config.llama)
         self.proprio_projector = ProprioProjector(config.proprio, width)
-        self.action_head = L1Head(width, config.head_width, config.head_blocks)
-        self.scale_head = ScaleHead(width, config.head_width, config.head_blocks, config.scale_form)
+        if config.head == "tokens":
+            self.token_head = TokenHead(width)
+        else:
+            self.action_head = L1Head(width, config.head_width, config.head_blocks)
+            self.scale_head = ScaleHead(width, config.head_width, config.head_blocks, config.scale_form)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -84,7 +87,8 @@ class Network(nn.Module):
         begin(self, generator)
         self.vision_backbone.featurizer.begin()
         self.vision_backbone.fused_featurizer.begin()
-        self.scale_head.begin()
+        if self.config.head == "laplace":
+            self.scale_head.begin()
 
     @property
     def recompute(self) -> bool:
@@ -131,7 +135,7 @@ class Network(nn.Module):
 
 
 class OpenVLAOFT:
-    """A policy (`policy.contract.Policy`): the network with its words, its statistics and its density."""
+    """A policy (`policy.contract.Policy`): the network with its words, its statistics and its distribution over actions."""
 
     def __init__(self, config: PolicyConfig, network: Network, tokenizer: PromptTokenizer, statistics: Statistics) -> None:
         """ValueError where tokenizer or statistics do not fit the network."""
@@ -146,7 +150,7 @@ class OpenVLAOFT:
         self.runs: dict[str, Callable[..., Any]] = {}
         """What runs the networks while the policy acts, by name (`policy.graphs`); where there is none, the network itself does."""
         self.scale_factor = config.scale_factor
-        """Factor on the Laplace scale, inside the density: of what is drawn and of what is scored."""
+        """Factor on the Laplace scale, inside the density, or temperature of the tokens: of what is drawn and of what is scored."""
 
     @classmethod
     def create(
@@ -199,19 +203,31 @@ class OpenVLAOFT:
         return hidden.float()
 
     def density(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu and log-scale (B, K, 7) float32 of the Laplace density: factor, floor and ceiling included."""
+        """mu and log-scale (B, K, 7) float32 of the Laplace density: factor, floor and ceiling included. ValueError for a policy of tokens."""
+        self.config.want_laplace("scoring actions")
         beta = self.network.scale_head(hidden)
         return self.network.action_head(hidden), laplace.scale(beta, self.scale_factor, self.config.scale_floor, self.config.scale_ceiling)
 
-    def _answer(self, query: Query) -> tuple[torch.Tensor, torch.Tensor]:
-        """`density` of `hidden`, by what runs the networks here."""
-        backbone, heads = self.runs.get(BACKBONE), self.runs.get(HEADS)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, K, 7, 256) float32 of the action tokens, divided by the temperature. ValueError unless that is above 0."""
+        if not self.scale_factor > 0:
+            raise ValueError(f"scale factor {self.scale_factor}: of tokens it is the softmax's temperature, want more than 0")
+        logits: torch.Tensor = self.network.token_head(hidden)
+        return logits / self.scale_factor
+
+    def _seen(self, query: Query) -> torch.Tensor:
+        """`hidden`, by what runs the network here."""
+        backbone = self.runs.get(BACKBONE)
         if backbone is None:
-            hidden = self.hidden(query)
-        else:
-            ids, proprio = query.ids, query.proprio
-            lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if query.lengths is None else query.lengths
-            hidden = backbone(query.pixels, ids, lengths, proprio).float()
+            return self.hidden(query)
+        ids, proprio = query.ids, query.proprio
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if query.lengths is None else query.lengths
+        hidden: torch.Tensor = backbone(query.pixels, ids, lengths, proprio).float()
+        return hidden
+
+    def _answer(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`density`, by what runs the heads here."""
+        heads = self.runs.get(HEADS)
         if heads is None:
             return self.density(hidden)
         mu, beta = heads(hidden)
@@ -220,19 +236,28 @@ class OpenVLAOFT:
     @torch.no_grad()
     def act(self, observation: Observation, uniform: torch.Tensor | None = None) -> ActionChunk:
         """See `policy.contract.Policy`."""
-        mu, log_scale = self._answer(self.query(observation))
-        if uniform is None:
-            action, log_prob = mu, laplace.log_prob(mu, mu, log_scale)
+        shape = (len(observation.instruction), self.chunk, ACTION_DIM)
+        if uniform is not None and (uniform.shape != shape or uniform.dtype != torch.float64):
+            raise ValueError(f"act: uniform {tuple(uniform.shape)} {uniform.dtype}, want {shape} float64")
+        hidden, log_scale = self._seen(self.query(observation)), None
+        if self.config.head == "tokens":
+            logits = self.logits(hidden)
+            greedy = logits.argmax(-1)
+            row = greedy if uniform is None else tokens.draw(logits, uniform)
+            mu, action, log_prob = tokens.to_actions(greedy), tokens.to_actions(row), tokens.log_prob(logits, row)
         else:
-            if uniform.shape != mu.shape or uniform.dtype != torch.float64:
-                raise ValueError(f"act: uniform {tuple(uniform.shape)} {uniform.dtype}, want {tuple(mu.shape)} float64")
-            action, log_prob = laplace.draw(mu, log_scale, uniform.to(mu.device))
+            mu, log_scale = self._answer(hidden)
+            if uniform is None:
+                action, log_prob = mu, laplace.log_prob(mu, mu, log_scale)
+            else:
+                action, log_prob = laplace.draw(mu, log_scale, uniform.to(mu.device))
         return ActionChunk(mu, log_scale, action, log_prob, self.statistics.to_command(action))
 
     def evaluate_actions(self, observation: Observation, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score normalised actions (B, K, 7) under the current weights, with gradients.
 
-        Returns log-density (B, K) summed over the 7 dimensions, mu and log-scale (B, K, 7), float32: the same path as `act`.
+        Returns log-density (B, K) summed over the 7 dimensions, mu and log-scale (B, K, 7), float32: the same path as `act`. ValueError for actions
+        of another shape, and for a policy of tokens.
         """
         mu, log_scale = self.density(self.hidden(self.query(observation)))
         if action.shape != mu.shape:

@@ -21,7 +21,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +40,7 @@ from worldenv.policy.weights import fill, from_published, never_read
 _TIMM = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
 """The released towers, DINOv2 first."""
 _SMALL = ("action_head", "proprio_projector", "scale_head")
-"""What is not the backbone."""
+"""What is not the backbone, and has a file of its own."""
 _SHARD_BYTES = 5 * 10**9
 _START = 1  # number of this draw in Stream.WEIGHTS; a whole policy's is 0
 
@@ -203,19 +203,29 @@ def open_directory(
     return OpenVLAOFT(config, network, tokenizer, statistics)
 
 
-def open_base(directory: Path, statistics: Statistics, dtype: torch.dtype, seed: int = 0) -> OpenVLAOFT:
+def open_base(
+    directory: Path, statistics: Statistics, dtype: torch.dtype, seed: int = 0, head: Literal["laplace", "tokens"] = "laplace"
+) -> OpenVLAOFT:
     """The model in a published directory as a start of fine-tuning on the demonstrations of `statistics`, on the CPU, with fresh heads.
 
-    OpenVLA's own directories, which have no heads, are read too. Errors as in `open_directory`.
+    OpenVLA's own directories, which have no heads, are read too. The `head` of tokens is not fresh: it is the model's own output layer, in float32.
+    Errors as in `open_directory`.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give an OpenVLA or OpenVLA-OFT checkpoint's")
     config = _model(directory)
-    config = replace(config, proprio=len(statistics.proprio.q01), head_width=config.llama.width)  # the published heads are as wide as the model
+    # the published heads are as wide as the model
+    config = replace(config, proprio=len(statistics.proprio.q01), head_width=config.llama.width, head=head)
     with torch.device("meta"):
         network = Network(config)
     fresh = _fresh(config, seed)
-    state = from_published(_weights(directory), fresh["action_head"], fresh["proprio_projector"], fresh["scale_head"], config)
+    readers = [fresh[name] for name in ("action_head", "scale_head")] if head == "laplace" else [{}, {}]
+    state = from_published(_weights(directory), readers[0], fresh["proprio_projector"], readers[1], config)
+    if head == "tokens" and not ("token_head.weight" in state and state["token_head.weight"].any()):
+        raise CheckpointError(
+            f"{directory}: language_model.lm_head.weight is missing or zero for the action tokens, as where a policy with an L1 head was written; "
+            "start from OpenVLA's own"
+        )
     _assign(network, state, dtype, directory)
     return OpenVLAOFT(config, network, PromptTokenizer.published(directory / "tokenizer.json"), statistics)
 
@@ -236,7 +246,8 @@ def _fresh(config: PolicyConfig, seed: int) -> dict[str, dict[str, torch.Tensor]
 
 
 def _assign(network: Network, state: Mapping[str, torch.Tensor], dtype: torch.dtype, directory: Path) -> None:
-    fill(network, {name: t.to(torch.float32 if name.startswith(_SMALL) else dtype) for name, t in state.items()}, str(directory), assign=True)
+    wide = (*_SMALL, "token_head")
+    fill(network, {name: t.to(torch.float32 if name.startswith(wide) else dtype) for name, t in state.items()}, str(directory), assign=True)
 
 
 def _length(tensors: Mapping[str, torch.Tensor], ending: str, otherwise: int) -> int:
@@ -257,8 +268,10 @@ def _stated(bounds: Bounds) -> dict[str, Any]:
 def save_directory(directory: Path, policy: OpenVLAOFT, step: int, adapter: lora.Adapter | None = None) -> None:
     """Write `policy` as a directory that `open_directory` and the published code read; `adapter`, if given, is the LoRA in its merged weights.
 
-    Statistics are those that normalise, quantiles and masks; ValueError for a chunk that the published code does not know.
+    Statistics are those that normalise, quantiles and masks; ValueError for a chunk that the published code does not know, and for tokens.
     """
+    if policy.config.head == "tokens":
+        raise ValueError(f"{directory}: policy.head=tokens; the layout that is written here has an L1 head: keep this policy in its stage's file")
     if policy.chunk != OPENVLA_OFT.chunk:
         raise ValueError(f"{directory}: chunks of {policy.chunk}; the published layout has {OPENVLA_OFT.chunk}")
     directory.mkdir(parents=True, exist_ok=True)

@@ -11,15 +11,19 @@ from torch import nn
 
 from worldenv import checkpoint, config
 from worldenv.config import PolicyConfig
+from worldenv.policy import tokens
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
-from worldenv.policy.processing import PromptTokenizer, Statistics
+from worldenv.policy.processing import PUBLISHED_PAD, PromptTokenizer, Statistics
 
 _KIND = "worldenv policy"
 _WRAPPERS = re.compile(r"^(module\.)+")
 
 
 def never_read(name: str, config: PolicyConfig) -> bool:
-    """Whether a published tensor has no influence on actions: last vision blocks, final vision norms, SigLIP's pooling, output layer."""
+    """Whether a published tensor has no influence on actions: last vision blocks, final vision norms, SigLIP's pooling, output layer.
+
+    Of the output layer a policy of tokens reads its own rows, under another name (`from_published`).
+    """
     dead = [r"language_model\.lm_head\.", r"vision_backbone\.(fused_)?featurizer\.(norm|attn_pool)\."]
     for tower, vision in (("featurizer", config.dino), ("fused_featurizer", config.siglip)):
         dead.append(rf"vision_backbone\.{tower}\.blocks\.{vision.depth - 1}\.")
@@ -33,10 +37,15 @@ def from_published(
     scale_head: Mapping[str, torch.Tensor],
     config: PolicyConfig,
 ) -> dict[str, torch.Tensor]:
-    """Published state dicts as one of `Network`: prefixes put on, wrappers and what is never read taken off; LayerScale's gamma renamed."""
+    """Published state dicts as one of `Network`: prefixes put on, wrappers and what is never read taken off; LayerScale's gamma renamed.
+
+    For a policy of tokens `vla` has an output layer, of which the rows of the last `tokens.BINS` tokens before the padding are its head.
+    """
     parts = {"": vla, "action_head.": action_head, "proprio_projector.": proprio_projector, "scale_head.": scale_head}
     named = {prefix + _WRAPPERS.sub("", name): tensor for prefix, part in parts.items() for name, tensor in part.items()}
     renamed = {re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name): tensor for name, tensor in named.items()}
+    if config.head == "tokens" and (words := renamed.get("language_model.lm_head.weight")) is not None:
+        renamed["token_head.weight"] = words[PUBLISHED_PAD - tokens.BINS : PUBLISHED_PAD]
     return {name: tensor for name, tensor in renamed.items() if not never_read(name, config)}
 
 

@@ -43,7 +43,11 @@ class Learner:
     """Holds the trainable weights of a policy and improves them. `policy` acts with them at once."""
 
     def __init__(self, policy: OpenVLAOFT, config: LoopConfig, seed: int) -> None:
-        """Put fresh LoRA into `policy`, in place, and set its scale factor; `seed` decides the LoRA's start and the order of batches."""
+        """Put fresh LoRA into `policy`, in place, and set its scale factor; `seed` decides the LoRA's start and the order of batches.
+
+        ValueError for a policy of tokens.
+        """
+        policy.config.want_laplace("LOOP")
         self.policy, self.config = policy, config
         self._seed = seed
         self._fresh = True  # no update yet in this process: then all rollouts are checked, later the first few

@@ -146,7 +146,7 @@ def sft(
     be divided among the processes.
     """
     chunks = Chunks(episodes, robot, policy.statistics, policy.chunk)
-    trained = _trained(policy, config, seed)
+    trained, by_tokens = _trained(policy, config, seed), policy.config.head == "tokens"
     rank, count = processes.rank(), processes.count()
     if config.batch % count:
         raise ValueError(f"sft.batch={config.batch} queries over {count} processes: make it a multiple")
@@ -188,7 +188,7 @@ def sft(
             total, far = total + float(loss.detach()) * share, far + float(error) * share
             (loss * share).backward()  # type: ignore[no-untyped-call]
         learned.append(processes.total(total, policy.device))
-        errors.append(processes.total(far, policy.device))
+        errors.append(processes.total(far, policy.device) if by_tokens else learned[-1])
         if not math.isfinite(learned[-1]):
             raise FloatingPointError(f"sft: loss is {learned[-1]} at step {step}; lower sft.lr")
         processes.sum_up(p.grad for p in trained.values() if p.grad is not None)
@@ -197,7 +197,7 @@ def sft(
         bar.note(l1=sum(errors) / len(errors))
     else:
         step = config.steps
-    entropy = {"cross_entropy_train": sum(learned) / len(learned) if learned else None} if policy.config.head == "tokens" else {}
+    entropy = {"cross_entropy_train": sum(learned) / len(learned) if learned else None} if by_tokens else {}
     return {
         "l1": l1(policy, chunks, config.batch),
         "l1_train": sum(errors) / len(errors) if errors else None,

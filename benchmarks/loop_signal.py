@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,10 @@ import numpy as np
 import torch
 
 from worldenv import report
-from worldenv.learning.loop.advantage import leave_one_out
-from worldenv.learning.loop.update import Learner
-from worldenv.nouns import Rollout
-from worldenv.rollout.collect import Assignment
+from worldenv.learning.loop.update import Learner, advantages
 from worldenv.run import Run, settings_of
-from worldenv.stages.desk import LOOP_NUMBERS, Desk
-from worldenv.stages.loop import contexts_of, practice_of
+from worldenv.stages.desk import Desk
+from worldenv.stages.loop import assignments_of, practice_of
 
 ITERATION = 1 << 12
 """Its start states and rollout numbers: no run has so many iterations."""
@@ -44,28 +40,22 @@ def signal(gradients: torch.Tensor, contexts: int) -> float:
     return contexts * (float(kept.mean(0).pow(2).sum()) - noise / len(kept)) / noise
 
 
-def measure(desk: Desk, folder: Path) -> dict[str, Any]:
-    """Rollouts of the fine-tuned policy, and by group the gradients (n, P) of what is trained; notes on engines go to `folder`."""
+def measure(desk: Desk, contexts: int) -> dict[str, Any]:
+    """Rollouts of the fine-tuned policy from the run's start states, and what `signal` says of their groups' gradients for `contexts` groups."""
     settings = desk.settings.loop
     learner = Learner(desk.policy("scale"), settings, desk.seed)
-    practice = practice_of(desk, learner.policy, folder)
-    starts = contexts_of(desk, ITERATION)
-    jobs = [Assignment(LOOP_NUMBERS + ITERATION + n, n // settings.group, starts[n // settings.group]) for n in range(len(starts) * settings.group)]
+    practice = practice_of(desk, learner.policy, desk.run.folder("loop"))
     with desk.flights(learner.policy, practice.world, practice.threshold) as flights:
-        rollouts = sorted((flight.rollout() for flight in flights.fly(jobs)), key=lambda one: one.number)
+        rollouts = sorted((flight.rollout() for flight in flights.fly(assignments_of(desk, ITERATION))), key=lambda one: one.number)
     groups = [rollouts[n : n + settings.group] for n in range(0, len(rollouts), settings.group)]
-    found = [learner.gradient(some, leave_one_out(_returns(some), torch.zeros(len(some), dtype=torch.int64)).float()) for some in groups]
+    gradients = [learner.gradient(some, advantages(some)) for some in groups]
     stopped = np.array([[one.stopped for one in some] for some in groups])
     return {
         "groups": len(groups),
         "success": float(stopped.mean()),
         "differing": float((stopped.any(1) & ~stopped.all(1)).mean()),
-        **{name: torch.stack([one[name] for one in found]) for name in ("lora", "action_head")},
+        **{name: signal(torch.stack([one[name] for one in gradients]), contexts) for name in ("lora", "action_head")},
     }
-
-
-def _returns(rollouts: Sequence[Rollout]) -> torch.Tensor:
-    return torch.tensor([one.value for one in rollouts], dtype=torch.float64)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     changed |= {"scale_factor": args.factor} if args.factor is not None else {}
     changed |= {"hard_share": args.hard_share} if args.hard_share is not None else {}
     loop = dataclasses.replace(settings.loop, **changed)
-    eager = dataclasses.replace(settings.engines, back_end="eager")
-    with tempfile.TemporaryDirectory() as folder:
-        row = measure(Desk(Run(args.run, dataclasses.replace(settings, loop=loop, engines=eager), leads=False)), Path(folder))
-    row |= {name: signal(row[name], per_iteration) for name in ("lora", "action_head")}
+    eager = dataclasses.replace(settings.engines, back_end="eager")  # which also writes nothing into the run
+    row = measure(Desk(Run(args.run, dataclasses.replace(settings, loop=loop, engines=eager), leads=False)), per_iteration)
     where = "true environment" if args.true else "imagined world"
     print(
         f"{where}, scale x{loop.scale_factor:g}, hard share {loop.hard_share:g}: success {row['success']:.3f}, outcomes differ in "

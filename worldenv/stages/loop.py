@@ -43,6 +43,13 @@ def contexts_of(desk: Desk, iteration: int) -> list[Context]:
     return chosen
 
 
+def assignments_of(desk: Desk, iteration: int) -> list[Assignment]:
+    """The rollouts of one LOOP iteration, by number: `group` from each of its start states."""
+    loop, contexts = desk.settings.loop, contexts_of(desk, iteration)
+    first, group = LOOP_NUMBERS + iteration * loop.contexts * loop.group, iteration * loop.contexts
+    return [Assignment(first + n, group + n // loop.group, contexts[n // loop.group]) for n in range(loop.contexts * loop.group)]
+
+
 def _failed_from(desk: Desk) -> list[tuple[int, int]]:
     """Task and training state from which exploration failed at least once, with noise no wider than LOOP's."""
     settings, tasks = desk.settings, len(desk.env.tasks)
@@ -86,17 +93,12 @@ def loop(desk: Desk, stage: Stage) -> None:
         learner.load_tree(kept["learner"])
         history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
     practice = practice_of(desk, learner.policy, stage.folder)
-    per, refits = settings.contexts * settings.group, dict[str, Parity]()
+    refits = dict[str, Parity]()
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()
         store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")
         made = {rollout.number for rollout in store.rollouts}
-        contexts = contexts_of(desk, iteration)
-        jobs = [
-            Assignment(LOOP_NUMBERS + iteration * per + n, iteration * settings.contexts + n // settings.group, contexts[n // settings.group])
-            for n in range(per)
-        ]
-        jobs = [job for job in jobs if job.number not in made]
+        jobs = [job for job in assignments_of(desk, iteration) if job.number not in made]
         refits = practice.engines.refit()
         with desk.flights(learner.policy, practice.world, practice.threshold) as flights:
             for flight in flights.fly(jobs):

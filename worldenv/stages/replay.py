@@ -17,9 +17,9 @@ from worldenv.policy.contract import Policy
 from worldenv.rollout.collect import Assignment, Flight
 from worldenv.rollout.store import RolloutStore, differing
 from worldenv.run import Run, RunError, savepoint_path
-from worldenv.stages.desk import LOOP_NUMBERS, REPLAY_NUMBERS, Desk
+from worldenv.stages.desk import REPLAY_NUMBERS, Desk
 from worldenv.stages.evaluate import audited, replayed_pairs
-from worldenv.stages.loop import contexts_of, practice_of
+from worldenv.stages.loop import assignments_of, practice_of
 from worldenv.world import World
 
 
@@ -75,8 +75,8 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
         learner.load_tree(kept["learner"])
     practice = practice_of(desk, learner.policy, folder)
     practice.engines.refit()
-    context = contexts_of(desk, iteration)[(number - LOOP_NUMBERS) % (settings.contexts * settings.group) // settings.group]
-    made = _alone(desk, learner.policy, practice.world, practice.threshold, Assignment(number, stored[number].group, context)).rollout()
+    (job,) = (one for one in assignments_of(desk, iteration) if one.number == number)
+    made = _alone(desk, learner.policy, practice.world, practice.threshold, job).rollout()
     return made.score[made.live], stored[number].score[stored[number].live], differing(made, stored[number]), str(path)
 
 

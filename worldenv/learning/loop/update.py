@@ -81,8 +81,7 @@ class Learner:
         dropped = float(groups - len({r.group for r in rollouts}))
         if not rollouts:
             return {**dict.fromkeys(_METRICS, 0.0), "dropped_groups": dropped}
-        value = torch.tensor([r.value for r in rollouts], dtype=torch.float64)
-        advantage = leave_one_out(value, torch.tensor([r.group for r in rollouts])).float()
+        advantage = advantages(rollouts)
         if self.config.control == "shuffle":
             draw = noise.integers(self._seed, noise.Stream.SHUFFLE, iteration, 2**32, len(rollouts))
             advantage = advantage[np.argsort(draw, kind="stable")]
@@ -231,6 +230,12 @@ class Learner:
     def export_adapter(self, directory: Path) -> None:
         """Write LoRA in PEFT's format (the heads are in the policy's own file)."""
         lora.Adapter.of(self.policy.network).write(directory)
+
+
+def advantages(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """(R,) float32, in their order: returns by `leave_one_out`, whose errors are raised."""
+    value = torch.tensor([r.value for r in rollouts], dtype=torch.float64)
+    return leave_one_out(value, torch.tensor([r.group for r in rollouts])).float()
 
 
 def with_spread(rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 
 from worldenv import report
+from worldenv.checkpoint import CheckpointError
 from worldenv.learning.loop.update import Learner, advantages
-from worldenv.run import Run, settings_of
+from worldenv.run import Run, RunError, settings_of
 from worldenv.stages.desk import Desk
 from worldenv.stages.loop import assignments_of, practice_of
 
@@ -33,7 +35,12 @@ ITERATION = 1 << 12
 
 
 def signal(gradients: torch.Tensor, contexts: int) -> float:
-    """Signal over noise of the mean of `contexts` groups, from the gradients (n, P) of n others; about 0, also below it, where there is none."""
+    """Signal over noise of the mean of `contexts` groups, from the gradients (n, P) of n others; about 0, also below it, where there is none.
+
+    ValueError where fewer than 2 groups have a gradient.
+    """
+    if int((gradients != 0).any(1).sum()) < 2:
+        raise ValueError(f"of {len(gradients)} groups fewer than 2 have returns that differ: nothing to measure; raise --contexts or --hard-share")
     kept = gradients[:, gradients.abs().sum(0) > 0].double()
     kept = kept / kept.pow(2).mean(0).sqrt()
     noise = float(kept.var(0).sum())
@@ -59,7 +66,7 @@ def measure(desk: Desk, contexts: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """A line for people, then one JSON line. Exit code 0."""
+    """A line for people, then one JSON line. Exit code 0; 2 with one line where there is no such run or nothing to measure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_signal", description="Signal and noise of an iteration of LOOP.")
     parser.add_argument("run", type=Path, help="folder of a run with stage reward done")
     parser.add_argument("--contexts", type=int, default=96, help="groups to measure with")
@@ -67,22 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--factor", type=float, help="loop.scale_factor; the run's by default")
     parser.add_argument("--hard-share", type=float, help="loop.hard_share; the run's by default")
     args = parser.parse_args(argv)
-    settings = settings_of(args.run)
-    per_iteration = settings.loop.contexts
-    changed: dict[str, Any] = {"contexts": args.contexts, "batch": settings.loop.group, "control": "true-simulator" if args.true else "none"}
-    changed |= {"scale_factor": args.factor} if args.factor is not None else {}
-    changed |= {"hard_share": args.hard_share} if args.hard_share is not None else {}
-    loop = dataclasses.replace(settings.loop, **changed)
-    eager = dataclasses.replace(settings.engines, back_end="eager")  # which also writes nothing into the run
-    row = measure(Desk(Run(args.run, dataclasses.replace(settings, loop=loop, engines=eager), leads=False)), per_iteration)
+    try:
+        settings = settings_of(args.run)
+        changed: dict[str, Any] = {"contexts": args.contexts, "batch": settings.loop.group, "control": "true-simulator" if args.true else "none"}
+        changed |= {"scale_factor": args.factor} if args.factor is not None else {}
+        changed |= {"hard_share": args.hard_share} if args.hard_share is not None else {}
+        loop = dataclasses.replace(settings.loop, **changed)
+        eager = dataclasses.replace(settings.engines, back_end="eager")  # which also writes nothing into the run
+        row = measure(Desk(Run(args.run, dataclasses.replace(settings, loop=loop, engines=eager), leads=False)), settings.loop.contexts)
+    except (ValueError, RunError, CheckpointError) as error:
+        print(f"benchmarks.loop_signal: {error}", file=sys.stderr)
+        return 2
     where = "true environment" if args.true else "imagined world"
     print(
         f"{where}, scale x{loop.scale_factor:g}, hard share {loop.hard_share:g}: success {row['success']:.3f}, outcomes differ in "
         f"{row['differing']:.1%} of {row['groups']} groups\n"
-        f"signal over noise in an iteration of {per_iteration} groups: {row['lora']:.3f} (LoRA), {row['action_head']:.3f} (head)"
+        f"signal over noise in an iteration of {settings.loop.contexts} groups: {row['lora']:.3f} (LoRA), {row['action_head']:.3f} (head)"
     )
     print(json.dumps({"benchmark": "loop_signal", "true": args.true, **{n: getattr(loop, n) for n in ("scale_factor", "hard_share")}, **row,
-                      "contexts": per_iteration, "commit": report.commit()}))  # fmt: skip
+                      "contexts": settings.loop.contexts, "commit": report.commit()}))  # fmt: skip
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from worldenv.benchmarks.loop_signal import signal
@@ -24,3 +25,10 @@ def test_signal_over_noise_is_what_was_put_in() -> None:
 def test_noise_alone_has_no_signal() -> None:
     """The squared length of a mean of noise is not 0: without the correction this would be 24 / 30."""
     assert abs(signal(drawn(0.0, 30), 24)) < 0.03
+
+
+def test_where_no_two_groups_have_a_gradient_it_says_so() -> None:
+    gradients = torch.zeros(5, 7)
+    gradients[2] = 1.0
+    with pytest.raises(ValueError, match=r"of 5 groups fewer than 2 have returns that differ: .* --contexts"):
+        signal(gradients, 24)

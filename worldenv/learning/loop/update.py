@@ -80,7 +80,8 @@ class Learner:
         value = torch.tensor([r.value for r in rollouts], dtype=torch.float64)
         advantage = leave_one_out(value, torch.tensor([r.group for r in rollouts])).float()
         if self.config.control == "shuffle":
-            draw = noise.integers(self._seed, noise.Stream.SHUFFLE, iteration, 2**32, len(rollouts))
+            step = self.config.permutation * self.config.iterations + iteration
+            draw = noise.integers(self._seed, noise.Stream.SHUFFLE, step, 2**32, len(rollouts))
             advantage = advantage[np.argsort(draw, kind="stable")]
         mean_steps = sum(r.steps for r in rollouts) / len(rollouts)
         whole = self.policy.network.projector.fc1.weight.dtype == torch.float32

@@ -1,6 +1,7 @@
 """`python -m benchmarks.learns`: does post-training in the imagined world raise true success, and what of the method does it?
 
     python -m benchmarks.learns --seed S [--control shuffle|frozen|true-simulator] [--no-extra-data] [--no-reward-head] [--no-termination]
+    python -m benchmarks.learns --seed S --control shuffle --permutation K
     python -m benchmarks.learns --seed S --instead more-sft|exploration-demos
     python -m benchmarks.learns --table
 
@@ -8,7 +9,7 @@ The first form is a whole run of `worldenv-train` with one part taken out by nam
 there has done with the same settings are taken over; in the true simulator no world model is trained. The second trains what a user would try
 first instead of LOOP: fine-tuning for twice as long, on the demonstrations or on these and the successes of the exploration. Every form pairs
 the result with the fine-tuned policy on the same test states, and adds one row to benchmarks/results/learns.jsonl. --table prints all rows, and
-pools seeds; then successes by what ends an episode, and how often the judge is fooled.
+pools seeds; then the mean over runs with an interval of its own, successes by what ends an episode, and how often the judge is fooled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 from worldenv import checkpoint, config, evaluation, report, train
 from worldenv.cli.arguments import parse
@@ -45,6 +47,8 @@ class LearnsArgs:
     """Seed of the whole run."""
     control: Literal["none", "shuffle", "frozen", "true-simulator"] = "none"
     """What is put in the method's place (loop.control)."""
+    permutation: int = 0
+    """Which run of --control shuffle (loop.permutation)."""
     no_extra_data: bool = False
     """The world model is trained on demonstrations alone."""
     no_reward_head: bool = False
@@ -74,6 +78,12 @@ def variant(args: LearnsArgs) -> str:
     return "+".join(parts) or "method"
 
 
+def _folder(args: LearnsArgs) -> Path:
+    """Where the run that `args` ask for is kept: one folder for each variant, and for each permutation of the shuffle."""
+    again = f"-{args.permutation}" if args.permutation else ""
+    return args.runs / f"seed-{args.seed}" / f"{variant(args)}{again}"
+
+
 def settings_for(args: LearnsArgs) -> RunConfig:
     """The preset with what `args` take out."""
     chosen = config.preset(args.preset)
@@ -83,7 +93,7 @@ def settings_for(args: LearnsArgs) -> RunConfig:
         seed=args.seed,
         world=dataclasses.replace(chosen.world, extra_data=not args.no_extra_data),
         reward=dataclasses.replace(chosen.reward, head=not args.no_reward_head),
-        loop=dataclasses.replace(chosen.loop, control=args.control, termination=not args.no_termination),
+        loop=dataclasses.replace(chosen.loop, control=args.control, permutation=args.permutation, termination=not args.no_termination),
     )
 
 
@@ -155,15 +165,15 @@ def _from_report(out: Path) -> dict[str, Any]:
 
 def measure(args: LearnsArgs) -> dict[str, Any]:
     """Run what `args` ask for, or go on with it, and return its row."""
-    folder = args.runs / f"seed-{args.seed}"
     method = dataclasses.replace(args, instead=None)
-    settings, out = settings_for(method), folder / variant(method)
+    settings, out = settings_for(method), _folder(method)
     true = args.control == "true-simulator"
-    train.train(out, settings, reuse=_siblings(folder, out), until="loop" if true else None)
+    train.train(out, settings, reuse=_siblings(out.parent, out), until="loop" if true else None)
     return {
         "benchmark": "learns",
         "variant": variant(args),
         "seed": args.seed,
+        "permutation": args.permutation,
         "preset": args.preset,
         "commit": report.commit(),
         "settings": config.fingerprint(settings),
@@ -189,22 +199,58 @@ def _newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
         newest.pop(key := (row["variant"], row["settings"], row["seed"]), None)
         newest[key] = row
     by_variant: dict[str, list[Mapping[str, Any]]] = {row["variant"]: [] for row in rows}
-    for row in sorted(newest.values(), key=lambda row: int(row["seed"])):
+    for row in sorted(newest.values(), key=lambda row: (int(row["seed"]), _permutation(row))):
         by_variant[row["variant"]].append(row)
     return by_variant
 
 
+def _permutation(row: Mapping[str, Any]) -> int:
+    return int(row.get("permutation", 0))  # rows from before there were several are of the first
+
+
 def _one_per_seed(some: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return list({row["seed"]: row for row in some}.values())
+    """The newest row of every seed; of the shuffle, of its first permutation: other runs on the same test states are no other episodes."""
+    return list({row["seed"]: row for row in some if not _permutation(row)}.values())
+
+
+def _last_runs(some: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The newest row of every seed, and of every permutation of the shuffle."""
+    return list({(row["seed"], _permutation(row)): row for row in some}.values())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All rows as Markdown: newest of each (variant, settings, seed), and a pooled line of the newest of each seed where a variant has several."""
     lines = ["| what | seed | fine-tuned | after | points (95 %) | gained, lost | p | commit |", "|---|---|---|---|---|---|---|---|"]
     for name, some in _newest(rows).items():
-        lines += [_line(name, str(row["seed"]), pool([row]), row["commit"][:7]) for row in some]
+        for row in some:
+            again = f", permutation {_permutation(row)}" if _permutation(row) else ""
+            lines.append(_line(name, f"{row['seed']}{again}", pool([row]), row["commit"][:7]))
         last = _one_per_seed(some)
         lines += [_line(f"**{name}**", "pooled", pool(last), "")] if len(last) > 1 else []
+    return "\n".join(lines)
+
+
+def over_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each run's difference as one observation: their mean, standard deviation and Student's 95 % interval of the mean; at least two rows.
+
+    The paired interval of one run holds that run's policy fixed and says what other test states would give. What another draw of the same
+    updates would give is in no single run: only several say it, and for a control whose updates are drawn at random it is the question.
+    """
+    points = np.array([row["paired"]["difference"] for row in rows])
+    mean, spread, error = float(points.mean()), float(points.std(ddof=1)), float(points.std(ddof=1) / np.sqrt(len(points)))
+    low, high = stats.t.interval(0.95, len(points) - 1, loc=mean, scale=error) if error else (mean, mean)
+    return {"runs": len(points), "mean": mean, "spread": spread, "interval": (float(low), float(high))}
+
+
+def table_of_runs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """As Markdown, for each variant of which there are several runs: what `over_runs` gives of the newest of each."""
+    lines = ["| what | runs | mean points over runs (95 %) | standard deviation of a run |", "|---|---|---|---|"]
+    for name, some in _newest(rows).items():
+        if len(last := _last_runs(some)) > 1:
+            one = over_runs(last)
+            low, high = one["interval"]
+            mean = f"{100 * one['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            lines.append(f"| {name} | {one['runs']} | {mean} | {100 * one['spread']:.1f} |")
     return "\n".join(lines)
 
 
@@ -255,12 +301,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse("benchmarks.learns", LearnsArgs, LearnsArgs(), sys.argv[1:] if argv is None else argv)
         if args.instead and args.control != "none":
             raise ValueError("--instead and --control: choose one")
+        settings_for(args)
     except ValueError as error:
         print(f"benchmarks.learns: {error}", file=sys.stderr)
         return 2
     if args.table:
         rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
-        print("\n\n".join(made(rows) for made in (table, table_of_ends, table_of_verdicts)))
+        print("\n\n".join(made(rows) for made in (table, table_of_runs, table_of_ends, table_of_verdicts)))
         return 0
     row = measure(args)
     if not args.fast:

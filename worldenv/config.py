@@ -617,6 +617,8 @@ class LoopConfig:
     control: Literal["none", "shuffle", "frozen", "true-simulator"] = "none"
     """What is taken out of the method to see what it does: shuffle (advantages permuted within each iteration), frozen (learning rates 0),
     true-simulator (rollouts in the true environment, judged by its predicate)."""
+    permutation: int = 0
+    """Which permutations control=shuffle takes: runs that differ in this alone are independent draws of the control."""
     termination: bool = True
     """The reflector ends a rollout; else all run to the step limit and are judged there."""
     snapshot_every: int = 5
@@ -629,6 +631,8 @@ class LoopConfig:
             raise ValueError(f"slots={self.slots}, bucket={self.bucket}, judge_bucket={self.judge_bucket}: want at least 1 of each")
         if (self.group * self.contexts) % self.batch:
             raise ValueError(f"batch={self.batch} does not divide group * contexts = {self.group * self.contexts} rollouts")
+        if self.permutation < 0 or (self.permutation and self.control != "shuffle"):
+            raise ValueError(f"permutation={self.permutation} with control={self.control}: want 0, or with control=shuffle any whole number above")
 
 
 @dataclass(frozen=True)

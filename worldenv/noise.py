@@ -87,7 +87,7 @@ class Stream(IntEnum):
     REPORT = 25
     """Which rollouts the report replays and shows."""
     SHUFFLE = 26
-    """Permutation of the advantages in the shuffle control, by iteration."""
+    """Permutation of the advantages in the shuffle control, by iteration and by which run of the control it is."""
 
 
 def philox(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:

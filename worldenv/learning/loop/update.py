@@ -83,7 +83,8 @@ class Learner:
             return {**dict.fromkeys(_METRICS, 0.0), "dropped_groups": dropped}
         advantage = advantages(rollouts)
         if self.config.control == "shuffle":
-            draw = noise.integers(self._seed, noise.Stream.SHUFFLE, iteration, 2**32, len(rollouts))
+            step = self.config.permutation * self.config.iterations + iteration
+            draw = noise.integers(self._seed, noise.Stream.SHUFFLE, step, 2**32, len(rollouts))
             advantage = advantage[np.argsort(draw, kind="stable")]
         mean_steps = sum(r.steps for r in rollouts) / len(rollouts)
         whole = self.policy.network.projector.fc1.weight.dtype == torch.float32

@@ -57,6 +57,24 @@ def test_a_seed_that_was_measured_with_two_settings_is_pooled_once():
     assert f"| {both['sft']}/160 | {both['loop']}/160 |" in lines[-1]
 
 
+def test_runs_of_the_shuffle_stand_side_by_side_and_their_mean_has_its_own_interval():
+    """Student's t over runs, by hand: three differences, 2 degrees of freedom, t = 4.3027. The pooled line keeps to the first permutation."""
+    parts = [drawn(0), drawn(1), drawn(2)]
+    rows = [{**row(0, *part, "shuffle"), "permutation": k, "settings": str(k)} for k, part in enumerate(parts)]
+    rows.append(row(1, *drawn(3), "shuffle"))
+    text = learns.table(rows).splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in text] == ["0", "0, permutation 1", "0, permutation 2", "1", "pooled"]
+    both = learns.pool([rows[0], rows[3]])
+    assert f"| {both['sft']}/160 | {both['loop']}/160 |" in text[-1]
+    points = np.array([after.mean() - before.mean() for before, after in parts])
+    got = learns.over_runs(rows[:3])
+    half = 4.3027 * points.std(ddof=1) / np.sqrt(3)
+    assert (got["runs"], got["mean"]) == (3, pytest.approx(points.mean()))
+    assert got["interval"] == pytest.approx((points.mean() - half, points.mean() + half), rel=1e-4)
+    assert learns.table_of_runs(rows).splitlines()[2].startswith("| shuffle | 4 | ")
+    assert learns.over_runs([rows[0], rows[0]])["interval"] == pytest.approx((points[0], points[0]))
+
+
 def test_ends_and_verdicts_are_added_up_over_seeds():
     def more(seed, counts):
         found = row(seed, *drawn(seed))
@@ -85,6 +103,8 @@ def test_switches_reach_the_settings_and_name_the_variant():
     settings = learns.settings_for(args)
     assert learns.variant(args) == "shuffle+no-extra-data+no-termination"
     assert (settings.seed, settings.loop.control, settings.loop.termination, settings.world.extra_data) == (4, "shuffle", False, False)
+    again = LearnsArgs(seed=4, control="shuffle", permutation=2)
+    assert learns.settings_for(again).loop.permutation == 2
     assert learns.settings_for(LearnsArgs()) == config.TINY
     assert dataclasses.replace(settings, loop=config.TINY.loop, world=config.TINY.world, seed=0) == config.TINY
 
@@ -93,6 +113,8 @@ def test_a_bad_command_line_is_refused(capsys):
     assert learns.main(["--control", "shufle"]) == 2
     assert learns.main(["--instead", "more-sft", "--control", "frozen"]) == 2
     assert "choose one" in capsys.readouterr().err
+    assert learns.main(["--permutation", "1"]) == 2
+    assert "permutation=1 with control=none" in capsys.readouterr().err
 
 
 def test_an_explored_success_becomes_a_demonstration_that_ends_with_it():

@@ -330,8 +330,8 @@ def test_shuffle_control_gives_the_same_advantages_to_other_rollouts(monkeypatch
     """Nothing else differs from the method; and every iteration shuffles otherwise."""
     monkeypatch.setattr(update_module._Totals, "metrics", lambda *_: {})
 
-    def advantages(control: Any, iteration: int) -> dict[int, float]:
-        made, given = learner(dataclasses.replace(CONFIG, control=control)), {}
+    def advantages(control: Any, iteration: int, permutation: int = 0) -> dict[int, float]:
+        made, given = learner(dataclasses.replace(CONFIG, control=control, permutation=permutation)), {}
         monkeypatch.setattr(made, "_step", lambda batch, advantage, *_: given.update(zip([r.number for r in batch], advantage.tolist(), strict=True)))
         made.update(rollouts(made.policy), iteration)
         return given
@@ -340,6 +340,9 @@ def test_shuffle_control_gives_the_same_advantages_to_other_rollouts(monkeypatch
     assert plain == advantages("none", 1)
     assert sorted(plain.values()) == sorted(first.values()) == sorted(second.values())
     assert plain != first != second != plain
+    again = advantages("shuffle", 0, 1)
+    assert sorted(again.values()) == sorted(plain.values())
+    assert again not in (plain, first, second, advantages("shuffle", CONFIG.iterations - 1)), "another permutation, of no iteration of the first run"
 
 
 def test_frozen_control_changes_no_weight() -> None:

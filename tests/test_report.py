@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import importlib.util
 import io
@@ -14,7 +13,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -730,60 +728,74 @@ def test_commit_is_that_of_the_source_tree(tmp_path: Path, monkeypatch: pytest.M
     assert commit_seen_from(tmp_path) == "unknown"
 
 
-_HOLD = "import sys; held = bytearray(b'x') * {mb}_000_000; print('ready', flush=True); sys.stdin.read()"
+_MEMORY = """
+import contextlib, os, subprocess, sys, time
+from worldenv.report.record import PeakMemory, tree_rss_mb
 
+HOLD = "import sys; held = bytearray(b'x') * {mb}_000_000; print('ready', flush=True); sys.stdin.read()"
 
 @contextlib.contextmanager
-def holding(mb: int, nested: bool = False) -> Iterator[None]:
-    """A child, or a child's child, holds `mb` MB while the block runs."""
-    command = [sys.executable, "-S", "-E", "-c", _HOLD.format(mb=mb)]
+def holding(mb, nested=False):  # a child, or a child's child, holds mb MB while the block runs
+    command = [sys.executable, "-S", "-E", "-c", HOLD.format(mb=mb)]
     if nested:
         command = [*command[:-1], f"import subprocess; subprocess.run({command!r})"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
+        assert child.stdout.readline() == b"ready\\n"
         yield
-        assert child.stdin is not None
         child.stdin.close()
 
-
-def wait_for(memory: reports.PeakMemory, mb: float) -> None:
-    """Until the sampler has seen `mb`; a busy machine may let it wait."""
+def wait_for(memory, mb):  # a busy machine may let the sampler wait
     until = time.monotonic() + 30
     while memory.peak_mb < mb and time.monotonic() < until:
         time.sleep(0.01)
 
+"""
+
+
+def measured_alone(body: str) -> list[float]:
+    """What `body` prints, in a process of its own: in this one a child of an earlier test may end meanwhile, and the sum falls."""
+    done = subprocess.run([sys.executable, "-c", _MEMORY + body], capture_output=True, text=True, check=True, timeout=200)
+    return [float(word) for word in done.stdout.split()]
+
 
 def test_peak_memory_sees_a_child_and_its_child() -> None:
-    with reports.PeakMemory(0.05) as memory:
-        before = memory.peak_mb
-        with holding(200):
-            wait_for(memory, before + 195)
-            alone = memory.peak_mb
-            with holding(150, nested=True):
-                wait_for(memory, before + 340)
+    before, alone, both = measured_alone("""
+with PeakMemory(0.05) as memory:
+    before = memory.peak_mb
+    with holding(200):
+        wait_for(memory, before + 195)
+        alone = memory.peak_mb
+        with holding(150, nested=True):
+            wait_for(memory, before + 340)
+print(before, alone, memory.peak_mb)
+""")
     assert 195 < alone - before < 260
-    assert 340 < memory.peak_mb - before < 460
+    assert 340 < both - before < 460
 
 
 def test_peak_memory_remembers_what_was_freed() -> None:
-    with reports.PeakMemory(0.02) as memory:
-        before = memory.peak_mb
-        held = np.ones(20_000_000)
-        wait_for(memory, before + 150)
-        del held
-    assert 150 < memory.peak_mb - before < 400
-    assert record.tree_rss_mb() < memory.peak_mb - 100
+    before, peak, after = measured_alone("""
+with PeakMemory(0.02) as memory:
+    before = memory.peak_mb
+    held = bytearray(b"x") * 160_000_000
+    wait_for(memory, before + 150)
+    del held
+print(before, memory.peak_mb, tree_rss_mb())
+""")
+    assert 150 < peak - before < 400
+    assert after < peak - 100
 
 
-def test_peak_memory_without_lists_of_children(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_without_lists_of_children() -> None:
     """Kernels without /proc/PID/task/TID/children: the parents in /proc/PID/stat lead to the same processes."""
-    before = record.tree_rss_mb()
-    with holding(200, nested=True):
-        fast = record.tree_rss_mb()
-        monkeypatch.setattr(os.path, "exists", lambda path: False)
-        slow = record.tree_rss_mb()
-        monkeypatch.undo()
+    before, fast, slow = measured_alone("""
+before = tree_rss_mb()
+with holding(200, nested=True):
+    fast = tree_rss_mb()
+    os.path.exists = lambda path: False
+    slow = tree_rss_mb()
+print(before, fast, slow)
+""")
     assert slow == pytest.approx(fast, rel=0.02)
     assert slow > before + 200
 

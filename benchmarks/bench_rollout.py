@@ -15,10 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from worldenv import _core, config, kinematics, noise, run
+from worldenv import _core, compiled, config, kinematics, noise, run
 from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
 from worldenv.benchmarks.plan_costs import Affine, fitted
+from worldenv.engines.eager import Eager
+from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.envs.tabletop import Tabletop
 from worldenv.nouns import Context, Rollout
 from worldenv.policy.openvla_oft import OpenVLAOFT
@@ -33,6 +35,7 @@ from worldenv.world import ImaginedWorld, Made, Scene, advance, ended_at, observ
 THRESHOLD = 0.5
 _CPU = torch.device("cpu")
 _SCORES_AGREE = 1e-4
+BackEnd = Literal["eager", "onnxruntime", "inductor", "auto"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class RolloutArgs:
     """Whether policy and simulator go on while the reflector judges."""
     threads: int = 1
     """Threads of the loop, of lock step, and workers of the scheduler."""
+    back_end: BackEnd = "eager"
+    """What runs the networks, for the scheduler, the loop and lock step alike."""
+    store: Path = DEFAULT_STORE
+    """Folder of the plans of engines."""
     limit: int = 32
     """Step limit of a rollout [frames]."""
     mean_end: float = 0.55
@@ -145,6 +152,10 @@ def prepared(args: RolloutArgs) -> Bench:
     if min(args.rollouts, args.group, args.slots, args.bucket, args.threads, args.checked) < 1 or not 0.0 < args.mean_end < 1.0:
         raise ValueError("--rollouts, --group, --slots, --bucket, --threads, --checked: want at least 1 of each; --mean-end between 0 and 1")
     tiny = config.PRESETS["tiny"]
+    if args.threads > 1 and args.back_end not in ("eager", "inductor"):
+        raise ValueError(
+            f"--back-end {args.back_end} --threads {args.threads}: an ONNX Runtime session has one thread, the loop could not use more"
+        )
     if args.limit < 1 or args.limit % tiny.policy.chunk:
         raise ValueError(f"--limit {args.limit}: want a multiple of the chunk of {tiny.policy.chunk} frames")
     replica, threshold, contexts = _of_run(args, args.run) if args.run else _random(args, tiny, Tabletop(tiny.env))
@@ -161,6 +172,24 @@ class Outcome:
     dead_frames: int
     """Frames of whole chunks after an end."""
     statistics: dict[str, Any] | None = None
+
+
+def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compiled.Choice], list[compiled.Choice]]:
+    """What `back_end` makes of each network of `bench`, compared on the first of its rollouts; and the same networks by eager."""
+    policy, world = bench.replica.policy, bench.replica.world
+    assert isinstance(policy, OpenVLAOFT)
+    simulator, judge = inside(world)
+    everything = [*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge)]
+    eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in everything]
+    if back_end == "eager":
+        return eager, eager
+    with compiled.recording(everything) as recorders:
+        scheduled(bench, bench.schedule(), bench.jobs[:4])
+    settings = config.EnginesConfig(back_end=back_end)
+    choices = [compiled.choose(one, settings, store, _CPU, recorders[one.name].recorded) for one in everything]
+    mine = [one for one in choices if one.network.runs is simulator.runs]
+    checked = {one.network.name: one for one in compiled.checked_loop(simulator, mine, store, torch.from_numpy(bench.jobs[0].context.frame))}
+    return [checked.get(one.network.name, one) for one in choices], eager
 
 
 def scheduled(bench: Bench, schedule: Schedule, jobs: Sequence[Assignment]) -> Outcome:
@@ -247,13 +276,15 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
     bench, threads = prepared(args), torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        scheduled(bench, bench.schedule(), bench.jobs[: args.group])  # warms up
-        half = [size for size in (2**k for k in range(args.bucket.bit_length())) if 2 * size <= args.bucket] or [1]
-        seconds = profile(bench, half) if args.threads == 1 else []
-        made = scheduled(bench, bench.schedule(), bench.jobs)
-        loop = in_step(bench, bench.jobs, 1, to_the_limit=False)
-        locked = in_step(bench, bench.jobs, args.slots, to_the_limit=True)
-        again = scheduled(bench, bench.schedule(slots=1), bench.jobs[: args.checked])
+        choices, _ = engines(bench, args.back_end, Store(args.store))
+        with compiled.placed(choices):
+            scheduled(bench, bench.schedule(), bench.jobs[: args.group])  # warms up
+            half = [size for size in (2**k for k in range(args.bucket.bit_length())) if 2 * size <= args.bucket] or [1]
+            seconds = profile(bench, half) if args.threads == 1 else []
+            made = scheduled(bench, bench.schedule(), bench.jobs)
+            loop = in_step(bench, bench.jobs, 1, to_the_limit=False)
+            locked = in_step(bench, bench.jobs, args.slots, to_the_limit=True)
+            again = scheduled(bench, bench.schedule(slots=1), bench.jobs[: args.checked])
     finally:
         torch.set_num_threads(threads)
     assert made.statistics is not None
@@ -286,7 +317,8 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "profile_s": [{str(size): one for size, one in by_size.items()} for by_size in seconds],
         "predicted_s": foreseen,
         "prediction_error": None if foreseen is None else foreseen / made.cpu_seconds - 1,
-        "back_end": "eager float32",
+        "back_end": f"{args.back_end} float32",
+        "engines": {one.network.name: one.plain for one in choices},
         "threads": args.threads,
         "workers": bench.schedule().workers(_CPU, bench.replica.world) if args.threads > 1 else 1,
         "slots": args.slots,

@@ -25,9 +25,8 @@ from worldenv.benchmarks import bench_rollout, networks
 from worldenv.benchmarks.harness import Row, Setting, Variants, Work, ceilings, count_flops, measure, spread
 from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT
 from worldenv.engines import backend
-from worldenv.engines.eager import Eager
 from worldenv.engines.recipe import EngineError, Precision, Range, symbol
-from worldenv.engines.store import Store
+from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
@@ -46,8 +45,6 @@ NARROW_LLAVA = dataclasses.replace(LLAVA_ONEVISION, vision_layers=1, layers=1)
 """The published widths, heads and pictures, with as few layers as there can be."""
 _INSTRUCTIONS = ("put the bowl on the plate", "open the drawer")
 _CPU = torch.device("cpu")
-DEFAULT_STORE = Path("runs/engines")
-"""Of plans that belong to no run."""
 _SCORES_AGREE = 1e-3
 """Largest difference of a score between rollouts by engines and by eager networks, which must end at the same steps."""
 
@@ -211,18 +208,7 @@ def _engine_row(network: compiled.Network, name: str, setting: Setting, recorded
 def _rollout_row(setting: Setting) -> Row:
     """Whole rollouts of the tiny preset on the scheduler, each network by what `auto` takes here, against eager: CPU seconds, pair by pair."""
     bench = bench_rollout.prepared(bench_rollout.RolloutArgs(rollouts=4 if setting.brief else 16, group=4 if setting.brief else 8))
-    policy, world = bench.replica.policy, bench.replica.world
-    assert isinstance(policy, OpenVLAOFT)
-    simulator, judge = bench_rollout.inside(world)
-    everything = [*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge)]
-    with compiled.recording(everything) as recorders:
-        bench_rollout.scheduled(bench, bench.schedule(), bench.jobs[:4])
-    settings = config.EnginesConfig()
-    eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in everything]
-    store = _store(setting)
-    choices = [compiled.choose(one, settings, store, _CPU, recorders[one.name].recorded) for one in everything]
-    mine = {one.network.name: one for one in compiled.checked_loop(simulator, choices[:3], store, torch.from_numpy(bench.jobs[0].context.frame))}
-    choices = [mine.get(one.network.name, one) for one in choices]
+    choices, eager = bench_rollout.engines(bench, "auto", _store(setting))
 
     def seconds(chosen: Sequence[compiled.Choice]) -> tuple[float, bench_rollout.Outcome]:
         with compiled.placed(chosen):

@@ -26,6 +26,8 @@ from typing import Any
 from worldenv import checkpoint, console
 from worldenv.engines.recipe import EngineError
 
+DEFAULT_STORE = Path("runs/engines")
+"""Of plans that belong to no run."""
 FORMAT = "worldenv-plan-1"
 MANIFEST, PARITY = "manifest.json", "parity.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

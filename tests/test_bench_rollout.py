@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from worldenv import compiled
 from worldenv.benchmarks import bench_rollout
 from worldenv.benchmarks.bench_rollout import RolloutArgs
 from worldenv.cli import bench
@@ -42,7 +44,16 @@ def test_rollouts_that_differ_or_end_elsewhere_are_told_apart() -> None:
     assert bench_rollout.score_error({0: dataclasses.replace(one, live=live)}, made) is None
 
 
-@pytest.mark.parametrize("wrong", [{"rollouts": 0}, {"limit": 12}, {"mean_end": 1.0}])
+@pytest.mark.slow
+def test_engines_run_the_rollouts_that_are_measured(tmp_path: Path) -> None:
+    """By ONNX Runtime, and only while they are measured; the bits of one slot, and the loop's ends and scores, hold there too."""
+    _, row = bench_rollout.measure(dataclasses.replace(ARGS, back_end="onnxruntime", store=tmp_path))
+    assert {one["back_end"] for one in row["engines"].values()} == {"onnxruntime"}
+    assert row["engines"].keys() == set(compiled.NAMES)
+    assert (row["identical"], row["sequential_agrees"], row["back_end"]) == (True, True, "onnxruntime float32")
+
+
+@pytest.mark.parametrize("wrong", [{"rollouts": 0}, {"limit": 12}, {"mean_end": 1.0}, {"back_end": "onnxruntime", "threads": 2}])
 def test_what_cannot_be_measured_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         bench_rollout.prepared(dataclasses.replace(ARGS, **wrong))  # type: ignore[arg-type]

@@ -101,14 +101,21 @@ def test_what_is_no_archive_of_assets_changes_nothing(kind, installed, tmp_path,
     assert (place / "scenes" / "file.xml").read_text() == "scenes"
 
 
-def test_no_member_of_an_archive_leaves_the_folder(installed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["../../outside", "scenes/../../../outside", "{tmp_path}/outside", "link", "hard", "pipe"])
+def test_no_member_of_an_archive_leaves_the_folder(name, installed, tmp_path, monkeypatch):
+    """Nor is anything but a file or folder: a link may point anywhere, and the next member be written through it."""
     path = tmp_path / "x.tar"
+    member = tarfile.TarInfo(name.format(tmp_path=tmp_path))
+    member.type = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "pipe": tarfile.FIFOTYPE}.get(name, tarfile.REGTYPE)
+    member.linkname = str(tmp_path / "outside")
     with tarfile.open(path, "w") as opened:
-        opened.addfile(tarfile.TarInfo("../../outside"))
+        opened.addfile(member)
+        opened.addfile(tarfile.TarInfo(f"{name}/outside" if name == "link" else "scenes/file.xml"))
     monkeypatch.setenv(ASSETS_VARIABLE, str(path))
-    with pytest.raises(LiberoMissing, match="cannot be unpacked"):
+    with pytest.raises(LiberoMissing, match=r"cannot be unpacked .*is no file or folder below"):
         libero_install.install_assets()
     assert not list(tmp_path.rglob("outside"))
+    assert not list(installed.iterdir())
 
 
 def test_without_assets_the_cure_is_said(installed):

@@ -17,7 +17,7 @@ from worldenv.benchmarks import engine_rows
 from worldenv.cli.arguments import parse
 from worldenv.engines import backend, parity
 from worldenv.engines.recipe import EngineError
-from worldenv.engines.store import Store
+from worldenv.engines.store import DEFAULT_STORE, Store
 
 NEVER_RUN = "built, never run"
 """Of a plan for another machine: nothing is known of what it computes."""
@@ -25,7 +25,7 @@ NEVER_RUN = "built, never run"
 
 @dataclass(frozen=True)
 class _Where:
-    store: Path = engine_rows.DEFAULT_STORE
+    store: Path = DEFAULT_STORE
     """Folder of the plans."""
     limit_gb: float = 20.0
     """Plans are kept up to this; those used longest ago go first [GB]."""

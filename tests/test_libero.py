@@ -284,3 +284,10 @@ def test_what_is_not_there_is_said(call, why):
     ours("libero_object").begin(0, "train", 0)
     with pytest.raises(ValueError, match=why):
         call()
+
+
+def test_assets_are_downloaded_from_where_libero_itself_would() -> None:
+    libero_install.load()
+    from libero.libero.utils import download_utils
+
+    assert libero_install.ASSETS_REPOSITORY == download_utils.HF_ASSETS_REPO_ID

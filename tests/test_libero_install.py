@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,6 +132,67 @@ def test_without_libero_the_cure_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LiberoMissing, match=r"--no-deps robosuite==1.4.0 bddl==1.0.1 hf-libero"):
         libero_install.package()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub's client asks of the hub for a data set of one commit: its files, then each of them."""
+
+    commit, files = "c0ffee" * 6 + "c0ff", {f"{part}/file.xml": part.encode() for part in libero_install.PARTS}
+
+    def do_GET(self) -> None:
+        """A file, the list of all, or what the commit is."""
+        what, _, name = self.path.partition("?")[0].partition(f"/{self.commit}/")
+        listed = [{"type": "file", "path": one, "size": len(body), "oid": hashlib.sha1(body).hexdigest()} for one, body in self.files.items()]
+        if what.endswith("/resolve"):
+            body = self.files[name]
+        elif "/tree/" in what:
+            body = json.dumps(listed).encode()
+        elif what.startswith("/api/datasets/"):
+            body = json.dumps({"id": "x", "sha": self.commit, "siblings": [{"rfilename": one} for one in self.files]}).encode()
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        for header, value in {"Content-Length": len(body), "ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": self.commit}.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+_INSTALL = """
+import pathlib, sys
+from worldenv.envs import libero_install
+libero_install.package = lambda: pathlib.Path(sys.argv[1])
+print(libero_install.install_assets())
+"""
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_without_the_variable_they_are_downloaded(whole, installed, tmp_path, monkeypatch):
+    """By the hub's real client, from a stand-in of the hub."""
+    monkeypatch.setattr(Hub, "files", Hub.files if whole else {"README.md": b"moved"})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        for name in [name for name in os.environ if name.startswith("HF_")]:
+            monkeypatch.delenv(name)
+        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", _INSTALL, str(installed)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        server.shutdown()
+    if whole:
+        assert done.stdout.strip() == str(installed / "assets")
+        assert (installed / "assets" / "scenes" / "file.xml").read_text() == "scenes"
+        again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert again.stdout == done.stdout, "the hub is not asked again"
+    else:
+        assert "holds no assets of LIBERO" in done.stderr
+        assert not (installed / "assets").exists()
 
 
 def test_the_configuration_is_ours_unless_it_is_yours(installed, tmp_path, monkeypatch):

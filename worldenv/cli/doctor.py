@@ -22,7 +22,7 @@ class DoctorArgs:
     topics: tyro.conf.Positional[tuple[Topic, ...]] = ("core",)
     """What must work: core, libero, gpu, tensorrt. Anything else is looked at, and may be missing."""
     install_assets: bool = False
-    """First put LIBERO's assets in place, from the folder or archive in WORLDENV_LIBERO_ASSETS, or by LIBERO's own download."""
+    """First put LIBERO's assets in place, from the folder or archive in WORLDENV_LIBERO_ASSETS, or by download."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,6 +30,8 @@ ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
 """Environment variable: a folder with LIBERO's assets, or an archive (.tar, .tar.xz, .tar.gz) of one."""
 WITHOUT_DEPENDENCIES = ("robosuite==1.4.0", "bddl==1.0.1", "hf-libero==0.1.4")
 """Installed with --no-deps: what they declare would replace torch and OpenCV by builds that do not fit; extra `libero` has what they import."""
+ASSETS_REPOSITORY = "lerobot/libero-assets"
+"""The data set that LIBERO's own download fetches (HF_ASSETS_REPO_ID)."""
 PARTS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
 """Folders of the assets."""
 CURE = "run `make libero`, or see docs/libero.md"
@@ -90,18 +92,21 @@ def assets_hash(folder: Path) -> str:
 
 
 def install_assets() -> Path:
-    """Put the assets where LIBERO finds them without the variable: unpack its archive, link its folder; without it, LIBERO's own download.
+    """Put the assets where LIBERO finds them without the variable: unpack its archive, link its folder; without it, what LIBERO itself downloads.
 
     What is there already stays, unless the variable names another archive. Raises LiberoMissing where it cannot be done.
     """
     asked = os.environ.get(ASSETS_VARIABLE)
-    if not asked:
-        return _installed() or _download()
-    source = Path(asked).expanduser().absolute()
+    if not asked and (there := _installed()):
+        return there
     place = package() / "assets"
     if not os.access(place.parent, os.W_OK):
         place = cache() / "assets"
     place.parent.mkdir(parents=True, exist_ok=True)
+    if not asked:
+        _replace(place, _download)
+        return assets()
+    source = Path(asked).expanduser().absolute()
     if source.is_dir():
         assets()  # says what is wrong with it
         if not (place.is_dir() and place.samefile(source)):
@@ -158,16 +163,21 @@ def _extract(opened: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> N
         shutil.copyfileobj(read, file)
 
 
-def _download() -> Path:
-    """LIBERO's own download. Raises LiberoMissing where it fails."""
-    prepare()
-    module = importlib.import_module("libero.libero.utils.download_utils")
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            place = Path(module.download_assets_from_huggingface())
-        except Exception as error:  # whatever the hub's client says
-            raise LiberoMissing(f"LIBERO's assets could not be downloaded ({type(error).__name__}: {error}); set {ASSETS_VARIABLE}") from error
-    return place
+def _download(new: Path) -> None:
+    """The assets that LIBERO's own download would fetch, into the hub's cache, where a broken download goes on; `new` links there.
+
+    LIBERO's function itself gives the hub's client an argument that it has not known since its version 1. Raises LiberoMissing where it fails.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(ASSETS_REPOSITORY, repo_type="dataset"))
+    except Exception as error:  # whatever the hub's client says
+        why = " ".join(str(error).split())
+        raise LiberoMissing(f"LIBERO's assets could not be downloaded ({type(error).__name__}: {why}); set {ASSETS_VARIABLE}") from error
+    if not _is_assets(folder):
+        raise LiberoMissing(f"{folder}: what was downloaded from {ASSETS_REPOSITORY} holds no assets of LIBERO; set {ASSETS_VARIABLE}")
+    new.symlink_to(folder)
 
 
 @functools.cache

@@ -44,19 +44,13 @@ def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -
     """
     options = (tyro.conf.FlagCreatePairsOff,)
     begun: dict[str, Any] = {} if default is None else {"default": default}
-    known = {word for action in tyro.extras.get_parser(kind, **begun, config=options)._actions for word in action.option_strings}
-    for word in argv:
-        name = word.split("=")[0].replace("_", "-")
-        if word.startswith("--") and name not in {k.replace("_", "-") for k in known}:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown flag {name!r}; did you mean {near[0]!r}? All flags: {program} --help")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             found: T = tyro.cli(kind, prog=program, args=list(argv), config=options, **begun)
     except (SystemExit, BrokenPipeError) as stop:
         if isinstance(stop, SystemExit) and stop.code:
-            raise ValueError(_line(said.getvalue())) from None
+            raise ValueError(_line(said.getvalue(), program)) from None
         try:
             sys.stdout.flush()
         except BrokenPipeError:  # who reads --help has read enough, as head does; Python's own flush at the end goes nowhere
@@ -65,9 +59,13 @@ def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -
     return found
 
 
-def _line(box: str) -> str:
-    """tyro's message in one line, without the box around it; of a wrong choice, with the nearest right one."""
+def _line(box: str, program: str) -> str:
+    """tyro's message in one line, without the box around it; of an unknown flag or a wrong choice, with the nearest right one."""
     words = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]+", " ", box)).strip()
+    if unknown := re.search(r"Unrecognized options: ([^\s,=]+)", words):
+        near = re.search(r"Perhaps you meant: (--[^\s,]+)", words)
+        cure = f"; did you mean {near.group(1)!r}?" if near else "."
+        return f"unknown flag {unknown.group(1)!r}{cure} All flags: {program} --help"
     choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)", words)
     if choice is None:
         return words

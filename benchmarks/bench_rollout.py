@@ -179,7 +179,8 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
     policy, world = bench.replica.policy, bench.replica.world
     assert isinstance(policy, OpenVLAOFT)
     simulator, judge = inside(world)
-    everything = [*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge)]
+    rows = bench.args.slots * bench.chunk  # lock step judges all slots at once, each frame of a chunk a row at most
+    everything = [*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge, row=(1, 2, rows))]
     eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in everything]
     if back_end == "eager":
         return eager, eager

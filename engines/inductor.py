@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.package.package import load_package
 
 from worldenv.engines import export
 from worldenv.engines.backend import Engine, compute_capability, only_here
@@ -33,7 +34,8 @@ class Inductor:
     def __init__(self, plan: Path, recipe: EngineRecipe, device: torch.device) -> None:
         self.recipe, self._device = recipe, device
         try:
-            self._loaded = torch._inductor.aoti_load_package(str(plan))
+            # a runner is one call at a time: on a CPU each worker of the scheduler has its own (Schedule.workers), and they share the weights
+            self._loaded = load_package(str(plan), num_runners=1 if device.type == "cuda" else torch.get_num_threads())
         except Exception as error:  # a damaged package is a RuntimeError, a foreign one anything
             raise EngineError(f"{recipe.name}: AOTInductor does not load {plan}: {error}; build it anew") from error
         self._names = set(self._loaded.get_constant_fqns())

@@ -63,8 +63,8 @@ def _line(box: str, program: str) -> str:
     """tyro's message in one line, without the box around it; of an unknown flag or a wrong choice, with the nearest right one."""
     words = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]+", " ", box)).strip()
     if unknown := re.search(r"Unrecognized options: ([^\s,=]+)", words):
-        near = re.search(r"Perhaps you meant: (--[^\s,]+)", words)
-        cure = f"; did you mean {near.group(1)!r}?" if near else "."
+        meant = re.search(r"Perhaps you meant: (--[^\s,]+)", words)
+        cure = f"; did you mean {meant.group(1)!r}?" if meant else "."
         return f"unknown flag {unknown.group(1)!r}{cure} All flags: {program} --help"
     choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)", words)
     if choice is None:

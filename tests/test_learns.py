@@ -131,6 +131,7 @@ def test_an_explored_success_becomes_a_demonstration_that_ends_with_it():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # seven short runs: 3 minutes on a core of its own, and a machine may be busy
 def test_controls_and_alternatives_run_whole_and_share_equal_stages(tmp_path, capsys):
     base = ["--fast", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "rows.jsonl")]
     rows = {}

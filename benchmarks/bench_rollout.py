@@ -188,9 +188,7 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
         scheduled(bench, bench.schedule(), bench.jobs[:4])
     settings = config.EnginesConfig(back_end=back_end)
     choices = [compiled.choose(one, settings, store, _CPU, recorders[one.name].recorded) for one in everything]
-    mine = [one for one in choices if one.network.runs is simulator.runs]
-    checked = {one.network.name: one for one in compiled.checked_loop(simulator, mine, store, torch.from_numpy(bench.jobs[0].context.frame))}
-    return [checked.get(one.network.name, one) for one in choices], eager
+    return compiled.checked_loop(simulator, choices, store, torch.from_numpy(bench.jobs[0].context.frame)), eager
 
 
 def scheduled(bench: Bench, schedule: Schedule, jobs: Sequence[Assignment]) -> Outcome:

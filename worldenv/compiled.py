@@ -257,12 +257,13 @@ def placed(choices: Sequence[Choice]) -> Iterator[None]:
 
 
 def checked_loop(simulator: Evac, choices: Sequence[Choice], store: Store, frame: torch.Tensor) -> list[Choice]:
-    """`choices` of a simulator with what the closed loop said kept beside their plans; all eager where it drifts too far, which is said."""
-    if all(one.parity is None for one in choices):
+    """`choices`, those of `simulator` with what the closed loop said kept beside their plans; these eager where it drifts too far, which is said."""
+    mine = [one for one in choices if one.network.runs is simulator.runs]
+    if all(one.parity is None for one in mine):
         return list(choices)
-    loop = compare_loops(simulator, choices, loop_inputs(simulator, frame))
-    checked = []
-    for one in choices:
+    loop = compare_loops(simulator, mine, loop_inputs(simulator, frame))
+    checked: list[Choice] = []
+    for one in mine:
         if one.parity is not None and one.plan is not None:
             found = dataclasses.replace(one.parity, loop=loop, loop_tolerance=one.network.recipe.loop_tolerance)
             store.write_parity(one.plan.key, found.plain())
@@ -272,8 +273,9 @@ def checked_loop(simulator: Evac, choices: Sequence[Choice], store: Store, frame
         assert failed.parity is not None
         reason = f"simulator: {failed.engine.back_end}: {failed.parity.said}"
         console.say(f"engines: {reason}; eager is used")
-        return [Choice(one.network, Eager(one.network.eager, one.network.recipe), None, None, reason) for one in checked]
-    return checked
+        checked = [Choice(one.network, Eager(one.network.eager, one.network.recipe), None, None, reason) for one in checked]
+    by_name = {one.network.name: one for one in checked}
+    return [by_name.get(one.network.name, one) for one in choices]
 
 
 @dataclass
@@ -350,10 +352,8 @@ def fitted(
             raise EngineError(f"{kept}: {network.name} was begun with {name}, which is not to be had now ({again.why}); begin the stage anew")
         choices.append(again)
     if simulator is not None:
-        mine = [one for one in choices if one.network.runs is simulator.runs]
         frame = torch.zeros(simulator.config.height, simulator.config.width, 3, dtype=torch.uint8, device=device)
-        checked = {one.network.name: one for one in checked_loop(simulator, mine, store, frame)}
-        choices = [checked.get(one.network.name, one) for one in choices]
+        choices = checked_loop(simulator, choices, store, frame)
     place(choices)
     if not kept.is_file():
         checkpoint.write_text(kept, json.dumps({one.network.name: one.engine.back_end for one in choices}, indent=1))

@@ -49,7 +49,7 @@ def made(config: ReflectorConfig, vocab: int, setting: Setting) -> LlavaReflecto
     from transformers import LlavaOnevisionForConditionalGeneration
 
     prompt = Prompt(word_tokenizer([INSTRUCTION]))
-    with torch.random.fork_rng(), torch.device(setting.device):
+    with torch.random.fork_rng(devices=[]), torch.device(setting.device):
         torch.manual_seed(_SEED)
         model = cast(LlavaOnevisionForConditionalGeneration(architecture(config, vocab, prompt.image, prompt.video)), setting.dtype)
         found = LlavaReflector(config, Llava(model, prompt), fresh_head(config, _SEED).to(setting.device)).freeze()

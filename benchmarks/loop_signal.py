@@ -52,7 +52,7 @@ def measure(desk: Desk, contexts: int) -> dict[str, Any]:
     settings = desk.settings.loop
     learner = Learner(desk.policy("scale"), settings, desk.seed)
     practice = practice_of(desk, learner.policy, desk.run.folder("loop"))
-    with desk.flights(learner.policy, practice.world, practice.threshold) as flights:
+    with desk.flights(practice.fleet.replicas, practice.threshold) as flights:
         rollouts = sorted((flight.rollout() for flight in flights.fly(assignments_of(desk, ITERATION))), key=lambda one: one.number)
     groups = [rollouts[n : n + settings.group] for n in range(0, len(rollouts), settings.group)]
     gradients = [learner.gradient(some, advantages(some)) for some in groups]

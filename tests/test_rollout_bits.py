@@ -60,7 +60,9 @@ def contexts(config: SimulatorConfig, count: int) -> list[Context]:
     return found
 
 
-def networks(policy: PolicyConfig, simulator: Evac, reflector: ReflectorConfig, lively: Callable[[PolicyConfig], OpenVLAOFT]) -> Replica:
+def networks(
+    policy: PolicyConfig, simulator: Evac, reflector: ReflectorConfig, lively: Callable[[PolicyConfig], OpenVLAOFT], device: torch.device = CPU
+) -> Replica:
     """A policy in an imagined world."""
     judge = weights.initialise(reflector, INSTRUCTIONS, 0)
     judge.head = weights.fresh_head(reflector, 0)
@@ -68,8 +70,11 @@ def networks(policy: PolicyConfig, simulator: Evac, reflector: ReflectorConfig, 
     camera = Camera(np.array([[25.0, 0, config.width / 2], [0, 25.0, config.height / 2], [0, 0, 1]]), TO_WORLD, config.height, config.width)
     controller = kinematics.ControllerModel.of(TABLETOP)
     ends = {number: end * config.chunk // 4 for number, end in ENDS.items()}
-    world = DrawnEnds(ends, simulator, judge.freeze(), TABLETOP, controller, camera, config.latent, SEED, CPU)
-    return Replica(lively(policy), world)
+    judge.freeze().to(device)
+    world = DrawnEnds(ends, simulator.to(device), judge, TABLETOP, controller, camera, config.latent, SEED, device)
+    acts = lively(policy)
+    acts.network.to(device)
+    return Replica(acts, world, device)
 
 
 def tiny_policy(config: PolicyConfig) -> OpenVLAOFT:

@@ -319,6 +319,27 @@ class Fitted:
         return found
 
 
+def alike(first: Fitted, networks: Sequence[Network], store: Store, device: torch.device) -> Fitted:
+    """The back ends of `first`, from the same plans, for copies of its networks on another GPU: compared there on the same inputs, put into place.
+
+    EngineError where one does not pass there.
+    """
+    recorded = {name: [tuple(one.to(device) for one in given) for given in some] for name, some in first.recorded.items()}
+    choices = []
+    for one, network in zip(first.choices, networks, strict=True):
+        if one.engine.back_end == "eager":
+            choices.append(Choice(network, Eager(network.eager, network.recipe), None, None, one.why))
+            continue
+        with torch.cuda.device(device):  # where a plan is loaded: TensorRT and AOTInductor take the present one
+            made = built(network, one.engine.back_end, store, device, recorded[network.name], timed=False)
+        if made.parity is None or not made.parity.passed:
+            said = "" if made.parity is None else made.parity.said
+            raise EngineError(f"{network.name}: {one.engine.back_end} passed on the first GPU and not on {device}: {said}; use one GPU, or eager")
+        choices.append(made)
+    place(choices)
+    return Fitted(choices, recorded)
+
+
 def precision_of(settings: EnginesConfig, device: torch.device) -> Precision:
     """`settings.precision`, where auto was chosen for `device`."""
     if settings.precision != "auto":

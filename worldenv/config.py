@@ -599,7 +599,7 @@ class LoopConfig:
     grad_clip: float = 1.0
     """Largest gradient norm, for LoRA and for the heads."""
     slots: int = 16
-    """Rollouts in flight at once, over all workers."""
+    """Rollouts in flight at once, on each GPU; on a CPU over all workers."""
     bucket: int = 4
     """Rows of every batch of policy and simulator in rollouts; fewer are padded. Rollouts depend on it in their last bits, on slots they do not."""
     judge_bucket: int = 1
@@ -690,6 +690,8 @@ class RunConfig:
     """First half of every noise key; also seeds initial weights and batches. 0 .. 2^32 - 1."""
     device: str = "auto"
     """torch device; auto takes cuda where there is one, else cpu."""
+    gpus: int = 0
+    """GPUs that make rollouts at once where the device is cuda, each with all networks; 0: all that there are. Training takes one, or torchrun's."""
     env: EnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     sft: SftConfig = field(default_factory=SftConfig)
@@ -706,6 +708,8 @@ class RunConfig:
         _check_numbers(self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
+        if self.gpus < 0:
+            raise ValueError(f"gpus={self.gpus}: want 0 for all, or how many")
         if self.policy.chunk != self.simulator.chunk:
             raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one chunk; make them equal")
         if self.policy.head == "tokens" and self.sft.start and not self.sft.steps:

@@ -48,7 +48,7 @@ def attach(network: nn.Module, rank: int, alpha: int, torch_seed: int) -> dict[s
     """
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng():  # PEFT draws from torch's global generator
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from torch's global generator
         torch.manual_seed(torch_seed)
         inject_adapter_in_model(_peft_config(rank, alpha, targets(network)), network, adapter_name=_ADAPTER)
     found = {}

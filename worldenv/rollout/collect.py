@@ -28,6 +28,7 @@ from worldenv.policy.contract import Policy
 from worldenv.world import Made, Scene, World, WorldStage, ended_at, observe
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 _NO_HURRY_S = 3600.0
 """Work that waits longer goes before fuller batches. It cannot wait for ever: who waits holds a slot, and slots run out."""
 
@@ -53,6 +54,8 @@ class Replica:
 
     policy: Policy
     world: World
+    device: torch.device = _CPU
+    """Where they compute."""
 
 
 @dataclass(frozen=True)
@@ -292,12 +295,18 @@ class Flights:
 
     def _guarded(self, run: Callable[[_core.Batch], Any]) -> Callable[[_core.Batch], Any]:
         def guarded(batch: _core.Batch) -> Any:
+            device = self._replicas[batch.device].device
             if not hasattr(self._local, "alone"):
                 self._local.alone = True
                 torch.set_num_threads(1)  # several threads would cut a batch into parts, so that a row's place counts
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
             try:
                 with torch.no_grad():
-                    return run(batch)
+                    answer = run(batch)
+                if device.type == "cuda":  # a batch is done when its kernels are, not when they are queued: stages are judged by their times
+                    torch.cuda.current_stream(device).synchronize()
+                return answer
             except Exception as error:
                 self._failure = error
                 raise

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
-from worldenv import checkpoint, compiled, config, noise
+from worldenv import checkpoint, config, noise
 from worldenv.data.episode import Episode, EpisodeSet
-from worldenv.engines.store import Store
 from worldenv.envs import suites
 from worldenv.envs.chosen import ChosenTasks
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.kinematics import ControllerModel
 from worldenv.nouns import Camera, Context
 from worldenv.policy import weights as policies
-from worldenv.policy.contract import Policy
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.classifier import ClassifierReflector
 from worldenv.reflector.contract import Judge
 from worldenv.reflector.judge import LlavaReflector
-from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
+from worldenv.rollout.collect import Flights, Replica, Schedule
 from worldenv.run import Run, RunError
 from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
-from worldenv.world import ImaginedWorld, World
+from worldenv.world import ImaginedWorld
 
 LOOP_NUMBERS, REPLAY_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 3 << 30
 """First rollout numbers of LOOP, of the audit and of what engines are compared on; exploration counts from 0. Numbers are the second half of
@@ -51,6 +47,19 @@ class Desk:
         self.run, self.settings, self.seed = run, run.settings, run.settings.seed
         wanted = self.settings.device
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+    @functools.cached_property
+    def devices(self) -> list[torch.device]:
+        """Where rollouts are made, the run's device first: "cuda" means the GPUs of this machine, `gpus` of them. RunError where there are fewer."""
+        wanted = self.settings.gpus
+        if self.device != torch.device("cuda"):
+            if wanted > 1:
+                raise RunError(f"gpus={wanted}: the device is {self.device}; for several, set device to cuda")
+            return [self.device]
+        there = torch.cuda.device_count()
+        if wanted > there:
+            raise RunError(f"gpus={wanted}: this machine has {there}; set gpus to 0 for all of them")
+        return [self.device, *(torch.device("cuda", number) for number in range(1, wanted or there))]
 
     @functools.cached_property
     def env(self) -> ChosenTasks:
@@ -85,52 +94,29 @@ class Desk:
     def controller(self) -> ControllerModel:
         return ControllerModel.from_dict(json.loads((self.run.folder("world") / "controller.json").read_text()))
 
-    def simulator(self) -> Evac:
+    def simulator(self, device: torch.device | None = None) -> Evac:
+        """On `device`, without one on the run's."""
         path = self.run.folder("world") / "simulator.safetensors"
-        return simulators.from_tree(checkpoint.load(path), str(path)).to(self.device)
+        return simulators.from_tree(checkpoint.load(path), str(path)).to(device or self.device)
 
-    def reflector(self) -> LlavaReflector | ClassifierReflector:
-        return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(self.device)
+    def reflector(self, device: torch.device | None = None) -> LlavaReflector | ClassifierReflector:
+        """As `simulator`."""
+        return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(device or self.device)
 
-    def world(self, reflector: Judge | None, simulator: Evac | None = None) -> ImaginedWorld:
-        simulator = self.simulator() if simulator is None else simulator
-        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, simulator.config.latent, self.seed, self.device)
+    def world(self, reflector: Judge | None, simulator: Evac | None = None, device: torch.device | None = None) -> ImaginedWorld:
+        """Of networks that are on `device`, without one on the run's."""
+        simulator, device = self.simulator() if simulator is None else simulator, device or self.device
+        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, simulator.config.latent, self.seed, device)
 
-    def fit_engines(self, folder: Path, policy: OpenVLAOFT, world: World, simulator: Evac | None, reflector: Judge | None) -> compiled.Fitted:
-        """Engines for the networks of rollouts of `policy` in `world`, in their places; what was taken is kept in stage folder `folder`."""
-        settings, engines = self.settings, self.settings.engines
-        if simulator is None:  # the true environment is most of such a rollout
-            engines = dataclasses.replace(engines, back_end="eager")
-        precision = compiled.precision_of(engines, self.device)
-        networks = compiled.of_policy(policy, precision)
-        networks += compiled.of_simulator(simulator, precision) if simulator is not None else []
-        networks += compiled.of_reflector(reflector, precision)
-        tasks = len(self.env.tasks)
-        jobs = [Assignment(RECORD_NUMBERS + n, n, self.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
-
-        def rollouts() -> None:
-            with self.flights(policy, world, math.inf) as flights:
-                list(flights.fly(jobs))
-
-        store = Store(self.run.out / "engines", int(engines.limit_gb * 1e9))
-        return compiled.fitted(networks, rollouts, engines, store, self.device, folder / "engines.json", simulator)
-
-    def flights(self, policy: Policy, world: World, threshold: float, keep_frames: bool = False) -> Flights:
+    def flights(self, replicas: Sequence[Replica], threshold: float, keep_frames: bool = False) -> Flights:
         """On this run's schedule."""
-        return Flights(
-            self.replicas(policy, world), seed=self.seed, steps=self.settings.env.steps, threshold=threshold, schedule=self.schedule,
-            keep_frames=keep_frames,
-        )  # fmt: skip
+        return Flights(replicas, seed=self.seed, steps=self.settings.env.steps, threshold=threshold, schedule=self.schedule, keep_frames=keep_frames)
 
     @property
     def schedule(self) -> Schedule:
         """Of every rollout in this run."""
         loop = self.settings.loop
-        return Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap)
-
-    def replicas(self, policy: Policy, world: World) -> list[Replica]:
-        """One for each worker: on a CPU all share the networks."""
-        return [Replica(policy, world)] * self.schedule.workers(self.device, world)
+        return Schedule(loop.slots * len(self.devices), loop.bucket, loop.judge_bucket, loop.overlap)
 
     def context(self, task: int, index: int) -> Context:
         """Training state `index` of `task`."""

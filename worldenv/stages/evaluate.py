@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldenv import audit, checkpoint, compiled, evaluation
+from worldenv import audit, checkpoint, evaluation
 from worldenv.data.episode import Episode
 from worldenv.nouns import Context
 from worldenv.policy import weights as policies
@@ -18,6 +18,7 @@ from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.contract import Judge
 from worldenv.run import Stage, snapshots
 from worldenv.stages.desk import REPLAY_NUMBERS, Desk
+from worldenv.stages.fleet import Fleet, assembled
 from worldenv.world import ImaginedWorld
 
 
@@ -62,26 +63,24 @@ def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) 
     return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, episodes, chunk) for name, frames in by.items()}}
 
 
-def audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name: str) -> tuple[ImaginedWorld, compiled.Fitted]:
-    """An imagined world for `policy` and stage eval's engines in it; `name` is of sft or loop."""
+def audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name: str) -> Fleet:
+    """Who makes imagined rollouts of `policy` with LOOP's noise, by stage eval's engines; `name` is of sft or loop."""
     policy.scale_factor = desk.settings.loop.scale_factor
-    simulator = desk.simulator()
-    imagined = desk.world(reflector, simulator)
     (folder / name).mkdir(exist_ok=True)
-    return imagined, desk.fit_engines(folder / name, policy, imagined, simulator, reflector)
+    return assembled(desk, folder / name, policy, reflector)
 
 
 def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audit.Pair], dict[str, Any]]:
     """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true; and what ran the imagined ones."""
     policy, reflector = desk.policy("scale" if name == "sft" else "loop"), desk.reflector()
-    imagined, engines = audited(desk, policy, reflector, folder, name)
+    fleet = audited(desk, policy, reflector, folder, name)
     tasks, states = len(desk.env.tasks), desk.env.states("train")
     contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
     pairs = audit.replay(
-        desk.replicas(policy, imagined), desk.env, reflector, contexts, seed=desk.seed, first_number=first,
+        fleet.replicas, desk.env, reflector, contexts, seed=desk.seed, first_number=first,
         steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
     )  # fmt: skip
-    return pairs, engines.plain
+    return pairs, fleet.engines
 
 
 def _plain(pair: audit.Pair) -> dict[str, Any]:

@@ -9,21 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from worldenv import compiled, console, noise
+from worldenv import console, noise
 from worldenv.data.collect import factor_of
 from worldenv.engines.parity import Parity
-from worldenv.envs.true_world import TrueWorld
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Context
 from worldenv.policy import weights as policies
 from worldenv.policy.openvla_oft import OpenVLAOFT
-from worldenv.reflector.contract import Judge
 from worldenv.rollout.collect import Assignment
 from worldenv.rollout.store import RolloutStore
 from worldenv.run import Stage, snapshot_path
-from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import LOOP_NUMBERS, Desk
-from worldenv.world import World
+from worldenv.stages.fleet import Fleet, assembled
 
 
 def contexts_of(desk: Desk, iteration: int) -> list[Context]:
@@ -61,24 +58,17 @@ def _failed_from(desk: Desk) -> list[tuple[int, int]]:
 class Practice:
     """Where LOOP's rollouts happen."""
 
-    world: World
+    fleet: Fleet
     threshold: float
     """A score above it ends a rollout."""
-    engines: compiled.Fitted
 
 
 def practice_of(desk: Desk, policy: OpenVLAOFT, folder: Path) -> Practice:
     """For `policy`, with engines as stage loop in `folder` took them, or takes them now."""
-    simulator: Evac | None = None
-    reflector: Judge | None = None
-    if desk.settings.loop.control == "true-simulator":
-        world: World = TrueWorld(desk.env, desk.device)
-        threshold = 0.5
-    else:
-        simulator, reflector = desk.simulator(), desk.reflector()
-        world, threshold = desk.world(reflector, simulator), reflector.config.threshold
-    engines = desk.fit_engines(folder, policy, world, simulator, reflector)
-    return Practice(world, threshold if desk.settings.loop.termination else math.inf, engines)
+    reflector = None if desk.settings.loop.control == "true-simulator" else desk.reflector()
+    threshold = 0.5 if reflector is None else reflector.config.threshold
+    fleet = assembled(desk, folder, policy, reflector)
+    return Practice(fleet, threshold if desk.settings.loop.termination else math.inf)
 
 
 def loop(desk: Desk, stage: Stage) -> None:
@@ -99,8 +89,8 @@ def loop(desk: Desk, stage: Stage) -> None:
         store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")
         made = {rollout.number for rollout in store.rollouts}
         jobs = [job for job in assignments_of(desk, iteration) if job.number not in made]
-        refits = practice.engines.refit()
-        with desk.flights(learner.policy, practice.world, practice.threshold) as flights:
+        refits = practice.fleet.follow()
+        with desk.flights(practice.fleet.replicas, practice.threshold) as flights:
             for flight in flights.fly(jobs):
                 store.add(flight.rollout())
         collected = time.monotonic()
@@ -122,7 +112,7 @@ def loop(desk: Desk, stage: Stage) -> None:
         bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
     policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
     learner.export_adapter(stage.folder / "lora_adapter")
-    stage.metrics["engines"] = practice.engines.plain
+    stage.metrics["engines"] = practice.fleet.engines
     stage.timings["refit"] = {name: one.plain() for name, one in refits.items()}
     stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history, "groups": groups}
     stage.timings["seconds_per_iteration"] = float(np.mean(seconds))

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from worldenv.checkpoint import Savepoint
 from worldenv.config import RunConfig
 from worldenv.learning.loop.update import Learner
-from worldenv.policy.contract import Policy
 from worldenv.rollout.collect import Assignment, Flight
 from worldenv.rollout.store import RolloutStore, differing
 from worldenv.run import Run, RunError, savepoint_path
 from worldenv.stages.desk import REPLAY_NUMBERS, Desk
 from worldenv.stages.evaluate import audited, replayed_pairs
+from worldenv.stages.fleet import Fleet
 from worldenv.stages.loop import assignments_of, practice_of
-from worldenv.world import World
 
 
 def replay(out: Path, settings: RunConfig, number: int) -> dict[str, Any]:
@@ -49,8 +48,8 @@ def _replayed_pair(desk: Desk, number: int, which: int, row: int) -> tuple[torch
     if not path.is_file():
         raise RunError(f"rollout {number} is one of stage eval, which has not been done in {desk.run.out}")
     pair, policy = replayed_pairs(path)[row], desk.policy("scale" if name == "sft" else "loop")
-    imagined, _ = audited(desk, policy, reflector, desk.run.folder("eval"), name)
-    made = _alone(desk, policy, imagined, math.inf, Assignment(number, 0, pair.context))
+    fleet = audited(desk, policy, reflector, desk.run.folder("eval"), name)
+    made = _alone(desk, fleet, math.inf, Assignment(number, 0, pair.context))
     command, score = torch.cat([query.command for query in made.queries]).cpu().numpy(), made.rollout().score.flatten()
     parts: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
         "command": (command, pair.command), "frames": (made.frames().numpy(), pair.imagined), "score": (score.numpy(), pair.imagined_score),
@@ -74,14 +73,14 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
     if kept is not None:
         learner.load_tree(kept["learner"])
     practice = practice_of(desk, learner.policy, folder)
-    practice.engines.refit()
+    practice.fleet.follow()
     (job,) = (one for one in assignments_of(desk, iteration) if one.number == number)
-    made = _alone(desk, learner.policy, practice.world, practice.threshold, job).rollout()
+    made = _alone(desk, practice.fleet, practice.threshold, job).rollout()
     return made.score[made.live], stored[number].score[stored[number].live], differing(made, stored[number]), str(path)
 
 
-def _alone(desk: Desk, policy: Policy, world: World, threshold: float, job: Assignment) -> Flight:
+def _alone(desk: Desk, fleet: Fleet, threshold: float, job: Assignment) -> Flight:
     """One rollout without any other."""
-    with desk.flights(policy, world, threshold, keep_frames=True) as flights:
+    with desk.flights(fleet.replicas[:1], threshold, keep_frames=True) as flights:
         (flight,) = flights.fly([job])
     return flight

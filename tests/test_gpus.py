@@ -1,0 +1,127 @@
+"""On GPUs, real or pretended (tests/pretend_gpu.py): they compute what the CPU computes, and rollouts do not depend on how many there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from small_policy import SMALL, observation, small_policy
+from test_reflector import SMALL as SMALL_REFLECTOR
+from test_rollout_bits import CPU, GROUP, SEED, SMALL_SIMULATOR, Plant, assert_same, fly, networks, plant
+from test_simulator import trained
+
+from worldenv import noise
+from worldenv.config import LoopConfig
+from worldenv.learning.loop.update import Learner
+from worldenv.nouns import Rollout
+from worldenv.rollout.collect import Replica, Schedule
+
+pytestmark = pytest.mark.gpu
+PRETENDED = "WORLDENV_PRETENDED_GPU" in os.environ
+GPU = torch.device("cuda")
+POLICY = dataclasses.replace(SMALL, chunk=SMALL_SIMULATOR.chunk)
+
+
+def on(device: torch.device) -> Replica:
+    return networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy, device)
+
+
+@pytest.fixture(scope="module")
+def one() -> Plant:
+    """By a plain loop on the first GPU."""
+    return plant(on(torch.device("cuda", 0)), SMALL_SIMULATOR, 3, 2)
+
+
+REFUSED: dict[str, Callable[[torch.Tensor], object]] = {
+    "sum": lambda there: there + torch.ones(3),
+    "product": lambda there: torch.ones(3) * there,
+    "stack": lambda there: torch.stack([there, torch.ones(3)]),
+    "values put": lambda there: there.index_put_((torch.tensor([0]),), torch.ones(1)),
+    "index": lambda there: torch.ones(3)[torch.zeros(1, dtype=torch.int64, device=GPU)],
+    "linear": lambda there: torch.nn.Linear(3, 2)(there),
+    "other GPU": lambda there: there + torch.ones(3, device="cuda:1"),
+    "no such GPU": lambda there: torch.ones(3, device="cuda:9"),
+    "numpy": lambda there: there.numpy(),
+    "asarray": lambda there: np.asarray(there),
+    "from_numpy": lambda there: torch.from_numpy(np.ones(3, np.float32)) - there,
+}
+
+
+@pytest.mark.skipif(not PRETENDED, reason="asks the pretended GPU whether it is as strict as a real one")
+@pytest.mark.parametrize("name", REFUSED)
+def test_pretended_gpus_refuse_what_real_ones_refuse(name: str) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        REFUSED[name](torch.zeros(3, device=GPU))
+
+
+@pytest.mark.skipif(not PRETENDED, reason="asks the pretended GPU whether it allows what a real one allows")
+def test_pretended_gpus_allow_what_real_ones_allow() -> None:
+    there = torch.arange(3.0, device=GPU)
+    assert (there + torch.tensor(1.0)).tolist() == [1, 2, 3]
+    assert there[torch.tensor([2, 0])].cpu().tolist() == [2, 0]
+    assert torch.zeros(3).copy_(there).tolist() == there.to("cuda:1").tolist() == [0, 1, 2]
+    there[1:] *= 5
+    assert float(there.sum()) == 15.0
+    layer = torch.nn.Conv2d(1, 2, 3, padding=1).to(GPU)
+    picture = torch.ones(1, 1, 4, 4, device=GPU)
+    want = torch.nn.functional.conv2d(picture.cpu(), layer.weight.cpu(), layer.bias.cpu(), padding=1)  # type: ignore[union-attr]
+    got = layer(picture)
+    assert torch.equal(got.cpu(), want)
+    got.square().mean().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.device == torch.device("cuda", 0)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(got.cpu().float(), want.float(), atol=atol, rtol=0.0)
+
+
+def test_a_policy_acts_there_as_on_the_cpu() -> None:
+    here, there = small_policy(), small_policy()
+    there.network.to(GPU)
+    uniform = torch.from_numpy(noise.uniform(SEED, np.arange(3), 0, 0, noise.Stream.POLICY, (SMALL.chunk, 7)))
+    with torch.no_grad():
+        want, got = here.act(observation(3), uniform), there.act(observation(3), uniform)
+    for field in dataclasses.fields(want):
+        close(getattr(got, field.name), getattr(want, field.name), 1e-3)
+
+
+def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant) -> None:
+    """LOOP on the rollouts of a plain loop: metrics, and weights after it."""
+    rollouts = [flight.rollout() for flight in one.want.values()]
+
+    def learned(device: torch.device) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        policy = small_policy(POLICY)
+        policy.network.to(device)
+        learner = Learner(policy, LoopConfig(group=GROUP, contexts=3, batch=4), SEED)
+        return learner.update(rollouts, 0), learner.tree()["trained"]
+
+    (want, weights), (got, there) = learned(CPU), learned(GPU)
+    assert got == pytest.approx(want, abs=1e-3)
+    for name, tensor in weights.items():
+        close(there[name], tensor, 1e-3)
+
+
+def same(got: Rollout, want: Rollout) -> None:
+    """As on one GPU: real ones add in another order where batches have other company."""
+    assert (got.number, got.stopped, got.steps) == (want.number, want.stopped, want.steps)
+    for name in ("action", "log_prob", "score"):
+        close(getattr(got, name), getattr(want, name), 1e-3)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_rollouts_do_not_depend_on_the_number_of_gpus(one: Plant, gpus: int) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    replicas = [one.replica, *(on(torch.device("cuda", number)) for number in range(1, gpus))]
+    made, statistics = fly(one, Schedule(6, one.bucket, 1, "always", streams=2), replicas)
+    assert made.keys() == one.want.keys()
+    for number, flight in made.items():
+        if PRETENDED:
+            assert_same(flight, one.want[number])
+        same(flight.rollout(), one.want[number].rollout())
+    assert {row["device"] for row in statistics["stages"] if row["items"]} == set(range(gpus))

@@ -124,4 +124,7 @@ def test_rollouts_do_not_depend_on_the_number_of_gpus(one: Plant, gpus: int) -> 
         if PRETENDED:
             assert_same(flight, one.want[number])
         same(flight.rollout(), one.want[number].rollout())
+    queries = [query for flight in made.values() for query in flight.queries]
+    everywhere = {torch.device("cuda", number) for number in range(gpus)}
+    assert {query.action.device for query in queries} == {query.made.frames.device for query in queries if query.made} == everywhere
     assert {row["device"] for row in statistics["stages"] if row["items"]} == set(range(gpus))

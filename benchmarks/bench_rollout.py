@@ -1,11 +1,14 @@
 """How many rollouts a second does the scheduler make, against a plain loop and against lock step, and does the planner foresee it?
 
+On a CPU, or on GPUs, of which the loop and lock step take the first. There rollouts end at the same steps; equal bits are the CPU's promise.
+
 Baselines in the same run, with the same networks, threads and noise: one rollout after the other in batches of 1; all slots in lock step to the
 limit. Ceiling: the stages in full batches, nothing padded or dropped; what that leaves is said as `padding` and `speculation_waste`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from worldenv import _core, compiled, config, kinematics, noise, run
 from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
 from worldenv.benchmarks.plan_costs import Affine, fitted
+from worldenv.cli.arguments import device_of
 from worldenv.engines.eager import Eager
 from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.envs.tabletop import Tabletop
@@ -35,12 +39,15 @@ from worldenv.world import ImaginedWorld, Made, Scene, advance, ended_at, observ
 THRESHOLD = 0.5
 _CPU = torch.device("cpu")
 _SCORES_AGREE = 1e-4
+_ON_GPU_AGREE = 1e-2
+"""There convolutions may round to TF32, differently by the shape of a batch."""
 BackEnd = Literal["eager", "onnxruntime", "inductor", "auto"]
 
 
 @dataclass(frozen=True)
 class RolloutArgs:
-    """Measure rollouts per second of the tiny preset on this CPU: a table, then one line of JSON. Exit code 1 where rollouts are not identical."""
+    """Measure rollouts per second of the tiny preset: a table, then one line of JSON. Exit code 1 where rollouts are not identical (on a GPU: end
+    elsewhere, or differ in scores)."""
 
     rollouts: int = 48
     """To make, in groups."""
@@ -54,6 +61,10 @@ class RolloutArgs:
     """Whether policy and simulator go on while the reflector judges."""
     threads: int = 1
     """Threads of the loop, of lock step, and workers of the scheduler."""
+    device: str = "cpu"
+    """cpu, cuda, or one GPU (cuda:1)."""
+    gpus: int = 1
+    """With --device cuda: how many GPUs the scheduler has, each with all networks and `slots`."""
     back_end: BackEnd = "eager"
     """What runs the networks, for the scheduler, the loop and lock step alike."""
     store: Path = DEFAULT_STORE
@@ -99,9 +110,15 @@ class Bench:
     """What is rolled out, and until when."""
 
     args: RolloutArgs
-    replica: Replica
+    replicas: list[Replica]
+    """By device."""
     threshold: float
     jobs: list[Assignment]
+
+    @property
+    def replica(self) -> Replica:
+        """The first."""
+        return self.replicas[0]
 
     @property
     def chunk(self) -> int:
@@ -115,10 +132,10 @@ class Bench:
 
     def schedule(self, bucket: int | None = None, slots: int | None = None) -> Schedule:
         """The one that is measured, or one with another bucket or slots."""
-        return Schedule(slots or self.args.slots, bucket or self.args.bucket, overlap=self.args.overlap)
+        return Schedule((slots or self.args.slots) * len(self.replicas), bucket or self.args.bucket, overlap=self.args.overlap)
 
 
-def _random(args: RolloutArgs, tiny: config.RunConfig, env: Tabletop) -> tuple[Replica, float, list[Context]]:
+def _random(args: RolloutArgs, tiny: config.RunConfig, env: Tabletop, device: torch.device) -> tuple[Replica, float, list[Context]]:
     draw = np.random.default_rng(args.seed)
     proprio, command = draw.normal(size=(64, tiny.policy.proprio)).astype(np.float32), draw.uniform(-1, 1, (64, 7)).astype(np.float32)
     statistics = Statistics.of([command], [proprio], "random numbers")
@@ -127,24 +144,37 @@ def _random(args: RolloutArgs, tiny: config.RunConfig, env: Tabletop) -> tuple[R
     judge.head = reflectors.fresh_head(tiny.reflector, args.seed)
     for network in (policy.network, simulator):
         randomised(network)
-        network.eval().requires_grad_(False)
+        network.eval().requires_grad_(False).to(device)
+    judge.freeze().to(device)
     lengths = dict(enumerate(ends(args.rollouts, args.limit, args.mean_end, args.seed)))
     controller, latent = kinematics.ControllerModel.of(env.robot), tiny.simulator.latent
-    world = DrawnEnds(lengths, simulator, judge.freeze(), env.robot, controller, env.camera, latent, args.seed, _CPU)
+    world = DrawnEnds(lengths, simulator, judge, env.robot, controller, env.camera, latent, args.seed, device)
     contexts = []
     for n in range(-(-args.rollouts // args.group)):
         frame = draw.integers(0, 256, (tiny.simulator.height, tiny.simulator.width, 3), dtype=np.uint8)
         pose = np.array([*draw.uniform(-0.1, 0.1, 2), 0.1, 1.0, 0.0, 0.0, 0.0])
         contexts.append(Context(env.tasks[n % len(env.tasks)], n % len(env.tasks), n, frame, pose, 1.0))
-    return Replica(policy, world), THRESHOLD, contexts
+    return Replica(policy, world, device), THRESHOLD, contexts
 
 
-def _of_run(args: RolloutArgs, folder: Path) -> tuple[Replica, float, list[Context]]:
+def _of_run(args: RolloutArgs, folder: Path, device: torch.device) -> tuple[Replica, float, list[Context]]:
     desk = Desk(run.Run(folder, run.settings_of(folder), leads=False))
-    reflector, policy, tasks = desk.reflector(), desk.policy("scale"), len(desk.env.tasks)
+    reflector, policy, tasks = desk.reflector(device), desk.policy("scale"), len(desk.env.tasks)
+    policy.network.to(device)
     policy.scale_factor = desk.settings.loop.scale_factor
     contexts = [desk.context(n % tasks, n // tasks) for n in range(-(-args.rollouts // args.group))]
-    return Replica(policy, desk.world(reflector)), reflector.config.threshold, contexts
+    return Replica(policy, desk.world(reflector, desk.simulator(device), device), device), reflector.config.threshold, contexts
+
+
+def _devices(args: RolloutArgs) -> list[torch.device]:
+    """ValueError for one that is not there."""
+    device = device_of(args.device)
+    if args.gpus == 1:
+        return [device]
+    if device != torch.device("cuda") or not 1 <= args.gpus <= torch.cuda.device_count():
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ValueError(f"--gpus {args.gpus} --device {args.device}: several want --device cuda, and this machine has {there}")
+    return [torch.device("cuda", number) for number in range(args.gpus)]
 
 
 def prepared(args: RolloutArgs) -> Bench:
@@ -152,14 +182,17 @@ def prepared(args: RolloutArgs) -> Bench:
     if min(args.rollouts, args.group, args.slots, args.bucket, args.threads, args.checked) < 1 or not 0.0 < args.mean_end < 1.0:
         raise ValueError("--rollouts, --group, --slots, --bucket, --threads, --checked: want at least 1 of each; --mean-end between 0 and 1")
     tiny = config.PRESETS["tiny"]
+    devices = _devices(args)
     if args.threads > 1 and args.back_end not in ("eager", "inductor"):
         raise ValueError(
             f"--back-end {args.back_end} --threads {args.threads}: an ONNX Runtime session has one thread, the loop could not use more"
         )
     if args.limit < 1 or args.limit % tiny.policy.chunk:
         raise ValueError(f"--limit {args.limit}: want a multiple of the chunk of {tiny.policy.chunk} frames")
-    replica, threshold, contexts = _of_run(args, args.run) if args.run else _random(args, tiny, Tabletop(tiny.env))
-    return Bench(args, replica, threshold, [Assignment(n, n // args.group, contexts[n // args.group]) for n in range(args.rollouts)])
+    made = [_of_run(args, args.run, device) if args.run else _random(args, tiny, Tabletop(tiny.env), device) for device in devices]
+    _, threshold, contexts = made[0]
+    jobs = [Assignment(n, n // args.group, contexts[n // args.group]) for n in range(args.rollouts)]
+    return Bench(args, [replica for replica, _, _ in made], threshold, jobs)
 
 
 @dataclass(frozen=True)
@@ -175,26 +208,38 @@ class Outcome:
 
 
 def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compiled.Choice], list[compiled.Choice]]:
-    """What `back_end` makes of each network of `bench`, compared on the first of its rollouts; and the same networks by eager."""
-    policy, world = bench.replica.policy, bench.replica.world
-    assert isinstance(policy, OpenVLAOFT)
-    simulator, judge = inside(world)
-    rows = bench.args.slots * bench.chunk  # lock step judges all slots at once, each frame of a chunk a row at most
-    everything = [*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge, row=(1, 2, rows))]
-    eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in everything]
+    """What `back_end` makes of each network of `bench`, compared on the first of its rollouts; and the same networks by eager. Of all its GPUs."""
+    device = bench.replica.device
+    simulator, networks = _networks(bench, bench.replica)
+    others = [_networks(bench, replica)[1] for replica in bench.replicas[1:]]
+    eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in (*networks, *(one for some in others for one in some))]
     if back_end == "eager":
         return eager, eager
-    with compiled.recording(everything) as recorders:
-        scheduled(bench, bench.schedule(), bench.jobs[:4])
+    with compiled.recording(networks) as recorders:
+        scheduled(dataclasses.replace(bench, replicas=bench.replicas[:1]), bench.schedule(), bench.jobs[:4])
     settings = config.EnginesConfig(back_end=back_end)
-    choices = [compiled.choose(one, settings, store, _CPU, recorders[one.name].recorded) for one in everything]
-    return compiled.checked_loop(simulator, choices, store, torch.from_numpy(bench.jobs[0].context.frame)), eager
+    recorded = {name: one.recorded for name, one in recorders.items()}
+    choices = [compiled.choose(one, settings, store, device, recorded[one.name]) for one in networks]
+    choices = compiled.checked_loop(simulator, choices, store, torch.from_numpy(bench.jobs[0].context.frame).to(device))
+    first = compiled.Fitted(choices, recorded)
+    copies = [compiled.alike(first, some, store, replica.device) for some, replica in zip(others, bench.replicas[1:], strict=True)]
+    return [*choices, *(one for copy in copies for one in copy.choices)], eager
+
+
+def _networks(bench: Bench, replica: Replica) -> tuple[Evac, list[compiled.Network]]:
+    assert isinstance(replica.policy, OpenVLAOFT)
+    simulator, judge = inside(replica.world)
+    rows = bench.args.slots * bench.chunk  # lock step judges all slots at once, each frame of a chunk a row at most
+    precision = compiled.precision_of(config.EnginesConfig(), replica.device)
+    of_judge = compiled.of_reflector(judge, precision, row=(1, 2, rows))
+    return simulator, [*compiled.of_simulator(simulator, precision), *compiled.of_policy(replica.policy, precision), *of_judge]
 
 
 def scheduled(bench: Bench, schedule: Schedule, jobs: Sequence[Assignment]) -> Outcome:
     """On the scheduler."""
     began, cpu = time.perf_counter(), time.process_time()
-    replicas = [bench.replica] * schedule.workers(_CPU, bench.replica.world)
+    first = bench.replica
+    replicas = bench.replicas if len(bench.replicas) > 1 else [first] * schedule.workers(first.device, first.world)
     with Flights(replicas, seed=bench.args.seed, steps=bench.args.limit, threshold=bench.threshold, schedule=schedule) as flights:
         made = {flight.job.number: flight.rollout() for flight in flights.fly(jobs)}
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -279,7 +324,7 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         with compiled.placed(choices):
             scheduled(bench, bench.schedule(), bench.jobs[: args.group])  # warms up
             half = [size for size in (2**k for k in range(args.bucket.bit_length())) if 2 * size <= args.bucket] or [1]
-            seconds = profile(bench, half) if args.threads == 1 else []
+            seconds = profile(bench, half) if args.threads == 1 and bench.replica.device.type == "cpu" else []
             made = scheduled(bench, bench.schedule(), bench.jobs)
             loop = in_step(bench, bench.jobs, 1, to_the_limit=False)
             locked = in_step(bench, bench.jobs, args.slots, to_the_limit=True)
@@ -292,7 +337,8 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
     busy = sum(row["busy_s"] for row in stages)
     chunks = sum(len(rollout.live) for rollout in made.rollouts.values())
     foreseen = predicted(bench, seconds, made.rollouts) if seconds else None
-    error = score_error(loop.rollouts, made.rollouts)
+    error, on_gpu = score_error(loop.rollouts, made.rollouts), bench.replica.device.type == "cuda"
+    differ = [differing(one, made.rollouts[number]) for number, one in again.rollouts.items()]
     row = {
         "case": "rollout",
         "weights": str(args.run) if args.run else "random",
@@ -303,9 +349,10 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "speedup_over_sequential": loop.seconds / made.seconds,
         "speedup_over_lockstep": locked.seconds / made.seconds,
         "cpu_speedup_over_sequential": loop.cpu_seconds / made.cpu_seconds,
-        "identical": not any(differing(one, made.rollouts[number]) for number, one in again.rollouts.items()),
+        "identical": not any(differ),
+        "same_rollouts": not any(differ) if not on_gpu else (off := score_error(again.rollouts, made.rollouts)) is not None and off <= _ON_GPU_AGREE,
         "identical_rollouts": len(again.rollouts),
-        "sequential_agrees": error is not None and error <= _SCORES_AGREE,
+        "sequential_agrees": error is not None and error <= (_ON_GPU_AGREE if on_gpu else _SCORES_AGREE),
         "sequential_score_error": error,
         "dead_frames": {name: way.dead_frames for name, way in ways.items()},
         "speculation_waste": sum(one["wasted_s"] for one in stages) / busy,
@@ -317,9 +364,11 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "predicted_s": foreseen,
         "prediction_error": None if foreseen is None else foreseen / made.cpu_seconds - 1,
         "back_end": f"{args.back_end} float32",
+        "device": args.device,
+        "gpus": args.gpus,
         "engines": {one.network.name: one.plain for one in choices},
         "threads": args.threads,
-        "workers": bench.schedule().workers(_CPU, bench.replica.world) if args.threads > 1 else 1,
+        "workers": max(len(bench.replicas), bench.schedule().workers(bench.replica.device, bench.replica.world) if args.threads > 1 else 1),
         "slots": args.slots,
         "bucket": args.bucket,
         "overlap": args.overlap,
@@ -336,6 +385,7 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
     yield f"scheduler: {spent}; padding {row['padding']:.1%}, dropped speculation {row['speculation_waste']:.1%}"
     faster = f"{row['speedup_over_sequential']:.2f}x sequential ({row['cpu_speedup_over_sequential']:.2f}x by CPU seconds)"
     yield f"{faster}, {row['speedup_over_lockstep']:.2f}x lock step"
-    yield f"one slot, same bucket: {'identical' if row['identical'] else 'DIFFERENT'} ({row['identical_rollouts']} rollouts)"
+    same = "identical" if row["identical"] else "same ends, other bits" if row["same_rollouts"] else "DIFFERENT"
+    yield f"one slot, same bucket: {same} ({row['identical_rollouts']} rollouts)"
     if row["predicted_s"] is not None:
         yield f"virtual clock: {row['predicted_s']:.1f} CPU s foreseen, {row['cpu_s']['scheduler']:.1f} measured ({row['prediction_error']:+.1%})"

@@ -44,7 +44,6 @@ NARROW_OFT = dataclasses.replace(
 NARROW_LLAVA = dataclasses.replace(LLAVA_ONEVISION, vision_layers=1, layers=1)
 """The published widths, heads and pictures, with as few layers as there can be."""
 _INSTRUCTIONS = ("put the bowl on the plate", "open the drawer")
-_CPU = torch.device("cpu")
 _SCORES_AGREE = 1e-3
 """Largest difference of a score between rollouts by engines and by eager networks, which must end at the same steps."""
 
@@ -61,14 +60,16 @@ class Subject:
     """(H, W, 3) uint8, to begin a closed loop with."""
 
 
-def subject(preset: str, size: Literal["preset", "narrow", "published"], of_run: Path | None, device: torch.device, precision: Precision) -> Subject:
-    """What the arguments of `worldenv-engine build` name. ValueError for a preset or a run that there is not."""
+def subject(
+    preset: str, size: Literal["preset", "narrow", "published"], of_run: Path | None, device: torch.device, precision: Precision, rows: int = 4
+) -> Subject:
+    """What the arguments of `worldenv-engine build` name; inputs of `rows` rollouts at once. ValueError for a preset or a run that there is not."""
     if size != "preset":
         return _published(size == "narrow", device, precision)
     config.preset(preset)
     if of_run is not None and not (of_run / "run.json").is_file():
         raise ValueError(f"--run {of_run}: no run there (no run.json)")
-    args = bench_rollout.RolloutArgs(rollouts=4, group=1, slots=4, run=of_run)
+    args = bench_rollout.RolloutArgs(rollouts=4, group=1, slots=rows, bucket=rows, run=of_run, device=str(device))
     bench = bench_rollout.prepared(args)
     policy, world = bench.replica.policy, bench.replica.world
     assert isinstance(policy, OpenVLAOFT)
@@ -80,7 +81,7 @@ def subject(preset: str, size: Literal["preset", "narrow", "published"], of_run:
             bench_rollout.scheduled(bench, bench.schedule(), bench.jobs)
         return {name: one.recorded for name, one in recorders.items()}
 
-    return Subject(everything, recorded, simulator, torch.from_numpy(bench.jobs[0].context.frame))
+    return Subject(everything, recorded, simulator, torch.from_numpy(bench.jobs[0].context.frame).to(device))
 
 
 def _published(narrow: bool, device: torch.device, precision: Precision) -> Subject:
@@ -205,9 +206,10 @@ def _engine_row(network: compiled.Network, name: str, setting: Setting, recorded
     )  # fmt: skip
 
 
-def _rollout_row(setting: Setting) -> Row:
-    """Whole rollouts of the tiny preset on the scheduler, each network by what `auto` takes here, against eager: CPU seconds, pair by pair."""
-    bench = bench_rollout.prepared(bench_rollout.RolloutArgs(rollouts=4 if setting.brief else 16, group=4 if setting.brief else 8))
+def _rollout_row(setting: Setting, rows: int) -> Row:
+    """Whole rollouts of the tiny preset on the scheduler, `rows` in a batch, each network by what `auto` takes here, against eager: CPU seconds."""
+    count, group = (4, 4) if setting.brief else (16, 8)
+    bench = bench_rollout.prepared(bench_rollout.RolloutArgs(rollouts=count, group=group, slots=4 * rows if rows > 1 else 1, bucket=rows))
     choices, eager = bench_rollout.engines(bench, "auto", _store(setting))
 
     def seconds(chosen: Sequence[compiled.Choice]) -> tuple[float, bench_rollout.Outcome]:
@@ -228,7 +230,7 @@ def _rollout_row(setting: Setting) -> Row:
     spent = ", ".join(f"{name} {value / sum(share.values()):.0%}" for name, value in share.items())
     by = ", ".join(sorted({one.engine.back_end for one in choices}))
     return Row(
-        "engines rollout", f"auto fp32 ({by})", 1e3 * statistics.median(taken), "ms", "eager", 1e3 * statistics.median(plain),
+        f"engines rollout{_of(rows)}", f"auto fp32 ({by})", 1e3 * statistics.median(taken), "ms", "eager", 1e3 * statistics.median(plain),
         statistics.median(b / a for a, b in zip(taken, plain, strict=True)),
         parity="pass" if error is not None and error <= _SCORES_AGREE else "fail",
         spread=spread(taken), note=f"{len(bench.jobs)} rollouts, CPU ms, scores off by {error}; {spent}",
@@ -236,19 +238,28 @@ def _rollout_row(setting: Setting) -> Row:
     )  # fmt: skip
 
 
-def _case(network_name: str, name: str, setting: Setting) -> Row:
-    network = next(one for one in _tiny(setting.device).networks if one.name == network_name)
-    return _engine_row(network, name, setting, _recorded(setting.device)[network_name], _store(setting))
+_ROWS = (1, 4)
+"""Rollouts at once: one alone, which is where engines gain most, and as many as the preset's batches have."""
 
 
-@functools.lru_cache(maxsize=1)
-def _tiny(device: torch.device) -> Subject:
-    return subject("tiny", "preset", None, device, "fp32")
+def _of(rows: int) -> str:
+    return ", one at a time" if rows == 1 else ""
 
 
-@functools.lru_cache(maxsize=1)
-def _recorded(device: torch.device) -> Mapping[str, Sequence[Any]]:
-    return _tiny(device).recorded()
+def _case(network_name: str, name: str, rows: int, setting: Setting) -> Row:
+    network = next(one for one in _tiny(setting.device, rows).networks if one.name == network_name)
+    row = _engine_row(network, name, setting, _recorded(setting.device, rows)[network_name], _store(setting))
+    return dataclasses.replace(row, case=f"{row.case}{_of(rows)}")
+
+
+@functools.lru_cache(maxsize=len(_ROWS))
+def _tiny(device: torch.device, rows: int) -> Subject:
+    return subject("tiny", "preset", None, device, "fp32", rows)
+
+
+@functools.lru_cache(maxsize=len(_ROWS))
+def _recorded(device: torch.device, rows: int) -> Mapping[str, Sequence[Any]]:
+    return _tiny(device, rows).recorded()
 
 
 def variants(setting: Setting) -> Variants:
@@ -257,7 +268,10 @@ def variants(setting: Setting) -> Variants:
     names = [name for name in dict.fromkeys((*backend.AUTOMATIC[kind], "inductor")) if kind == "cpu" or backend.back_end(name).requires() is None]
     if setting.size == "published":
         return {f"{variant} {name}": functools.partial(_published_case, variant, name, setting) for variant in PUBLISHED for name in names}
-    found = {f"{network} {name}": functools.partial(_case, network, name, setting) for name in names for network in compiled.NAMES}
+    found: dict[str, Callable[[], Row]] = {
+        f"{network} {name}{_of(rows)}": functools.partial(_case, network, name, rows, setting)
+        for name in names for network in compiled.NAMES for rows in (_ROWS if network == compiled.NAMES[0] else _ROWS[-1:])
+    }  # fmt: skip
     if kind == "cpu":
-        found["rollout"] = functools.partial(_rollout_row, setting)
+        found |= {f"rollout{_of(rows)}": functools.partial(_rollout_row, setting, rows) for rows in _ROWS}
     return found

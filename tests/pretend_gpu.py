@@ -19,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": str(library()), "TRITON_INTERPRET": "1", _GIVEN: "1", "PYTHONPATH": str(ROOT)}
 
 
+class _Event:
+    """In the place of torch.cuda.Event: the host's time, since the host does the work."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._at = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end._at - self._at)
+
+
 def _install() -> None:
     """What Python asks of torch.cuda; the rest of it is not there, and says so."""
     found = SimpleNamespace(name="pretended GPU", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=1)
@@ -66,6 +82,8 @@ def _install() -> None:
         setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda *_, **__: None
+    torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+    torch.cuda.current_device = torch.accelerator.current_device_index
     torch.cuda.set_device = lambda device: torch.accelerator.set_device_index(torch.device(device).index or 0)
     torch.cuda.device = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc]
 
@@ -99,6 +117,8 @@ def _there_and_back(way: Any) -> Any:
 
 def _moved(value: Any, home: torch.device | None, homes: set[torch.device]) -> Any:
     """`value` with all its tensors on `home`, None for the CPU; devices that it named are added to `homes`."""
+    if isinstance(value, torch.Tensor) and value.is_meta:  # operations are counted
+        return value
     if isinstance(value, torch.Tensor):
         homes.add(value.device)
         return value.to(home or "cpu")

@@ -90,9 +90,9 @@ def test_rows_have_what_engines_add_to_the_schema() -> None:
 
 
 def test_an_engine_that_fails_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = engine_rows._tiny(BRIEF.device)
+    subject = engine_rows._tiny(BRIEF.device, 4)
     network = dataclasses.replace(subject.networks[4], recipe=dataclasses.replace(subject.networks[4].recipe, tolerance=1e-12))
-    monkeypatch.setattr(engine_rows, "_tiny", lambda device: dataclasses.replace(subject, networks=[network]))
+    monkeypatch.setattr(engine_rows, "_tiny", lambda device, rows: dataclasses.replace(subject, networks=[network]))
     row = engine_rows.variants(BRIEF)["policy_heads onnxruntime"]()
     assert (row.value, row.parity) == (None, "fail")
     assert "FAILED" in row.note
@@ -100,7 +100,7 @@ def test_an_engine_that_fails_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_gpus_cases_run_at_a_small_size_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The very code of the published sizes: static shapes, a random network made for its row, rows appended by the GPU's own command."""
-    tiny = engine_rows._tiny(BRIEF.device).networks
+    tiny = engine_rows._tiny(BRIEF.device, 4).networks
     published = {"policy_heads": (lambda setting, precision: tiny[4], {"batch": 2})}
     monkeypatch.setattr(engine_rows, "PUBLISHED", published)
     setting = dataclasses.replace(BRIEF, size="published")
@@ -115,7 +115,7 @@ def test_every_published_network_is_measured_and_made_as_its_recipe_says() -> No
     assert {"simulator_unet 320x512", "simulator_unet 256x256", "reflector_llm prefill", "reflector_llm appended"} <= set(engine_rows.PUBLISHED)
     variants = CASES["engines"](Setting(torch.device("cpu"), torch.float32, "published"))
     assert "simulator_unet 320x512 inductor" in variants
-    network = engine_rows._fixed(engine_rows._tiny(BRIEF.device).networks[6], {"row": 1, "new": 40, "old": 0})
+    network = engine_rows._fixed(engine_rows._tiny(BRIEF.device, 4).networks[6], {"row": 1, "new": 40, "old": 0})
     assert network.recipe.ranges == {}
     made = network.eager(*network.recipe.example({}))
     assert made[0].shape[1] == 40

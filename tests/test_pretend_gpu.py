@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,16 +52,36 @@ def test_kernels_are_called_with_tensors_of_a_pretended_gpu() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["ceilings", "simulator_unet_256x256", "vae_256x256", "chunk_loop_256x256"])
+def test_make_gpu_measures_on_a_pretended_gpu(part: str, tmp_path: Path) -> None:
+    """Parity against the CPU's order of work included; compilers and kernels need a real one."""
+    pretended("worldenv.benchmarks.gpu", "--device", "cuda", "--small", "--part", part, "--results", str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    rows = [row for line in file.read_text().splitlines() for row in json.loads(line)["rows"]]
+    assert rows
+    assert {row["parity"] for row in rows} <= {"pass", "none"}
+
+
+@pytest.mark.slow
+def test_the_rollout_bench_on_two_pretended_gpus() -> None:
+    sizes = ["--rollouts", "8", "--group", "4", "--slots", "4", "--bucket", "2", "--checked", "4", "--limit", "16"]
+    (row,) = json.loads(pretended("worldenv.cli.bench", "rollout", "--device", "cuda", "--gpus", "2", *sizes).splitlines()[-1])["rows"]
+    assert row["gpus"] == row["workers"] == 2
+    assert row["identical"]
+    assert row["sequential_agrees"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_whole_run_on_one_and_on_two_pretended_gpus(tmp_path: Path) -> None:
-    """`worldenv-train --device cuda`, from demonstrations to the report: LOOP's second iteration acts by weights that the copy was given."""
-    records = []
-    for gpus in (1, 2):
-        out = tmp_path / str(gpus)
-        said = pretended(
-            "worldenv.cli.train", "--preset", "tiny", "--fast", "--device", "cuda", "--gpus", str(gpus), "--out", str(out), limit_s=700.0
-        )
-        assert json.loads(said.splitlines()[-1])["out"] == str(out)
+    """`worldenv-train --device cuda` to its report, and from LOOP on with two: in its second iteration the copy must have been given weights."""
+    records, folders = [], [tmp_path / "1", tmp_path / "2"]
+    for gpus, out in enumerate(folders, 1):
+        if gpus == 2:
+            shutil.copytree(folders[0], out)
+        again = ["--from", "loop"] if gpus == 2 else []
+        flags = ["--preset", "tiny", "--fast", "--device", "cuda", "--gpus", str(gpus), "--out", str(out), *again]
+        assert json.loads(pretended("worldenv.cli.train", *flags, limit_s=700.0).splitlines()[-1])["out"] == str(out)
         iterations = json.loads((out / "stages" / "loop" / "stage.json").read_text())["metrics"]
         records.append(json.loads((out / "report.json").read_text()) | {"iterations": iterations})
     one, two = (without_times(record) for record in records)

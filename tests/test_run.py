@@ -115,6 +115,12 @@ def test_other_settings_and_other_folders_are_refused(tmp_path):
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["thesis.tex"]
 
 
+def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):
+    Run(tmp_path, config.TINY)._lock.close()
+    Run(tmp_path, dataclasses.replace(config.TINY, gpus=3))._lock.close()
+    assert settings_of(tmp_path).gpus == 3
+
+
 def test_a_stage_is_taken_from_another_run_and_neither_can_harm_the_other(run, tmp_path):
     other, stranger = Run(tmp_path / "other", config.TINY), tmp_path / "stranger"
     work(other, "demos", "f", "theirs")

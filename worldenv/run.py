@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -121,7 +122,9 @@ class Run:
             return
         known = out / "run.json"
         if known.is_file():
-            theirs, ours = config.to_dict(settings_of(out)), config.to_dict(settings)
+            stored = settings_of(out)
+            # how many GPUs make the rollouts may change when a run goes on: they make the same ones
+            theirs, ours = config.to_dict(dataclasses.replace(stored, gpus=settings.gpus)), config.to_dict(settings)
             if differing := list(_differences(theirs, ours)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 what = f"{'; '.join(differing[:3])}{more}"
@@ -129,9 +132,9 @@ class Run:
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunError(f"{out} exists and is no run of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        if not known.is_file():
-            checkpoint.write_text(known, json.dumps({"settings": config.to_dict(settings)}, indent=1))
         self._lock = held(out)
+        if not known.is_file() or stored.gpus != settings.gpus:
+            checkpoint.write_text(known, json.dumps({"settings": config.to_dict(settings)}, indent=1))
 
     def folder(self, stage: str) -> Path:
         """Where `stage` writes."""

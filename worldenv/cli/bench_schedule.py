@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     print(*lines, sep="\n")
-    record = {"rows": [row], "machine": harness.machine(torch.device("cpu")), "versions": harness.versions(), "commit": harness.commit()}
+    device = torch.device(row.get("device", "cpu"))
+    record = {"rows": [row], "machine": harness.machine(device), "versions": harness.versions(), "commit": harness.commit()}
     print(json.dumps(record, allow_nan=False))
-    return 0 if row.get("identical", True) else 1
+    return 0 if row.get("same_rollouts", True) else 1

@@ -170,7 +170,7 @@ def _devices(args: RolloutArgs) -> list[torch.device]:
     """ValueError for one that is not there."""
     device = device_of(args.device)
     if args.gpus == 1:
-        return [device]
+        return [torch.empty(0, device=device).device]  # with its number
     if device != torch.device("cuda") or not 1 <= args.gpus <= torch.cuda.device_count():
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ValueError(f"--gpus {args.gpus} --device {args.device}: several want --device cuda, and this machine has {there}")

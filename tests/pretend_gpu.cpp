@@ -151,8 +151,8 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       if (!one.defined()) return one;
       if (one.is_cuda()) {
         given.push_back(one);
-        TORCH_CHECK(!home || *home == one.device() || one.dim() == 0, refused, home->str(), " and ", one.device().str(),
-                    "! (", schema.name(), ")");
+        TORCH_CHECK(!home || *home == one.device(), refused, home->str(), " and ", one.device().str(), "! (",
+                    schema.name(), ")");
         if (!home) home = one.device();
       }
       return one;
@@ -168,7 +168,9 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   for (size_t i = 0; i < count && home; ++i) {
     mapped(arguments[i], [&](const at::Tensor& one) {
-      const bool there = !one.defined() || one.is_cuda() || one.dim() == 0 || index_on_cpu(schema.name(), i);
+      const bool scalar =
+          one.defined() && one.dim() == 0 && arguments[i].isTensor();  // one number may come from the CPU
+      const bool there = !one.defined() || one.is_cuda() || scalar || index_on_cpu(schema.name(), i);
       TORCH_CHECK(there, refused, "cpu and ", home->str(), "! (", schema.name(), ")");
       return one;
     });

@@ -10,7 +10,6 @@ show: compiled kernels, streams, CUDA graphs, memory, speed, other rounding.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -70,6 +69,13 @@ class _Event:
         return 1e3 * (end._at - self._at)
 
 
+def _exchanged(index: int) -> int:
+    before = torch.accelerator.current_device_index()
+    if index >= 0:
+        torch.accelerator.set_device_index(index)
+    return before
+
+
 def _install() -> None:
     """What Python asks of torch.cuda; the rest of it is not there, and says so."""
     found = SimpleNamespace(name="pretended GPU", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=1)
@@ -83,9 +89,8 @@ def _install() -> None:
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda *_, **__: None
     torch.cuda.Event = _Event  # type: ignore[assignment,misc]
-    torch.cuda.current_device = torch.accelerator.current_device_index
-    torch.cuda.set_device = lambda device: torch.accelerator.set_device_index(torch.device(device).index or 0)
-    torch.cuda.device = lambda _: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    torch._C._cuda_getDevice, torch._C._cuda_setDevice = torch.accelerator.current_device_index, torch.accelerator.set_device_index  # type: ignore[attr-defined]
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = _exchanged
 
 
 def _by_definition() -> None:

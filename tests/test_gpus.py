@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from test_rollout_bits import CPU, GROUP, SEED, SMALL_SIMULATOR, Plant, assert_s
 from test_simulator import trained
 
 from worldenv import noise
-from worldenv.config import LoopConfig
+from worldenv.config import TINY, LoopConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Rollout
 from worldenv.rollout.collect import Replica, Schedule
+from worldenv.run import Run, RunError
+from worldenv.stages.desk import Desk
 
 pytestmark = pytest.mark.gpu
 PRETENDED = "WORLDENV_PRETENDED_GPU" in os.environ
@@ -40,6 +43,8 @@ REFUSED: dict[str, Callable[[torch.Tensor], object]] = {
     "sum": lambda there: there + torch.ones(3),
     "product": lambda there: torch.ones(3) * there,
     "stack": lambda there: torch.stack([there, torch.ones(3)]),
+    "stack of numbers": lambda there: torch.stack([there[0], torch.tensor(1.0)]),
+    "number of another GPU": lambda there: there + torch.tensor(1.0, device="cuda:1"),
     "values put": lambda there: there.index_put_((torch.tensor([0]),), torch.ones(1)),
     "index": lambda there: torch.ones(3)[torch.zeros(1, dtype=torch.int64, device=GPU)],
     "linear": lambda there: torch.nn.Linear(3, 2)(there),
@@ -128,3 +133,24 @@ def test_rollouts_do_not_depend_on_the_number_of_gpus(one: Plant, gpus: int) -> 
     everywhere = {torch.device("cuda", number) for number in range(gpus)}
     assert {query.action.device for query in queries} == {query.made.frames.device for query in queries if query.made} == everywhere
     assert {row["device"] for row in statistics["stages"] if row["items"]} == set(range(gpus))
+
+
+@pytest.mark.skipif(not PRETENDED, reason="knows how many GPUs there are")
+@pytest.mark.parametrize(
+    ("device", "gpus", "want"),
+    [("cuda", 0, ["cuda:0", "cuda:1"]), ("cuda", 1, ["cuda:0"]), ("cuda", 2, ["cuda:0", "cuda:1"]), ("auto", 0, ["cuda:0", "cuda:1"]),
+     ("cuda:1", 0, ["cuda:1"]), ("cuda:1", 1, ["cuda:1"]), ("cpu", 0, ["cpu"])],
+)  # fmt: skip
+def test_a_run_takes_the_gpus_that_it_is_given(device: str, gpus: int, want: list[str], tmp_path: Path) -> None:
+    desk = Desk(Run(tmp_path, dataclasses.replace(TINY, device=device, gpus=gpus)))
+    assert [str(one) for one in desk.devices] == want
+    assert desk.schedule.slots == TINY.loop.slots * len(want)
+
+
+@pytest.mark.skipif(not PRETENDED, reason="knows how many GPUs there are")
+@pytest.mark.parametrize(
+    ("device", "gpus", "said"), [("cuda", 3, "this machine has 2"), ("cuda:1", 2, "set device to cuda"), ("cpu", 2, "set device to cuda")]
+)
+def test_gpus_that_are_not_there_are_refused(device: str, gpus: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=said):
+        _ = Desk(Run(tmp_path, dataclasses.replace(TINY, device=device, gpus=gpus))).devices

@@ -55,7 +55,7 @@ class Replica:
     policy: Policy
     world: World
     device: torch.device = _CPU
-    """Where they compute."""
+    """Where they compute; a GPU with its number."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ class Desk:
         there = torch.cuda.device_count()
         if wanted > there:
             raise RunError(f"gpus={wanted}: this machine has {there}; set gpus to 0 for all of them")
-        return [self.device, *(torch.device("cuda", number) for number in range(1, wanted or there))]
+        first = torch.cuda.current_device()
+        return [torch.device("cuda", number) for number in (first, *(other for other in range(there) if other != first))][: wanted or there]
 
     @functools.cached_property
     def env(self) -> ChosenTasks:

@@ -62,11 +62,11 @@ def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | N
     """
     if reflector is None:
         world: World = TrueWorld(desk.env, desk.device)
-        return Fleet([Replica(policy, world, desk.device)], [_fitted(desk, folder, policy, world, None, None)], [policy])
+        return Fleet([Replica(policy, world, desk.devices[0])], [_fitted(desk, folder, policy, world, None, None)], [policy])
     others = [(device, _copied(policy, device)) for device in desk.devices[1:]]  # before engines, which cannot be copied, are in it
     simulator = desk.simulator()
     world = desk.world(reflector, simulator)
-    replicas = [Replica(policy, world, desk.device)] * desk.schedule.workers(desk.device, world)
+    replicas = [Replica(policy, world, desk.devices[0])] * desk.schedule.workers(desk.device, world)
     fitted = [_fitted(desk, folder, policy, world, simulator, reflector)]
     for device, other in others:
         simulator, judge = desk.simulator(device), desk.reflector(device)
@@ -101,7 +101,7 @@ def _fitted(
     jobs = [Assignment(RECORD_NUMBERS + n, n, desk.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
 
     def rollouts() -> None:
-        with desk.flights([Replica(policy, world, desk.device)] * desk.schedule.workers(desk.device, world), math.inf) as flights:
+        with desk.flights([Replica(policy, world, desk.devices[0])] * desk.schedule.workers(desk.device, world), math.inf) as flights:
             list(flights.fly(jobs))
 
     networks = _networks(desk, policy, simulator, reflector)

@@ -11,10 +11,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
 from worldenv import _core
 from worldenv.benchmarks.plan_costs import GPUS, Affine, Workload, on_gpu, paper, read_profile
@@ -56,7 +55,7 @@ class PlanArgs:
     """Contexts per iteration."""
     group: int = 8
     """Rollouts per context."""
-    slots: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    slots: int | None = None
     """Rollouts in flight per GPU with a policy; the best of 1 to 64 that fit where not given."""
     seed: int = 0
     """Of the ends."""

@@ -22,7 +22,7 @@ from worldenv import _core, compiled, config, kinematics, noise, run
 from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
 from worldenv.benchmarks.plan_costs import Affine, fitted
-from worldenv.cli.arguments import device_of
+from worldenv.devices import device_of
 from worldenv.engines.eager import Eager
 from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.envs.tabletop import Tabletop

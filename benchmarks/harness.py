@@ -144,9 +144,10 @@ def milliseconds(device: torch.device, call: Callable[[], object]) -> float:
     """Of one `call`, all its work on `device` done [ms]."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
+        with torch.cuda.device(device):
+            start.record()
+            call()
+            end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
     began = time.perf_counter()

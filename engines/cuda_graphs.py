@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ _WARM_UP = 3
 """Calls on a side stream before capture, as torch asks for: libraries make their workspaces in them."""
 MOST_SHAPES = 32
 """Graphs kept; each holds memory for its inputs and outputs. Shapes beyond these run as they are."""
+_CAPTURING = threading.Lock()
+"""One capture at a time in a process, as torch asks for."""
+_Captured = tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...], Any]
 
 
 class Replayed:
@@ -19,31 +23,47 @@ class Replayed:
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call, self._lock = call, threading.Lock()
-        self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...], Any]] = {}
+        self._graphs: dict[tuple[Any, ...], _Captured | None] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
     def __call__(self, *given: torch.Tensor) -> Any:
-        """As `call`, on the device of the first input; one thread at a time, since a graph has one place for its inputs."""
+        """As `call`, on the device of the first input; one thread at a time, since a graph has one place for its inputs.
+
+        Where a call cannot be captured it is made as it is, which is said once for each shape.
+        """
         key = tuple((one.shape, one.dtype) for one in given)
         with self._lock, torch.cuda.device(given[0].device):
-            if key not in self._graphs:
-                if len(self._graphs) >= MOST_SHAPES:
-                    return self._call(*given)
+            if key not in self._graphs and len(self._graphs) < MOST_SHAPES:
                 self._graphs[key] = self._captured(given)
-            graph, inputs, outputs = self._graphs[key]
+            captured = self._graphs.get(key)
+            if captured is None:
+                return self._call(*given)
+            graph, inputs, outputs = captured
             for own, new in zip(inputs, given, strict=True):
                 own.copy_(new)
             graph.replay()
             return tuple(one.clone() for one in outputs) if isinstance(outputs, tuple | list) else outputs.clone()
 
-    def _captured(self, given: tuple[torch.Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...], Any]:
-        inputs = tuple(one.clone() for one in given)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
+    def _captured(self, given: tuple[torch.Tensor, ...]) -> _Captured | None:
+        present = torch.cuda.current_stream()
+        if self._stream is None:  # of this device; all graphs share its memory, since one runs at a time and outputs are copied out of it
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+        side, inputs = self._stream, tuple(one.clone() for one in given)
+        side.wait_stream(present)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 self._call(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        present.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # workers of other GPUs allocate meanwhile
-            outputs = self._call(*inputs)
+        try:
+            # thread_local: workers of other GPUs allocate meanwhile
+            with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                outputs = self._call(*inputs)
+        except RuntimeError as error:
+            torch.cuda.set_stream(present)  # a capture that fails at its end leaves its own stream behind
+            shapes = ", ".join(str(tuple(one.shape)) for one in given)
+            warnings.warn(f"inputs {shapes} run without a CUDA graph: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
+            return None
         return graph, inputs, outputs

@@ -201,7 +201,7 @@ def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = 
         import onnxscript  # noqa: F401 -- torch.onnx needs it
     except ImportError as error:
         raise EngineError(f"{recipe.name}: {error.name} is not installed, and exports need it: pip install onnx onnxscript") from error
-    program = traced(module, recipe)
+    program = traced(module.cpu(), recipe)  # its example is made there; `prepared` made this copy
     names = [binding.name for binding in recipe.inputs]
     outputs = [f"out_{name}" for name in recipe.outputs]  # operators of a graph are called mean and the like, and names must differ
     try:

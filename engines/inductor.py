@@ -35,7 +35,9 @@ class Inductor:
         self.recipe, self._device = recipe, device
         try:
             # a runner is one call at a time: on a CPU each worker of the scheduler has its own (Schedule.workers), and they share the weights
-            self._loaded = load_package(str(plan), num_runners=1 if device.type == "cuda" else torch.get_num_threads())
+            # and on a GPU nothing may ask whether a run has ended, which is forbidden while a CUDA graph is captured
+            on_gpu = device.type == "cuda"
+            self._loaded = load_package(str(plan), run_single_threaded=on_gpu, num_runners=1 if on_gpu else torch.get_num_threads())
         except Exception as error:  # a damaged package is a RuntimeError, a foreign one anything
             raise EngineError(f"{recipe.name}: AOTInductor does not load {plan}: {error}; build it anew") from error
         self._names = set(self._loaded.get_constant_fqns())

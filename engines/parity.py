@@ -97,7 +97,7 @@ def _speedup(engine: Callable[..., Any], eager: Callable[..., Any], given: Seque
         began = clock()
         call(*given)
         if given[0].is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(given[0].device)
         return clock() - began
 
     seconds(engine)

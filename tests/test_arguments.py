@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from worldenv.cli.arguments import device_of, parse
+from worldenv.cli.arguments import parse
 from worldenv.config import TINY, RunConfig
+from worldenv.devices import device_of
 
 
 @pytest.mark.parametrize(

@@ -137,14 +137,25 @@ class Choice:
         return found | ({"why": self.why} if self.why else {})
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """With `device` as the present GPU, which is where TensorRT and AOTInductor load a plan; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def built(network: Network, name: str, store: Store, device: torch.device, recorded: Sequence[Any], timed: bool) -> Choice:
     """`network` by back end `name`, compared on `recorded`, its parity kept beside the plan. EngineError where it cannot be made."""
     chosen = back_end(name)
     if missing := chosen.requires():
         raise EngineError(missing)
-    plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
-    engine = chosen.load(plan.folder, network.recipe, device)
-    found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, timed)
+    with on(device):
+        plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
+        try:
+            engine = chosen.load(plan.folder, network.recipe, device)
+            found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, timed)
+        except EngineError:
+            raise
+        except RuntimeError as error:  # of CUDA, of a compiled graph, or out of memory: the next back end may do better
+            raise EngineError(f"{network.name}: {name} does not run: {str(error).splitlines()[0]}") from error
     store.write_parity(plan.key, found.plain())
     return Choice(network, engine, found, plan)
 
@@ -310,7 +321,7 @@ class Fitted:
                 now = dataclasses.replace(compared, refits=self.refits, refit_s=seconds)
                 reason = "" if now.passed else f"{one.network.name}: after refit {self.refits}: {now.said}"
                 found[one.network.name] = now
-            except EngineError as error:
+            except RuntimeError as error:  # an EngineError, or one of CUDA or of a compiled graph
                 reason = str(error)
             if reason:
                 console.say(f"engines: {reason}; eager is used")
@@ -330,8 +341,7 @@ def alike(first: Fitted, networks: Sequence[Network], store: Store, device: torc
         if one.engine.back_end == "eager":
             choices.append(Choice(network, Eager(network.eager, network.recipe), None, None, one.why))
             continue
-        with torch.cuda.device(device):  # where a plan is loaded: TensorRT and AOTInductor take the present one
-            made = built(network, one.engine.back_end, store, device, recorded[network.name], timed=False)
+        made = built(network, one.engine.back_end, store, device, recorded[network.name], timed=False)
         if made.parity is None or not made.parity.passed:
             said = "" if made.parity is None else made.parity.said
             raise EngineError(f"{network.name}: {one.engine.back_end} passed on the first GPU and not on {device}: {said}; use one GPU, or eager")

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
 import tyro
 
 T = TypeVar("T")
@@ -25,16 +24,6 @@ def value_of(argv: Sequence[str], flag: str) -> str | None:
         if word.startswith(f"{flag}="):
             return word.removeprefix(f"{flag}=")
     return None
-
-
-def device_of(name: str) -> torch.device:
-    """What `--device` names: auto is cuda where there is one, else cpu. Raises ValueError for one that is not there."""
-    try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return found
 
 
 def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -> T:

@@ -14,8 +14,9 @@ import numpy as np
 import tyro
 
 from worldenv import checkpoint
-from worldenv.cli.arguments import device_of, parse
+from worldenv.cli.arguments import parse
 from worldenv.config import EnginesConfig, EnvConfig
+from worldenv.devices import device_of
 from worldenv.engines.recipe import EngineError
 from worldenv.envs import suites
 from worldenv.envs.libero import TEST_STATES

@@ -17,8 +17,9 @@ import tyro
 from numpy.typing import NDArray
 
 from worldenv import action_map, checkpoint, config, console, kinematics, noise
-from worldenv.cli.arguments import device_of, parse
+from worldenv.cli.arguments import parse
 from worldenv.data import episode as episodes
+from worldenv.devices import device_of
 from worldenv.nouns import ACTION_DIM, Camera
 from worldenv.report import videos
 from worldenv.robots import agibot_g1

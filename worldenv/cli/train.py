@@ -14,8 +14,9 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from worldenv import config, distributed, run, train
-from worldenv.cli.arguments import device_of, parse, value_of
+from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
+from worldenv.devices import device_of
 from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.learning import processes

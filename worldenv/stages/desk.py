@@ -12,6 +12,7 @@ import torch
 
 from worldenv import checkpoint, config, noise
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.devices import device_of
 from worldenv.envs import suites
 from worldenv.envs.chosen import ChosenTasks
 from worldenv.envs.contract import TrueEnvironment
@@ -45,8 +46,7 @@ class Desk:
 
     def __init__(self, run: Run) -> None:
         self.run, self.settings, self.seed = run, run.settings, run.settings.seed
-        wanted = self.settings.device
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+        self.device = device_of(self.settings.device)
 
     @functools.cached_property
     def devices(self) -> list[torch.device]:

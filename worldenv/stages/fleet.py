@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -50,7 +49,7 @@ class Fleet:
                         own.copy_(first[name])
         found = []
         for one, policy in zip(self.fitted, self.policies, strict=True):
-            with torch.cuda.device(policy.device) if policy.device.type == "cuda" else contextlib.nullcontext():
+            with compiled.on(policy.device):
                 found.append(one.refit())
         return found[0]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from worldenv.engines.recipe import said
+
 _WARM_UP = 3
 """Calls on a side stream before capture, as torch asks for: libraries make their workspaces in them."""
 MOST_SHAPES = 32
@@ -64,6 +66,6 @@ class Replayed:
         except RuntimeError as error:
             torch.cuda.set_stream(present)  # a capture that fails at its end leaves its own stream behind
             shapes = ", ".join(str(tuple(one.shape)) for one in given)
-            warnings.warn(f"inputs {shapes} run without a CUDA graph: {str(error).splitlines()[0]}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"inputs {shapes} run without a CUDA graph: {said(error)[0]}", RuntimeWarning, stacklevel=3)
             return None
         return graph, inputs, outputs

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from worldenv import checkpoint
-from worldenv.engines.recipe import EngineError, EngineRecipe, symbol
+from worldenv.engines.recipe import EngineError, EngineRecipe, said, symbol
 from worldenv.engines.store import Store, Wanted
 
 OPSET = 20
@@ -185,7 +185,7 @@ def traced(module: nn.Module, recipe: EngineRecipe, given: tuple[torch.Tensor, .
     except Exception as error:
         raise ExportError(
             f"{recipe.name}: {type(module).__name__} cannot be traced for {dict(recipe.ranges)} (operator {_wrong_operator(error)}): "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            f"{said(error)[0]}"
         ) from error
 
 

@@ -19,7 +19,7 @@ from torch._inductor.package.package import load_package
 from worldenv.engines import export
 from worldenv.engines.backend import Engine, compute_capability, only_here
 from worldenv.engines.cuda_graphs import Replayed
-from worldenv.engines.recipe import EngineError, EngineRecipe
+from worldenv.engines.recipe import EngineError, EngineRecipe, said
 from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store
 
@@ -95,7 +95,7 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
             shapes = {name: list(tensor.shape) for name, tensor in export.state(module).items()}
             (folder / _SHAPES).write_text(json.dumps(shapes), encoding="utf-8")
         except Exception as error:  # a compiler's errors have no base
-            raise EngineError(f"{recipe.name}: AOTInductor does not compile it: {str(error).strip().splitlines()[-1][:300]}") from error
+            raise EngineError(f"{recipe.name}: AOTInductor does not compile it: {said(error)[-1][:300]}") from error
         finally:
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
             if before is not None:

@@ -30,6 +30,11 @@ class EngineError(RuntimeError):
     """An engine that cannot be exported, built, found, trusted or run. The message names it and the cure."""
 
 
+def said(error: Exception) -> list[str]:
+    """Lines of what another library's `error` says: at least one, its type's name where it says nothing."""
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 @dataclass(frozen=True)
 class Binding:
     """One input."""

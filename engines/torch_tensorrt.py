@@ -12,7 +12,7 @@ from torch import nn
 
 from worldenv.engines import export
 from worldenv.engines.backend import Engine, compute_capability, only_here
-from worldenv.engines.recipe import EngineError, EngineRecipe
+from worldenv.engines.recipe import EngineError, EngineRecipe, said
 from worldenv.engines.refit import RefitError, check_shapes
 from worldenv.engines.store import Store
 
@@ -58,8 +58,7 @@ def requires() -> str | None:
     try:
         importlib.import_module(_NAME)
     except Exception as error:  # its import loads libraries, and fails in many ways
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        return f"{_NAME}: {said[0]}: pip install torch-tensorrt, with TensorRT"
+        return f"{_NAME}: {said(error)[0]}: pip install torch-tensorrt, with TensorRT"
     return None
 
 

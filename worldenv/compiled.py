@@ -33,7 +33,7 @@ from worldenv.engines.backend import AUTOMATIC, WITHOUT_REFIT, Engine, Running, 
 from worldenv.engines.eager import Eager
 from worldenv.engines.export import prepared, state
 from worldenv.engines.parity import Parity, Recorder
-from worldenv.engines.recipe import EngineError, EngineRecipe, Precision, Range, relative_error
+from worldenv.engines.recipe import EngineError, EngineRecipe, Precision, Range, relative_error, said
 from worldenv.engines.store import Plan, Store
 from worldenv.nouns import ActionMap
 from worldenv.policy import graphs as policy_graphs
@@ -155,7 +155,7 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
         except EngineError:
             raise
         except RuntimeError as error:  # of CUDA, of a compiled graph, or out of memory: the next back end may do better
-            raise EngineError(f"{network.name}: {name} does not run: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"{network.name}: {name} does not run: {said(error)[0]}") from error
     store.write_parity(plan.key, found.plain())
     return Choice(network, engine, found, plan)
 

@@ -22,8 +22,7 @@ from worldenv import _core, compiled, config, kinematics, noise, run
 from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
 from worldenv.benchmarks.plan_costs import Affine, fitted
-from worldenv.devices import device_of
-from worldenv.engines.eager import Eager
+from worldenv.devices import device_of, gpus_of
 from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.envs.tabletop import Tabletop
 from worldenv.nouns import Context, Rollout
@@ -132,7 +131,7 @@ class Bench:
 
     def schedule(self, bucket: int | None = None, slots: int | None = None) -> Schedule:
         """The one that is measured, or one with another bucket or slots."""
-        return Schedule((slots or self.args.slots) * len(self.replicas), bucket or self.args.bucket, overlap=self.args.overlap)
+        return Schedule(slots or self.args.slots, bucket or self.args.bucket, overlap=self.args.overlap)
 
 
 def _random(args: RolloutArgs, tiny: config.RunConfig, env: Tabletop, device: torch.device) -> tuple[Replica, float, list[Context]]:
@@ -166,23 +165,12 @@ def _of_run(args: RolloutArgs, folder: Path, device: torch.device) -> tuple[Repl
     return Replica(policy, desk.world(reflector, desk.simulator(device), device), device), reflector.config.threshold, contexts
 
 
-def _devices(args: RolloutArgs) -> list[torch.device]:
-    """ValueError for one that is not there."""
-    device = device_of(args.device)
-    if args.gpus == 1:
-        return [torch.empty(0, device=device).device]  # with its number
-    if device != torch.device("cuda") or not 1 <= args.gpus <= torch.cuda.device_count():
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ValueError(f"--gpus {args.gpus} --device {args.device}: several want --device cuda, and this machine has {there}")
-    return [torch.device("cuda", number) for number in range(args.gpus)]
-
-
 def prepared(args: RolloutArgs) -> Bench:
     """Networks and jobs. ValueError: what cannot be measured."""
-    if min(args.rollouts, args.group, args.slots, args.bucket, args.threads, args.checked) < 1 or not 0.0 < args.mean_end < 1.0:
-        raise ValueError("--rollouts, --group, --slots, --bucket, --threads, --checked: want at least 1 of each; --mean-end between 0 and 1")
+    if min(args.rollouts, args.group, args.slots, args.bucket, args.threads, args.checked, args.gpus) < 1 or not 0.0 < args.mean_end < 1.0:
+        raise ValueError("--rollouts, --group, --slots, --bucket, --threads, --checked, --gpus: want at least 1 of each; --mean-end between 0 and 1")
     tiny = config.PRESETS["tiny"]
-    devices = _devices(args)
+    devices = gpus_of(device_of(args.device), args.gpus)
     if args.threads > 1 and args.back_end not in ("eager", "inductor"):
         raise ValueError(
             f"--back-end {args.back_end} --threads {args.threads}: an ONNX Runtime session has one thread, the loop could not use more"
@@ -212,7 +200,7 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
     device = bench.replica.device
     simulator, networks = _networks(bench, bench.replica)
     others = [_networks(bench, replica)[1] for replica in bench.replicas[1:]]
-    eager = [compiled.Choice(one, Eager(one.eager, one.recipe), None, None) for one in (*networks, *(one for some in others for one in some))]
+    eager = [compiled.Choice.eager(one) for one in (*networks, *(one for some in others for one in some))]
     if back_end == "eager":
         return eager, eager
     with compiled.recording(networks) as recorders:
@@ -337,8 +325,10 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
     busy = sum(row["busy_s"] for row in stages)
     chunks = sum(len(rollout.live) for rollout in made.rollouts.values())
     foreseen = predicted(bench, seconds, made.rollouts) if seconds else None
-    error, on_gpu = score_error(loop.rollouts, made.rollouts), bench.replica.device.type == "cuda"
-    differ = [differing(one, made.rollouts[number]) for number, one in again.rollouts.items()]
+    error, off = (score_error(other.rollouts, made.rollouts) for other in (loop, again))
+    on_gpu = bench.replica.device.type == "cuda"
+    agree = _ON_GPU_AGREE if on_gpu else _SCORES_AGREE
+    identical = not any(differing(one, made.rollouts[number]) for number, one in again.rollouts.items())
     row = {
         "case": "rollout",
         "weights": str(args.run) if args.run else "random",
@@ -349,10 +339,10 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "speedup_over_sequential": loop.seconds / made.seconds,
         "speedup_over_lockstep": locked.seconds / made.seconds,
         "cpu_speedup_over_sequential": loop.cpu_seconds / made.cpu_seconds,
-        "identical": not any(differ),
-        "same_rollouts": not any(differ) if not on_gpu else (off := score_error(again.rollouts, made.rollouts)) is not None and off <= _ON_GPU_AGREE,
+        "identical": identical,
+        "same_rollouts": identical or (on_gpu and off is not None and off <= agree),
         "identical_rollouts": len(again.rollouts),
-        "sequential_agrees": error is not None and error <= (_ON_GPU_AGREE if on_gpu else _SCORES_AGREE),
+        "sequential_agrees": error is not None and error <= agree,
         "sequential_score_error": error,
         "dead_frames": {name: way.dead_frames for name, way in ways.items()},
         "speculation_waste": sum(one["wasted_s"] for one in stages) / busy,
@@ -364,7 +354,7 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "predicted_s": foreseen,
         "prediction_error": None if foreseen is None else foreseen / made.cpu_seconds - 1,
         "back_end": f"{args.back_end} float32",
-        "device": args.device,
+        "device": str(bench.replica.device),
         "gpus": args.gpus,
         "engines": {one.network.name: one.plain for one in choices},
         "threads": args.threads,

@@ -178,7 +178,9 @@ def _quietly() -> Iterator[None]:
 
 def traced(module: nn.Module, recipe: EngineRecipe, given: tuple[torch.Tensor, ...] | None = None) -> torch.export.ExportedProgram:
     """`module` as one graph of torch's operators, for all lengths of the recipe. ExportError as `to_onnx`."""
-    given = recipe.example({name: max(2, opt) for name, (_, opt, _) in recipe.ranges.items()}) if given is None else given
+    if given is None:
+        device = next((one.device for one in state(module).values()), torch.device("cpu"))
+        given = recipe.example({name: max(2, opt) for name, (_, opt, _) in recipe.ranges.items()}, device=str(device))
     try:
         with torch.no_grad(), _quietly():
             return torch.export.export(module, given, dynamic_shapes=dynamic_shapes(module, recipe), strict=False)

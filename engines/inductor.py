@@ -85,8 +85,7 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
     """See `backend`."""
     device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
     only_here("inductor", arch, device)
-    lengths = {name: max(2, opt) for name, (_, opt, _) in recipe.ranges.items()}
-    program = export.traced(module, recipe, recipe.example(lengths, device=str(device)))
+    program = export.traced(module, recipe)
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with tempfile.TemporaryDirectory(dir=folder) as cache:  # what is left of a build elsewhere would be found by the next one, whatever made it
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

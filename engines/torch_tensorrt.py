@@ -78,9 +78,7 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
     """See `backend`."""
     made = _library()
     only_here(_NAME, arch, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    lengths = {name: max(2, opt) for name, (_, opt, _) in recipe.ranges.items()}
-    device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
-    program = export.traced(module, recipe, recipe.example(lengths, device=str(device)))
+    program = export.traced(module, recipe)
     inputs = [
         made.Input(
             min_shape=recipe.shape(one, 0), opt_shape=recipe.shape(one, 1), max_shape=recipe.shape(one, 2), dtype=recipe.kind_of(one), name=one.name

@@ -6,12 +6,13 @@ Triton's interpreter runs the kernels on a CPU too, thousands of times slower: i
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from worldenv.devices import on
 
 
 def uses_kernel(*given: torch.Tensor | torch.device | None) -> bool:
@@ -48,5 +49,5 @@ def launch(
 ) -> None:
     """Start `grid` programs of `kernel` on the device of the first tensor; `warps`, `contract` as in `Build`."""
     device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         kernel[(grid,)](**arguments, **constants, num_warps=warps, enable_fp_fusion=contract)

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.gpu
 PRETENDED = "WORLDENV_PRETENDED_GPU" in os.environ
 GPU = torch.device("cuda")
 POLICY = dataclasses.replace(SMALL, chunk=SMALL_SIMULATOR.chunk)
+ATOL = 1e-4 if PRETENDED else 1e-3
+"""Real ones round otherwise; pretended ones take attention apart, and Adam makes a step of its full length of what is left of a gradient of zero."""
 
 
 def on(device: torch.device) -> Replica:
@@ -92,7 +94,7 @@ def test_a_policy_acts_there_as_on_the_cpu() -> None:
     with torch.no_grad():
         want, got = here.act(observation(3), uniform), there.act(observation(3), uniform)
     for field in dataclasses.fields(want):
-        close(getattr(got, field.name), getattr(want, field.name), 1e-3)
+        close(getattr(got, field.name), getattr(want, field.name), ATOL)
 
 
 def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant) -> None:
@@ -108,7 +110,7 @@ def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant) -> None:
     (want, weights), (got, there) = learned(CPU), learned(GPU)
     assert got == pytest.approx(want, abs=1e-3)
     for name, tensor in weights.items():
-        close(there[name], tensor, 1e-3)
+        close(there[name], tensor, ATOL)
 
 
 def same(got: Rollout, want: Rollout) -> None:
@@ -141,10 +143,11 @@ def test_rollouts_do_not_depend_on_the_number_of_gpus(one: Plant, gpus: int) -> 
     [("cuda", 0, ["cuda:0", "cuda:1"]), ("cuda", 1, ["cuda:0"]), ("cuda", 2, ["cuda:0", "cuda:1"]), ("auto", 0, ["cuda:0", "cuda:1"]),
      ("cuda:1", 0, ["cuda:1"]), ("cuda:1", 1, ["cuda:1"]), ("cpu", 0, ["cpu"])],
 )  # fmt: skip
-def test_a_run_takes_the_gpus_that_it_is_given(device: str, gpus: int, want: list[str], tmp_path: Path) -> None:
+def test_a_run_takes_the_gpus_that_it_is_given(one: Plant, device: str, gpus: int, want: list[str], tmp_path: Path) -> None:
     desk = Desk(Run(tmp_path, dataclasses.replace(TINY, device=device, gpus=gpus)))
-    assert [str(one) for one in desk.devices] == want
-    assert desk.schedule.slots == TINY.loop.slots * len(want)
+    assert [str(place) for place in desk.devices] == want
+    replicas = [Replica(one.replica.policy, one.replica.world, place) for place in desk.devices]
+    assert desk.schedule.each(replicas) * len(replicas) == TINY.loop.slots * len(want)
 
 
 @pytest.mark.skipif(not PRETENDED, reason="knows how many GPUs there are")

@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.pretend_gpu import ROOT
+from worldenv import report
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -83,14 +83,8 @@ def test_a_whole_run_on_one_and_on_two_pretended_gpus(tmp_path: Path) -> None:
         flags = ["--preset", "tiny", "--fast", "--device", "cuda", "--gpus", str(gpus), "--out", str(out), *again]
         assert json.loads(pretended("worldenv.cli.train", *flags, limit_s=700.0).splitlines()[-1])["out"] == str(out)
         iterations = json.loads((out / "stages" / "loop" / "stage.json").read_text())["metrics"]
-        records.append(json.loads((out / "report.json").read_text()) | {"iterations": iterations})
-    one, two = (without_times(record) for record in records)
+        records.append(report.comparable({**report.read(out / "report.json"), "iterations": iterations}))
+    one, two = records
     assert len(one["iterations"]["history"]) == 2
     assert (one["settings"].pop("gpus"), two["settings"].pop("gpus")) == (1, 2)
-    assert one == two
-
-
-def without_times(record: Any) -> Any:
-    if isinstance(record, dict):
-        return {key: without_times(value) for key, value in record.items() if not re.search("second|rss|_s$|_mb$", key)}
-    return [without_times(one) for one in record] if isinstance(record, list) else record
+    assert not list(report.differences(one, two))

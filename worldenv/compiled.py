@@ -20,6 +20,7 @@ from torch import nn
 
 from worldenv import checkpoint, console, noise
 from worldenv.config import EnginesConfig
+from worldenv.devices import on
 from worldenv.engines import (
     parity,
     policy_backbone,
@@ -128,6 +129,11 @@ class Choice:
     why: str = ""
     """What was tried before it and not taken."""
 
+    @classmethod
+    def eager(cls, network: Network, why: str = "") -> Choice:
+        """The network's own module."""
+        return cls(network, Eager(network.eager, network.recipe), None, None, why)
+
     @property
     def plain(self) -> dict[str, Any]:
         """For a record: names and errors, no times."""
@@ -135,11 +141,6 @@ class Choice:
         if self.parity is not None:
             found |= {"max_rel_error": self.parity.plain()["max_rel_error"], "tolerance": self.parity.tolerance}
         return found | ({"why": self.why} if self.why else {})
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """With `device` as the present GPU, which is where TensorRT and AOTInductor load a plan; nothing on a CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def built(network: Network, name: str, store: Store, device: torch.device, recorded: Sequence[Any], timed: bool) -> Choice:
@@ -182,7 +183,7 @@ def choose(network: Network, settings: EnginesConfig, store: Store, device: torc
         why.append(reason)
         if back_end(name).requires() is None or settings.back_end != "auto":
             console.say(f"engines: {reason}; {'the next back end' if name != names[-1] else 'eager'} is used")
-    return Choice(network, Eager(network.eager, network.recipe), None, None, "; ".join(why))
+    return Choice.eager(network, "; ".join(why))
 
 
 @contextlib.contextmanager
@@ -284,7 +285,7 @@ def checked_loop(simulator: Evac, choices: Sequence[Choice], store: Store, frame
         assert failed.parity is not None
         reason = f"simulator: {failed.engine.back_end}: {failed.parity.said}"
         console.say(f"engines: {reason}; eager is used")
-        checked = [Choice(one.network, Eager(one.network.eager, one.network.recipe), None, None, reason) for one in checked]
+        checked = [Choice.eager(one.network, reason) for one in checked]
     by_name = {one.network.name: one for one in checked}
     return [by_name.get(one.network.name, one) for one in choices]
 
@@ -325,7 +326,7 @@ class Fitted:
                 reason = str(error)
             if reason:
                 console.say(f"engines: {reason}; eager is used")
-                self.choices[i] = Choice(one.network, Eager(one.network.eager, one.network.recipe), None, None, reason)
+                self.choices[i] = Choice.eager(one.network, reason)
                 place([self.choices[i]])
         return found
 
@@ -339,7 +340,7 @@ def alike(first: Fitted, networks: Sequence[Network], store: Store, device: torc
     choices = []
     for one, network in zip(first.choices, networks, strict=True):
         if one.engine.back_end == "eager":
-            choices.append(Choice(network, Eager(network.eager, network.recipe), None, None, one.why))
+            choices.append(Choice.eager(network, one.why))
             continue
         made = built(network, one.engine.back_end, store, device, recorded[network.name], timed=False)
         if made.parity is None or not made.parity.passed:
@@ -367,7 +368,7 @@ def fitted(
     EngineError where one of these cannot be had any more.
     """
     if settings.back_end == "eager" or not networks:
-        return Fitted([Choice(one, Eager(one.eager, one.recipe), None, None) for one in networks], {})
+        return Fitted([Choice.eager(one) for one in networks], {})
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     with recording(networks) as recorders:
         rollouts()

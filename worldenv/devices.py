@@ -1,6 +1,8 @@
-"""Which device a name means."""
+"""Which devices a name means, and being on one."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 
@@ -13,3 +15,21 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return found
+
+
+def gpus_of(device: torch.device, wanted: int) -> list[torch.device]:
+    """`device`, or where it is "cuda" `wanted` GPUs of this machine (0: all), the present one first, with numbers. ValueError: fewer there."""
+    if device != torch.device("cuda"):
+        if wanted > 1:
+            raise ValueError(f"gpus={wanted}: the device is {device}; for several, set device to cuda")
+        return [device]
+    there = torch.cuda.device_count()
+    if wanted > there:
+        raise ValueError(f"gpus={wanted}: this machine has {there}; ask for fewer")
+    first = torch.cuda.current_device()
+    return [torch.device("cuda", number) for number in (first, *(other for other in range(there) if other != first))][: wanted or there]
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """With `device` as the present GPU, which is where kernels are launched and TensorRT and AOTInductor load a plan; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

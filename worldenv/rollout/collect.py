@@ -63,7 +63,7 @@ class Schedule:
     """How rollouts are scheduled. Which rollouts come out does not depend on it, on a CPU bit for bit while the buckets are the same."""
 
     slots: int = 16
-    """Rollouts in flight at once, over all workers."""
+    """Rollouts in flight at once on each device, over all its workers."""
     bucket: int = 4
     """Rows of every batch of policy and simulator; fewer are padded."""
     judge_bucket: int = 1
@@ -84,6 +84,10 @@ class Schedule:
         if device.type != "cpu" or world.at_home:
             return 1
         return max(1, min(torch.get_num_threads(), self.slots // self.bucket))
+
+    def each(self, replicas: Sequence[Replica]) -> int:
+        """Slots of each of `replicas`: workers of one device share its own."""
+        return -(-self.slots * len({replica.device for replica in replicas}) // len(replicas))
 
 
 @dataclass
@@ -229,7 +233,7 @@ class Flights:
         devices = range(len(replicas))
         config = _core.SchedulerConfig(
             [_core.Stage(name, [bucket], steps, devices) for name, _, bucket, steps in parts], devices=len(replicas),
-            slots=-(-schedule.slots // len(replicas)), overlap=schedule.overlap, max_wait=_NO_HURRY_S, attempts=schedule.attempts,
+            slots=schedule.each(replicas), overlap=schedule.overlap, max_wait=_NO_HURRY_S, attempts=schedule.attempts,
             streams=schedule.streams,
         )  # fmt: skip
         self._runner = _core.Runner(config, [self._guarded(run) for _, run, _, _ in parts])

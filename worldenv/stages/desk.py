@@ -12,7 +12,7 @@ import torch
 
 from worldenv import checkpoint, config, noise
 from worldenv.data.episode import Episode, EpisodeSet
-from worldenv.devices import device_of
+from worldenv.devices import device_of, gpus_of
 from worldenv.envs import suites
 from worldenv.envs.chosen import ChosenTasks
 from worldenv.envs.contract import TrueEnvironment
@@ -51,16 +51,10 @@ class Desk:
     @functools.cached_property
     def devices(self) -> list[torch.device]:
         """Where rollouts are made, the run's device first: "cuda" means the GPUs of this machine, `gpus` of them. RunError where there are fewer."""
-        wanted = self.settings.gpus
-        if self.device != torch.device("cuda"):
-            if wanted > 1:
-                raise RunError(f"gpus={wanted}: the device is {self.device}; for several, set device to cuda")
-            return [self.device]
-        there = torch.cuda.device_count()
-        if wanted > there:
-            raise RunError(f"gpus={wanted}: this machine has {there}; set gpus to 0 for all of them")
-        first = torch.cuda.current_device()
-        return [torch.device("cuda", number) for number in (first, *(other for other in range(there) if other != first))][: wanted or there]
+        try:
+            return gpus_of(self.device, self.settings.gpus)
+        except ValueError as error:
+            raise RunError(f"{error} (0: all)") from error
 
     @functools.cached_property
     def env(self) -> ChosenTasks:
@@ -117,7 +111,7 @@ class Desk:
     def schedule(self) -> Schedule:
         """Of every rollout in this run."""
         loop = self.settings.loop
-        return Schedule(loop.slots * len(self.devices), loop.bucket, loop.judge_bucket, loop.overlap)
+        return Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap)
 
     def context(self, task: int, index: int) -> Context:
         """Training state `index` of `task`."""

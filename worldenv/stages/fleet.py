@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from worldenv import compiled
+from worldenv.devices import on
 from worldenv.engines.parity import Parity
 from worldenv.engines.store import Store
 from worldenv.envs.true_world import TrueWorld
@@ -49,7 +51,7 @@ class Fleet:
                         own.copy_(first[name])
         found = []
         for one, policy in zip(self.fitted, self.policies, strict=True):
-            with compiled.on(policy.device):
+            with on(policy.device):
                 found.append(one.refit())
         return found[0]
 
@@ -59,14 +61,12 @@ def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | N
 
     Engines are fitted, and what was taken is kept in stage folder `folder`. RunError where the run asks for GPUs that are not there.
     """
-    if reflector is None:
-        world: World = TrueWorld(desk.env, desk.device)
-        return Fleet([Replica(policy, world, desk.devices[0])], [_fitted(desk, folder, policy, world, None, None)], [policy])
-    others = [(device, _copied(policy, device)) for device in desk.devices[1:]]  # before engines, which cannot be copied, are in it
-    simulator = desk.simulator()
-    world = desk.world(reflector, simulator)
+    simulator = None if reflector is None else desk.simulator()
+    world: World = TrueWorld(desk.env, desk.device) if simulator is None else desk.world(reflector, simulator)
+    elsewhere = [] if world.at_home else desk.devices[1:]
+    others = [(device, _copied(policy, device)) for device in elsewhere]  # before engines, which cannot be copied, are in it
     replicas = [Replica(policy, world, desk.devices[0])] * desk.schedule.workers(desk.device, world)
-    fitted = [_fitted(desk, folder, policy, world, simulator, reflector)]
+    fitted = [_fitted(desk, folder, policy, replicas, simulator, reflector)]
     for device, other in others:
         simulator, judge = desk.simulator(device), desk.reflector(device)
         replicas.append(Replica(other, desk.world(judge, simulator, device), device))
@@ -91,7 +91,7 @@ def _networks(desk: Desk, policy: OpenVLAOFT, simulator: Evac | None, reflector:
 
 
 def _fitted(
-    desk: Desk, folder: Path, policy: OpenVLAOFT, world: World, simulator: Evac | None, reflector: Judge | None
+    desk: Desk, folder: Path, policy: OpenVLAOFT, replicas: Sequence[Replica], simulator: Evac | None, reflector: Judge | None
 ) -> compiled.Fitted:  # fmt: skip
     settings, engines = desk.settings, desk.settings.engines
     if simulator is None:  # the true environment is most of such a rollout
@@ -100,7 +100,7 @@ def _fitted(
     jobs = [Assignment(RECORD_NUMBERS + n, n, desk.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
 
     def rollouts() -> None:
-        with desk.flights([Replica(policy, world, desk.devices[0])] * desk.schedule.workers(desk.device, world), math.inf) as flights:
+        with desk.flights(replicas, math.inf) as flights:
             list(flights.fly(jobs))
 
     networks = _networks(desk, policy, simulator, reflector)

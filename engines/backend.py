@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from worldenv.engines import export
-from worldenv.engines.recipe import EngineError, EngineRecipe, symbol
+from worldenv.engines.recipe import EngineError, EngineRecipe, Signature, signature, symbol
 from worldenv.engines.store import Plan, Store, Wanted
 
 BACK_ENDS = ("eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt")
@@ -63,22 +63,32 @@ class Running:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._shapes: dict[Signature, list[list[int]]] = {}
 
     def __call__(self, *given: torch.Tensor) -> Any:
         """As the engine."""
+        asked = signature(given)
+        if asked not in self._shapes:
+            self._shapes[asked] = self._repeated(given)
+        ready = [
+            one.expand(shape).to(self.engine.recipe.kind_of(binding)).contiguous()
+            for binding, one, shape in zip(self.engine.recipe.inputs, given, self._shapes[asked], strict=True)
+        ]
+        made = self.engine(*ready)
+        own = next((one.dtype for one in given if one.is_floating_point()), torch.float32)
+        return tuple(one.to(own) for one in made) if isinstance(made, tuple) else made.to(own)
+
+    def _repeated(self, given: Sequence[torch.Tensor]) -> list[list[int]]:
         recipe = self.engine.recipe
         long: dict[str, int] = {}
         for binding, one in zip(recipe.inputs, given, strict=True):
             for axis, length in zip(binding.axes, one.shape, strict=True):
                 long[symbol(axis)] = max(long.get(symbol(axis), 0), length)
-        ready = []
+        shapes = []
         for binding, one in zip(recipe.inputs, given, strict=True):
             axes = zip(binding.axes.items(), one.shape, strict=True)
-            shape = [long[symbol(axis)] if isinstance(length, tuple) else now for (axis, length), now in axes]
-            ready.append(one.expand(shape).to(recipe.kind_of(binding)).contiguous())
-        made = self.engine(*ready)
-        own = next((one.dtype for one in given if one.is_floating_point()), torch.float32)
-        return tuple(one.to(own) for one in made) if isinstance(made, tuple) else made.to(own)
+            shapes.append([long[symbol(axis)] if isinstance(length, tuple) else now for (axis, length), now in axes])
+        return shapes
 
 
 class BackEnd(Protocol):

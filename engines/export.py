@@ -16,7 +16,6 @@ import logging
 import re
 import shutil
 import struct
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from worldenv import checkpoint
+from worldenv.engines.onnx_forms import FORMS
 from worldenv.engines.recipe import EngineError, EngineRecipe, said, symbol
 from worldenv.engines.store import Store, Wanted
 
@@ -96,9 +96,6 @@ def architecture(module: nn.Module, recipe: EngineRecipe) -> str:
     files = {inspect.getsourcefile(type(one)) for one in module.modules()} | {__file__}
     rooms = {Path(str(file)).parent for file in files if "worldenv" in str(file) and "site-packages" not in str(file)}
     sources = {Path(file) for file in files if file is not None} | {path for room in rooms for path in room.glob("*.py")}
-    kernels = sys.modules.get("worldenv.kernels.group_norm")
-    if kernels is not None and kernels.__file__ is not None:
-        sources.add(Path(kernels.__file__))
     for path in sorted(sources, key=lambda one: (one.name, str(one))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -210,6 +207,7 @@ def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = 
         with torch.no_grad(), _quietly():
             made = torch.onnx.export(
                 program, (), dynamo=True, opset_version=opset, input_names=names, output_names=outputs, verbose=False, optimize=False,
+                custom_translation_table=FORMS,
             )
     except Exception as error:
         operator = _wrong_operator(error)

@@ -50,5 +50,6 @@ def recipe(config: SimulatorConfig, precision: Precision = "fp32", batch: Range 
         inputs += [Binding(f"key_{number}", axes, spread=0.5), Binding(f"value_{number}", axes, spread=0.5)]
     return EngineRecipe(
         NAME, tuple(inputs), ("v",), TOLERANCE[precision], precision, loop_tolerance=LOOP_TOLERANCE[precision],
-        fixed={"memory": config.memory}, wide=("norm", "norm1", "norm2", "norm3", "in_layers.0", "out_layers.0"),
+        fixed={"memory": config.memory},
+        wide=("norm", "norm1", "norm2", "norm3", "in_layers.0", "out_layers.0", "conv1.0", "conv2.0", "conv3.0", "conv4.0", "out.0"),
     )  # fmt: skip

@@ -28,18 +28,27 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
-        if torch.compiler.is_exporting() and x.dim() == 4:  # a runtime whose channels come first then turns nothing round between two convolutions
-            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        height, width, channels = x.shape[-3:]
-        return group_norm(x.reshape(-1, height * width, channels), self.num_groups, self.weight, self.bias, self.eps).view(x.shape)
+        pictures = x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+        if torch.compiler.is_exporting():
+            y = _channels_first(self, pictures)
+        else:
+            y = group_norm(pictures.flatten(1, 2), self.num_groups, self.weight, self.bias, self.eps)
+        return y if y.shape == x.shape else y.view(x.shape)
 
 
 class ClipNorm(nn.GroupNorm):
-    """GroupNorm of (B, T, H, W, C), statistics over all T pictures of a clip together."""
+    """GroupNorm of (B, T, P, C), statistics over all P pixels of all T pictures of a clip together."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
-        return group_norm(x.flatten(1, 3), self.num_groups, self.weight, self.bias, self.eps).view(x.shape)
+        if torch.compiler.is_exporting():
+            return _channels_first(self, x)
+        return group_norm(x.flatten(1, 2), self.num_groups, self.weight, self.bias, self.eps).view(x.shape)
+
+
+def _channels_first(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """`norm` of `x` (N, A, B, C) for a compiler of graphs: a runtime whose channels come first turns nothing round between norm and convolution."""
+    return F.group_norm(x.permute(0, 3, 1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps).permute(0, 2, 3, 1)
 
 
 def upsample(x: torch.Tensor) -> torch.Tensor:
@@ -76,25 +85,22 @@ class UpsampleConv(nn.Conv2d):
 
 
 class _Phases(nn.Conv2d):
-    """An `UpsampleConv`: each of the 2 x 2 output pixels of an input pixel is a 2x2 convolution, and all four are computed as one."""
+    """An `UpsampleConv`: the 2 x 2 pixels between four input pixels are each a 2x2 convolution of these, and all four are computed as one."""
 
     def __init__(self, conv: UpsampleConv) -> None:
         super().__init__(conv.in_channels, 4 * conv.out_channels, 2, padding=1)
         assert conv.bias is not None
         kernel = conv.kernel()
-        phases = [kernel[:, :, [3 - down, 1 - down]][..., [3 - right, 1 - right]] for down in range(2) for right in range(2)]
+        phases = [kernel[:, :, [3 - down, 1 - down]][..., [3 - right, 1 - right]] for down in (1, 0) for right in (1, 0)]
         self.weight.data = torch.cat(phases, dim=1).transpose(0, 1).detach().contiguous()
         self.bias.data = conv.bias.detach().repeat(4)  # type: ignore[union-attr]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width, channels = x.shape[-3:]
         y = super().forward(x.reshape(-1, height, width, channels).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        rows = []
-        for down in range(2):
-            first = 2 * down * channels
-            pixels = [y[:, down : down + height, right : right + width, first + right * channels :][..., :channels] for right in range(2)]
-            rows.append(torch.stack(pixels, dim=3).flatten(2, 3))
-        return torch.stack(rows, dim=2).reshape(*x.shape[:-3], 2 * height, 2 * width, channels)
+        y = y.reshape(-1, height + 1, width + 1, 2, 2 * channels).transpose(2, 3)  # pairs of pixels move as a whole
+        pixels = y.reshape(-1, 2 * height + 2, 2 * width + 2, channels)[:, 1 : 2 * height + 1, 1 : 2 * width + 1]  # a pixel too many on each side
+        return pixels.reshape(*x.shape[:-3], 2 * height, 2 * width, channels)
 
 
 def zero(layer: Layer) -> Layer:

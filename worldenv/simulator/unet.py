@@ -47,7 +47,7 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class CausalConv(nn.Conv3d):
-    """Kernel (3, 1, 1) over (B, T, H, W, C): frame t sees t - 2, t - 1 and t; before the first frame, the first frame again."""
+    """Kernel (3, 1, 1) over (B, T, P, C), P pixels: frame t sees t - 2, t - 1 and t; before the first frame, the first frame again."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, (_TAPS, 1, 1))
@@ -74,10 +74,9 @@ class _FramesConv(nn.Conv2d):
 
 
 def _over_frames(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The causal convolution of `x` (B, T, H, W, C) as one of pictures of frames by pixels, with one tall kernel `weight` (C, C, 3, 1)."""
-    batch, frames, height, width, channels = x.shape
-    padded = torch.cat([x[:, :1]] * (_TAPS - 1) + [x], dim=1).view(batch, frames + _TAPS - 1, height * width, channels)
-    return F.conv2d(padded.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1).reshape(x.shape)
+    """The causal convolution of `x` (B, T, P, C) as one of pictures of frames by pixels, with one tall kernel `weight` (C, C, 3, 1)."""
+    padded = torch.cat([x[:, :1]] * (_TAPS - 1) + [x], dim=1)
+    return F.conv2d(padded.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
 
 
 class TemporalConvBlock(nn.Module):
@@ -94,7 +93,7 @@ class TemporalConvBlock(nn.Module):
         zero(self.conv4[-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, W, C), like `x`."""
+        """(B, T, P, C), like `x`: P pixels."""
         y: torch.Tensor = self.conv4(self.conv3(self.conv2(self.conv1(x))))
         return x + y
 
@@ -117,8 +116,8 @@ class ResBlock(nn.Module):
         pictures = x.flatten(0, 1)
         y = self.in_layers(pictures) + embedding.flatten(0, 1)
         y = self.skip_connection(pictures) + self.out_layers(y)
-        out: torch.Tensor = self.temopral_conv(y.view(*x.shape[:2], *y.shape[1:]))
-        return out
+        out: torch.Tensor = self.temopral_conv(y.reshape(*x.shape[:2], -1, y.shape[-1]))
+        return out.view(*x.shape[:-1], -1)
 
 
 # Blocks keep their tokens as rows (B T L, C): every linear layer is then one product, with no view before and behind it.
@@ -313,7 +312,7 @@ class TemporalTransformer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, W, C) like `x`."""
         batch, frames, _, _, channels = x.shape
-        y = self.proj_in(self.norm(x).reshape(-1, channels))
+        y = self.proj_in(self.norm(x.flatten(2, 3)).reshape(-1, channels))
         out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, batch, frames))
         return x + out.view(x.shape)
 
@@ -407,14 +406,11 @@ class UNet(nn.Module):
                     rate //= 2
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = _head(channels, latent)
-        self._widths = [last.out_features for block in self._residuals() if isinstance(last := block.emb_layers[-1], nn.Linear)]
+        # looked up once: to walk through all layers takes as long as what a chunk asks of these
+        self._residuals = [module for module in self.modules() if isinstance(module, ResBlock)]
+        self._attentions = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+        self._widths = [last.out_features for block in self._residuals if isinstance(last := block.emb_layers[-1], nn.Linear)]
         channels_last(self)
-
-    def _residuals(self) -> list[ResBlock]:
-        return [module for module in self.modules() if isinstance(module, ResBlock)]
-
-    def _attentions(self) -> list[SpatialTransformer]:
-        return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
 
     def time_rows(self, timesteps: torch.Tensor, fps: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
         """What all residual blocks add at `timesteps` (N,): (N, sum of their C), in the order of the blocks; `fps`, `domain` (N,) int64.
@@ -427,14 +423,14 @@ class UNet(nn.Module):
             return timestep_embedding(values, self.config.model_channels).to(weight.dtype)
 
         embedding = self.time_embed(sinusoids(timesteps)) + self.fps_embedding(sinusoids(fps)) + self.domain_embedding(domain)
-        return torch.cat([block.emb_layers(embedding) for block in self._residuals()], dim=-1)
+        return torch.cat([block.emb_layers(embedding) for block in self._residuals], dim=-1)
 
     def keys_values(self, image: torch.Tensor, action: torch.Tensor) -> list[KeysValues]:
         """Keys and values of every attention block, of `image` (B, L, context) and `action` (B, M, context) tokens.
 
         Constant over denoising steps and frames.
         """
-        return [block.keys_values(image, action) for block in self._attentions()]
+        return [block.keys_values(image, action) for block in self._attentions]
 
     def denoise(
         self,

@@ -59,11 +59,7 @@ def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequenc
     weights are constants of the graph, as runtimes want them (TensorRT takes no other in a transposed convolution), and can be set anew.
     fp8 is calibrated on `recorded` inputs. EngineError where no quantiser is installed.
     """
-    made = copy.deepcopy(module)
-    for name, one in list(made.named_modules()):
-        if hasattr(one, "folded"):
-            parent, _, last = name.rpartition(".")
-            setattr(made.get_submodule(parent), last, one.folded())
+    made = _exchanged(copy.deepcopy(module), "folded")
     made = made.eval().requires_grad_(False)
     if recipe.dtype == torch.float32:
         return made.float()
@@ -80,6 +76,15 @@ def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequenc
             parent, _, last = name.rpartition(".")
             setattr(made.get_submodule(parent), last, _Wide(one.float()))
     return made
+
+
+def _exchanged(module: nn.Module, method: str) -> nn.Module:
+    """`module`, each of whose layers that has `method` is now what that gives."""
+    for name, one in list(module.named_modules()):
+        if hasattr(one, method):
+            parent, _, last = name.rpartition(".")
+            setattr(module.get_submodule(parent), last, getattr(one, method)())
+    return module
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -189,7 +194,9 @@ def traced(module: nn.Module, recipe: EngineRecipe, given: tuple[torch.Tensor, .
 
 
 def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = OPSET) -> None:
-    """Write `graph.onnx` and `weights.safetensors` of `module` (in the recipe's precision, see `prepared`) into `folder`.
+    """Write `graph.onnx` and `weights.safetensors` of `module` (in the recipe's precision, see `prepared`) into `folder`; `module` is used up.
+
+    A layer that has a method `channels_first` is exchanged for what that gives: the same function and weights, as ONNX's runtimes lay out pictures.
 
     Raises ExportError that names the module and the operator, EngineError where onnx or onnxscript is not installed.
     """
@@ -200,7 +207,8 @@ def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = 
         import onnxscript  # noqa: F401 -- torch.onnx needs it
     except ImportError as error:
         raise EngineError(f"{recipe.name}: {error.name} is not installed, and exports need it: pip install onnx onnxscript") from error
-    program = traced(module.cpu(), recipe)  # its example is made there; `prepared` made this copy
+    module = _exchanged(module.cpu(), "channels_first")
+    program = traced(module, recipe)  # its example is made there; `prepared` made this copy
     names = [binding.name for binding in recipe.inputs]
     outputs = [f"out_{name}" for name in recipe.outputs]  # operators of a graph are called mean and the like, and names must differ
     try:

@@ -72,7 +72,6 @@ def test_eager_networks_take_what_their_recipes_say() -> None:
 def test_a_folded_layer_is_the_layer(layer: torch.nn.Module) -> None:
     """Of clips that are no square, with random weights; and it is folded: nothing that could be is left in what is exported."""
     x = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
-    x = x.flatten(2, 3) if isinstance(layer, CausalConv) else x
     recipe = EngineRecipe("toy", (Binding("x", {"clip": (1, 2, 4), "frame": 3, "height": 4, "width": 5, "channel": 6}),), ("y",), 1e-5)
     folded = export.prepared(torch.nn.Sequential(layer), recipe)
     assert not any(hasattr(one, "folded") for one in folded.modules())

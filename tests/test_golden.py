@@ -63,7 +63,7 @@ WRONG: dict[str, tuple[str, Any, str, str, str]] = {
     "image and action blocks swapped": (
         "evac_unet", unet.SpatialTransformer, "keys_values", "image if self.number % 2 else action", "action if self.number % 2 else image"),
     "GroupNorm over time per frame": (
-        "evac_unet", layers.ClipNorm, "forward", "x.flatten(1, 2)", "x.flatten(0, 1)"),
+        "evac_unet", layers.ClipNorm, "forward", "x.flatten(1, -2)", "x.flatten(0, 1).flatten(1, 2)"),
     "GroupNorm epsilons 1e-5 and 1e-6 swapped": ("evac_unet", group_norm, "group_norm", "add_(eps)", "add_(1.1e-5 - eps)"),
     "GroupNorm epsilon 1e-5 for 1e-6 in the autoencoder": ("evac_vae", layers.FrameNorm, "forward", "self.eps", "1e-5"),
     "tanh GELU": ("evac_unet", unet._Gated, "forward", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),

@@ -47,7 +47,7 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class CausalConv(nn.Conv3d):
-    """Kernel (3, 1, 1) over (B, T, P, C), P pixels: frame t sees t - 2, t - 1 and t; before the first frame, the first frame again."""
+    """Kernel (3, 1, 1) over (B, T, H, W, C): frame t sees t - 2, t - 1 and t; before the first frame, the first frame again."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, (_TAPS, 1, 1))
@@ -74,9 +74,11 @@ class _FramesConv(nn.Conv2d):
 
 
 def _over_frames(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The causal convolution of `x` (B, T, P, C) as one of pictures of frames by pixels, with one tall kernel `weight` (C, C, 3, 1)."""
+    """The causal convolution of `x` (B, T, H, W, C) or (B, T, P, C) as one of pictures of frames by pixels, with a tall kernel (C, C, 3, 1)."""
     padded = torch.cat([x[:, :1]] * (_TAPS - 1) + [x], dim=1)
-    return F.conv2d(padded.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+    pictures = padded if x.dim() == 4 else padded.flatten(2, 3)
+    y = F.conv2d(pictures.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+    return y if x.dim() == 4 else y.reshape(x.shape)
 
 
 class TemporalConvBlock(nn.Module):
@@ -93,9 +95,24 @@ class TemporalConvBlock(nn.Module):
         zero(self.conv4[-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, P, C), like `x`: P pixels."""
+        """(B, T, H, W, C), like `x`."""
         y: torch.Tensor = self.conv4(self.conv3(self.conv2(self.conv1(x))))
         return x + y
+
+    def channels_first(self) -> nn.Module:
+        """As of `layers.FrameNorm`."""
+        return _FlatTemporalConvBlock(self)
+
+
+class _FlatTemporalConvBlock(TemporalConvBlock):
+    """A `TemporalConvBlock` whose layers are given frames by pixels, as its convolutions take them: one view before all, and one behind."""
+
+    def __init__(self, block: TemporalConvBlock) -> None:
+        nn.Module.__init__(self)
+        self.conv1, self.conv2, self.conv3, self.conv4 = block.conv1, block.conv2, block.conv3, block.conv4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(2, 3)).view(x.shape)
 
 
 class ResBlock(nn.Module):
@@ -116,8 +133,8 @@ class ResBlock(nn.Module):
         pictures = x.flatten(0, 1)
         y = self.in_layers(pictures) + embedding.flatten(0, 1)
         y = self.skip_connection(pictures) + self.out_layers(y)
-        out: torch.Tensor = self.temopral_conv(y.reshape(*x.shape[:2], -1, y.shape[-1]))
-        return out.view(*x.shape[:-1], -1)
+        out: torch.Tensor = self.temopral_conv(y.view(*x.shape[:2], *y.shape[1:]))
+        return out
 
 
 # Blocks keep their tokens as rows (B T L, C): every linear layer is then one product, with no view before and behind it.
@@ -312,7 +329,7 @@ class TemporalTransformer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, W, C) like `x`."""
         batch, frames, _, _, channels = x.shape
-        y = self.proj_in(self.norm(x.flatten(2, 3)).reshape(-1, channels))
+        y = self.proj_in(self.norm(x).reshape(-1, channels))
         out: torch.Tensor = self.proj_out(self.transformer_blocks[0](y, batch, frames))
         return x + out.view(x.shape)
 

@@ -23,6 +23,7 @@ from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
 from worldenv.benchmarks.plan_costs import Affine, fitted
 from worldenv.devices import device_of, gpus_of
+from worldenv.engines.onnxruntime import OnnxRuntime
 from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.envs.tabletop import Tabletop
 from worldenv.nouns import Context, Rollout
@@ -171,10 +172,6 @@ def prepared(args: RolloutArgs) -> Bench:
         raise ValueError("--rollouts, --group, --slots, --bucket, --threads, --checked, --gpus: want at least 1 of each; --mean-end between 0 and 1")
     tiny = config.PRESETS["tiny"]
     devices = gpus_of(device_of(args.device), args.gpus)
-    if args.threads > 1 and args.back_end not in ("eager", "inductor"):
-        raise ValueError(
-            f"--back-end {args.back_end} --threads {args.threads}: an ONNX Runtime session has one thread, the loop could not use more"
-        )
     if args.limit < 1 or args.limit % tiny.policy.chunk:
         raise ValueError(f"--limit {args.limit}: want a multiple of the chunk of {tiny.policy.chunk} frames")
     made = [_of_run(args, args.run, device) if args.run else _random(args, tiny, Tabletop(tiny.env), device) for device in devices]
@@ -212,6 +209,14 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
     first = compiled.Fitted(choices, recorded)
     copies = [compiled.alike(first, some, store, replica.device) for some, replica in zip(others, bench.replicas[1:], strict=True)]
     return [*choices, *(one for copy in copies for one in copy.choices)], eager
+
+
+def _on_threads(choices: Sequence[compiled.Choice], threads: int) -> list[compiled.Choice]:
+    """As the loop and lock step call them: one call at a time, so that only an operator can use more than one thread."""
+    return [
+        dataclasses.replace(one, engine=one.engine.on_threads(threads)) if isinstance(one.engine, OnnxRuntime) and threads > 1 else one
+        for one in choices
+    ]
 
 
 def _networks(bench: Bench, replica: Replica) -> tuple[Evac, list[compiled.Network]]:
@@ -314,8 +319,12 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
             half = [size for size in (2**k for k in range(args.bucket.bit_length())) if 2 * size <= args.bucket] or [1]
             seconds = profile(bench, half) if args.threads == 1 and bench.replica.device.type == "cpu" else []
             made = scheduled(bench, bench.schedule(), bench.jobs)
+        with compiled.placed(_on_threads(choices, args.threads)):
+            for count in (1, args.slots):  # warms up
+                in_step(bench, bench.jobs[:count], count, to_the_limit=True)
             loop = in_step(bench, bench.jobs, 1, to_the_limit=False)
             locked = in_step(bench, bench.jobs, args.slots, to_the_limit=True)
+        with compiled.placed(choices):
             again = scheduled(bench, bench.schedule(slots=1), bench.jobs[: args.checked])
     finally:
         torch.set_num_threads(threads)
@@ -326,7 +335,7 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
     chunks = sum(len(rollout.live) for rollout in made.rollouts.values())
     foreseen = predicted(bench, seconds, made.rollouts) if seconds else None
     error, off = (score_error(other.rollouts, made.rollouts) for other in (loop, again))
-    on_gpu = bench.replica.device.type == "cuda"
+    on_gpu, precision = bench.replica.device.type == "cuda", compiled.precision_of(config.EnginesConfig(), bench.replica.device)
     agree = _ON_GPU_AGREE if on_gpu else _SCORES_AGREE
     identical = not any(differing(one, made.rollouts[number]) for number, one in again.rollouts.items())
     row = {
@@ -353,7 +362,7 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "profile_s": [{str(size): one for size, one in by_size.items()} for by_size in seconds],
         "predicted_s": foreseen,
         "prediction_error": None if foreseen is None else foreseen / made.cpu_seconds - 1,
-        "back_end": f"{args.back_end} float32",
+        "back_end": f"{args.back_end} {'fp32' if args.back_end == 'eager' else precision}",
         "device": str(bench.replica.device),
         "gpus": args.gpus,
         "engines": {one.network.name: one.plain for one in choices},

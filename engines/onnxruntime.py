@@ -27,7 +27,7 @@ _FEW = 64
 
 
 class OnnxRuntime:
-    """See `Engine`. One thread: whoever has more cores calls from several threads, which share it."""
+    """See `Engine`. One thread: whoever has more cores calls from several threads, which share it, or takes one `on_threads`."""
 
     back_end = "onnxruntime"
 
@@ -83,6 +83,10 @@ class OnnxRuntime:
             raise EngineError(f"{self.recipe.name}: ONNX Runtime does not run it: {error}") from error
         out = tuple(torch.from_numpy(one) for one in made)
         return out[0] if len(out) == 1 else out
+
+    def on_threads(self, threads: int) -> OnnxRuntime:
+        """The same, each operator of which runs on so many threads."""
+        return OnnxRuntime(self._graph, self._weights, self.recipe, threads)
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         """See `Engine`. A session takes its weights when it is made, so this makes one: a fraction of a second at the tiny size."""

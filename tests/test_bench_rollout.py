@@ -12,6 +12,7 @@ from worldenv import compiled
 from worldenv.benchmarks import bench_rollout
 from worldenv.benchmarks.bench_rollout import RolloutArgs
 from worldenv.cli import bench
+from worldenv.engines.onnxruntime import OnnxRuntime
 from worldenv.rollout.store import differing
 
 ARGS = RolloutArgs(rollouts=4, group=2, slots=3, bucket=2, limit=16, checked=2)
@@ -45,15 +46,23 @@ def test_rollouts_that_differ_or_end_elsewhere_are_told_apart() -> None:
 
 
 @pytest.mark.slow
-def test_engines_run_the_rollouts_that_are_measured(tmp_path: Path) -> None:
-    """By ONNX Runtime, and only while they are measured; the bits of one slot, and the loop's ends and scores, hold there too."""
-    _, row = bench_rollout.measure(dataclasses.replace(ARGS, back_end="onnxruntime", store=tmp_path))
+def test_engines_run_the_rollouts_that_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ONNX Runtime, and only while they are measured; the bits of one slot, and the loop's ends and scores, hold there too.
+
+    The scheduler has two workers of one thread, the loop operators of two threads.
+    """
+    asked: list[int] = []
+    original = OnnxRuntime.on_threads
+    monkeypatch.setattr(OnnxRuntime, "on_threads", lambda self, threads: asked.append(threads) or original(self, threads))  # type: ignore[func-returns-value]
+    _, row = bench_rollout.measure(dataclasses.replace(ARGS, back_end="onnxruntime", threads=2, store=tmp_path))
+    assert asked == [2] * len(compiled.NAMES)
+    assert row["workers"] == 2
     assert {one["back_end"] for one in row["engines"].values()} == {"onnxruntime"}
     assert row["engines"].keys() == set(compiled.NAMES)
-    assert (row["identical"], row["sequential_agrees"], row["back_end"]) == (True, True, "onnxruntime float32")
+    assert (row["identical"], row["sequential_agrees"], row["back_end"]) == (True, True, "onnxruntime fp32")
 
 
-@pytest.mark.parametrize("wrong", [{"rollouts": 0}, {"limit": 12}, {"mean_end": 1.0}, {"back_end": "onnxruntime", "threads": 2}])
+@pytest.mark.parametrize("wrong", [{"rollouts": 0}, {"limit": 12}, {"mean_end": 1.0}, {"threads": 0}])
 def test_what_cannot_be_measured_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         bench_rollout.prepared(dataclasses.replace(ARGS, **wrong))  # type: ignore[arg-type]

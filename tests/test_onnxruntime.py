@@ -1,0 +1,54 @@
+"""What a call of ONNX Runtime leaves as it was, and how many threads it has."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_onnx_forms import CASES
+
+from worldenv.engines import export, onnxruntime
+from worldenv.engines.recipe import EngineRecipe
+
+
+def engine(folder: Path) -> onnxruntime.OnnxRuntime:
+    """Attention."""
+    module, inputs = CASES["plain"]
+    recipe = EngineRecipe("toy", inputs, ("y",), 1e-5)
+    export.to_onnx(export.prepared(module, recipe), recipe, folder)
+    made = onnxruntime.load(folder, recipe, torch.device("cpu"))
+    assert isinstance(made, onnxruntime.OnnxRuntime)
+    return made
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_call_leaves_the_threads_denormals_as_they_were(flushed: bool, tmp_path: Path) -> None:
+    made, seen = engine(tmp_path), []
+
+    def call() -> None:
+        torch.set_flush_denormal(flushed)
+        made(*made.recipe.example())
+        seen.append(sys.float_info.min / 2 == 0.0)
+
+    thread = threading.Thread(target=call)  # the state is a thread's own
+    thread.start()
+    thread.join()
+    assert seen == [flushed]
+
+
+def test_denormals_are_zero_while_it_runs(tmp_path: Path) -> None:
+    made = engine(tmp_path)
+    q, k, _ = (torch.zeros_like(one) for one in made.recipe.example())
+    assert float(made(q, k, torch.full_like(k, 1e-40)).abs().max()) == 0.0
+    assert float(made(q, k, torch.full_like(k, 1e-30)).abs().max()) > 0.0
+
+
+def test_on_more_threads_it_computes_the_same(tmp_path: Path) -> None:
+    one = engine(tmp_path)
+    two, given = one.on_threads(2), one.recipe.example()
+    sessions = [made._session(one.recipe.lengths(given)) for made in (one, two)]
+    assert [session.get_session_options().intra_op_num_threads for session in sessions] == [1, 2]
+    torch.testing.assert_close(two(*given), one(*given))

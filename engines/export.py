@@ -16,6 +16,7 @@ import logging
 import re
 import shutil
 import struct
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,9 @@ def architecture(module: nn.Module, recipe: EngineRecipe) -> str:
     files = {inspect.getsourcefile(type(one)) for one in module.modules()} | {__file__}
     rooms = {Path(str(file)).parent for file in files if "worldenv" in str(file) and "site-packages" not in str(file)}
     sources = {Path(file) for file in files if file is not None} | {path for room in rooms for path in room.glob("*.py")}
+    kernels = sys.modules.get("worldenv.kernels.group_norm")
+    if kernels is not None and kernels.__file__ is not None:
+        sources.add(Path(kernels.__file__))
     for path in sorted(sources, key=lambda one: (one.name, str(one))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from worldenv.benchmarks import engine_rows, networks
 from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT, TINY
 from worldenv.engines import backend, export, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
+from worldenv.kernels import group_norm
 from worldenv.reflector import weights
 from worldenv.simulator.evac import Evac
-from worldenv.simulator.layers import UpsampleConv
+from worldenv.simulator.layers import FrameNorm, UpsampleConv
 from worldenv.simulator.unet import CausalConv, FeedForward, ResBlock, SpatialTransformer
 
 
@@ -79,6 +81,18 @@ def test_a_folded_layer_is_the_layer(layer: torch.nn.Module) -> None:
         want = layer(x)
         assert float(want.std()) > 0.1
         torch.testing.assert_close(folded(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_has_another_name_where_what_it_is_made_of_is_written_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norms of a compiled graph are written in kernels/, where no layer's class is."""
+    recipe = EngineRecipe("toy", (Binding("x", {"height": 2, "width": 2, "channel": 6}),), ("y",), 1e-5)
+    layer = FrameNorm(3, 6)
+    before = export.architecture(layer, recipe)
+    assert export.architecture(layer, recipe) == before
+    changed = tmp_path / "group_norm.py"
+    changed.write_text(Path(str(group_norm.__file__)).read_text() + "# otherwise")
+    monkeypatch.setattr(group_norm, "__file__", str(changed))
+    assert export.architecture(layer, recipe) != before
 
 
 def test_what_does_not_fit_is_named() -> None:

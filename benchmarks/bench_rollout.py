@@ -314,6 +314,7 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
     torch.set_num_threads(args.threads)
     try:
         choices, _ = engines(bench, args.back_end, Store(args.store))
+        workers = max(len(bench.replicas), bench.schedule().workers(bench.replica.device, bench.replica.world))
         with compiled.placed(choices):
             scheduled(bench, bench.schedule(), bench.jobs[: args.group])  # warms up
             half = [size for size in (2**k for k in range(args.bucket.bit_length())) if 2 * size <= args.bucket] or [1]
@@ -367,7 +368,7 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "gpus": args.gpus,
         "engines": {one.network.name: one.plain for one in choices},
         "threads": args.threads,
-        "workers": max(len(bench.replicas), bench.schedule().workers(bench.replica.device, bench.replica.world) if args.threads > 1 else 1),
+        "workers": workers,
         "slots": args.slots,
         "bucket": args.bucket,
         "overlap": args.overlap,

@@ -54,7 +54,7 @@ def test_engines_run_the_rollouts_that_are_measured(tmp_path: Path, monkeypatch:
     asked: list[int] = []
     original = OnnxRuntime.on_threads
     monkeypatch.setattr(OnnxRuntime, "on_threads", lambda self, threads: asked.append(threads) or original(self, threads))  # type: ignore[func-returns-value]
-    _, row = bench_rollout.measure(dataclasses.replace(ARGS, back_end="onnxruntime", threads=2, store=tmp_path))
+    _, row = bench_rollout.measure(dataclasses.replace(ARGS, back_end="onnxruntime", threads=2, slots=4, store=tmp_path))
     assert asked == [2] * len(compiled.NAMES)
     assert row["workers"] == 2
     assert {one["back_end"] for one in row["engines"].values()} == {"onnxruntime"}

@@ -320,13 +320,12 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
             half = [size for size in (2**k for k in range(args.bucket.bit_length())) if 2 * size <= args.bucket] or [1]
             seconds = profile(bench, half) if args.threads == 1 and bench.replica.device.type == "cpu" else []
             made = scheduled(bench, bench.schedule(), bench.jobs)
+            again = scheduled(bench, bench.schedule(slots=1), bench.jobs[: args.checked])
         with compiled.placed(_on_threads(choices, args.threads)):
             for count in (1, args.slots):  # warms up
                 in_step(bench, bench.jobs[:count], count, to_the_limit=True)
             loop = in_step(bench, bench.jobs, 1, to_the_limit=False)
             locked = in_step(bench, bench.jobs, args.slots, to_the_limit=True)
-        with compiled.placed(choices):
-            again = scheduled(bench, bench.schedule(slots=1), bench.jobs[: args.checked])
     finally:
         torch.set_num_threads(threads)
     assert made.statistics is not None

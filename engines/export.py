@@ -18,7 +18,7 @@ import shutil
 import struct
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequenc
     weights are constants of the graph, as runtimes want them (TensorRT takes no other in a transposed convolution), and can be set anew.
     fp8 is calibrated on `recorded` inputs. EngineError where no quantiser is installed.
     """
-    made = _exchanged(copy.deepcopy(module), "folded")
+    made = _exchanged(copy.deepcopy(module), _by("folded"))
     made = made.eval().requires_grad_(False)
     if recipe.dtype == torch.float32:
         return made.float()
@@ -72,20 +72,26 @@ def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequenc
         from worldenv.engines import fp8
 
         made = fp8.quantised(made, recipe, recorded)
-    for name, one in list(made.named_modules()):
-        if any(name == end or name.endswith(f".{end}") for end in recipe.wide) and isinstance(one, nn.LayerNorm | nn.GroupNorm):
-            parent, _, last = name.rpartition(".")
-            setattr(made.get_submodule(parent), last, _Wide(one.float()))
-    return made
+
+    def wide(name: str, one: nn.Module) -> nn.Module | None:
+        named = any(name == end or name.endswith(f".{end}") for end in recipe.wide)
+        return _Wide(one.float()) if named and isinstance(one, nn.LayerNorm | nn.GroupNorm) else None
+
+    return _exchanged(made, wide)
 
 
-def _exchanged(module: nn.Module, method: str) -> nn.Module:
-    """`module`, each of whose layers that has `method` is now what that gives."""
+def _exchanged(module: nn.Module, given: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+    """`module`, each layer of which is now what `given` makes of its name and it, where that is not None."""
     for name, one in list(module.named_modules()):
-        if hasattr(one, method):
+        if (other := given(name, one)) is not None:
             parent, _, last = name.rpartition(".")
-            setattr(module.get_submodule(parent), last, getattr(one, method)())
+            setattr(module.get_submodule(parent), last, other)
     return module
+
+
+def _by(method: str) -> Callable[[str, nn.Module], nn.Module | None]:
+    """What a layer's `method` gives, where it has one."""
+    return lambda _, one: getattr(one, method)() if hasattr(one, method) else None
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -211,7 +217,7 @@ def to_onnx(module: nn.Module, recipe: EngineRecipe, folder: Path, opset: int = 
         import onnxscript  # noqa: F401 -- torch.onnx needs it
     except ImportError as error:
         raise EngineError(f"{recipe.name}: {error.name} is not installed, and exports need it: pip install onnx onnxscript") from error
-    module = _exchanged(module.cpu(), "channels_first")
+    module = _exchanged(module.cpu(), _by("channels_first"))
     program = traced(module, recipe)  # its example is made there; `prepared` made this copy
     names = [binding.name for binding in recipe.inputs]
     outputs = [f"out_{name}" for name in recipe.outputs]  # operators of a graph are called mean and the like, and names must differ

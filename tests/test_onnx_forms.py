@@ -79,11 +79,17 @@ CASES: dict[str, tuple[nn.Module, tuple[Binding, ...]]] = {
 }
 
 
+def exported(module: nn.Module, inputs: tuple[Binding, ...], folder: Path) -> EngineRecipe:
+    """`module` as a graph in `folder`."""
+    recipe = EngineRecipe("toy", inputs, ("y",), 1e-5)
+    export.to_onnx(export.prepared(module, recipe), recipe, folder)
+    return recipe
+
+
 def error(case: str, folder: Path) -> float:
     """Largest over several lengths, keys half masked."""
     module, inputs = CASES[case]
-    recipe = EngineRecipe("toy", inputs, ("y",), 1e-5)
-    export.to_onnx(export.prepared(module, recipe), recipe, folder)
+    recipe = exported(module, inputs, folder)
     engine, worst = onnxruntime.load(folder, recipe, torch.device("cpu")), 0.0
     for batch, query, key in ((2, 3, 5), (1, 1, 7), (3, 40, 1), (4, 2, 33)):
         given = list(recipe.example({"batch": batch, "query": query, "key": key}, seed=batch))
@@ -132,14 +138,11 @@ def test_no_shape_is_computed_when_it_runs(tmp_path: Path) -> None:
     import onnx
 
     for case in ("shared heads", "norm"):
-        module, inputs = CASES[case]
-        recipe = EngineRecipe("toy", inputs, ("y",), 1e-5)
-        export.to_onnx(export.prepared(module, recipe), recipe, tmp_path / case)
+        exported(*CASES[case], tmp_path / case)
         graph = onnx.load(tmp_path / case / export.GRAPH, load_external_data=False).graph
         assert not {"Shape", "Gather", "Slice", "Concat"} & {node.op_type for node in graph.node}, case
 
 
 def test_what_has_no_form_is_named(tmp_path: Path) -> None:
-    recipe = EngineRecipe("toy", attention_inputs(False, None), ("y",), 1e-5)
     with pytest.raises(export.ExportError, match="scaled_dot_product_attention"):
-        export.to_onnx(export.prepared(Dropped(), recipe), recipe, tmp_path)
+        exported(Dropped(), attention_inputs(False, None), tmp_path)

@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_onnx_forms import CASES
+from test_onnx_forms import CASES, exported
 
-from worldenv.engines import export, onnxruntime
-from worldenv.engines.recipe import EngineRecipe
+from worldenv.engines import onnxruntime
 
 
 def engine(folder: Path) -> onnxruntime.OnnxRuntime:
     """Attention."""
-    module, inputs = CASES["plain"]
-    recipe = EngineRecipe("toy", inputs, ("y",), 1e-5)
-    export.to_onnx(export.prepared(module, recipe), recipe, folder)
-    made = onnxruntime.load(folder, recipe, torch.device("cpu"))
+    made = onnxruntime.load(folder, exported(*CASES["plain"], folder), torch.device("cpu"))
     assert isinstance(made, onnxruntime.OnnxRuntime)
     return made
 

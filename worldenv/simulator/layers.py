@@ -29,7 +29,7 @@ class FrameNorm(nn.GroupNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`."""
         if torch.compiler.is_exporting() and x.dim() == 4:  # pictures alone, whose channels a compiler lays out as their convolutions want them
-            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return _of_pictures(self, x)
         height, width, channels = x.shape[-3:]
         return group_norm(x.reshape(-1, height * width, channels), self.num_groups, self.weight, self.bias, self.eps).view(x.shape)
 
@@ -59,8 +59,13 @@ class _ChannelsFirst(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pictures = x if x.dim() == 4 else x.flatten(self.merged, self.merged + 1)  # nothing can be moved across a view, not even one of the whole
-        y = super().forward(pictures.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = _of_pictures(self, pictures)
         return y if x.dim() == 4 else y.view(x.shape)
+
+
+def _of_pictures(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """torch's own group norm of (N, A, B, C)."""
+    return F.group_norm(x.permute(0, 3, 1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps).permute(0, 2, 3, 1)
 
 
 def upsample(x: torch.Tensor) -> torch.Tensor:

@@ -222,10 +222,8 @@ def _on_threads(choices: Sequence[compiled.Choice], threads: int) -> list[compil
 def _networks(bench: Bench, replica: Replica) -> tuple[Evac, list[compiled.Network]]:
     assert isinstance(replica.policy, OpenVLAOFT)
     simulator, judge = inside(replica.world)
-    rows = bench.args.slots * bench.chunk  # lock step judges all slots at once, each frame of a chunk a row at most
-    precision = compiled.precision_of(config.EnginesConfig(), replica.device)
-    of_judge = compiled.of_reflector(judge, precision, row=(1, 2, rows))
-    return simulator, [*compiled.of_simulator(simulator, precision), *compiled.of_policy(replica.policy, precision), *of_judge]
+    precision, slots = compiled.precision_of(config.EnginesConfig(), replica.device), bench.args.slots  # lock step has all slots in one batch
+    return simulator, compiled.of_rollout(replica.policy, simulator, judge, precision, slots, slots)
 
 
 def scheduled(bench: Bench, schedule: Schedule, jobs: Sequence[Assignment]) -> Outcome:

@@ -74,7 +74,7 @@ def subject(
     policy, world = bench.replica.policy, bench.replica.world
     assert isinstance(policy, OpenVLAOFT)
     simulator, judge = bench_rollout.inside(world)
-    everything = [*compiled.of_simulator(simulator, precision), *compiled.of_policy(policy, precision), *compiled.of_reflector(judge, precision)]
+    everything = compiled.of_rollout(policy, simulator, judge, precision, rows)
 
     def recorded() -> Mapping[str, Sequence[Any]]:
         with compiled.recording(everything) as recorders:

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,19 @@ class OnnxRuntime:
     def __call__(self, *given: torch.Tensor) -> Any:
         """See `Engine`."""
         self.recipe.check(given)
+        if (rows := self.recipe.cpu_rows) is None or all(len(one) <= rows for one in given):
+            return self._run(given)
+        parts = [self._run(part) for part in self._parts(given, rows)]
+        return tuple(torch.cat(some) for some in zip(*parts, strict=True)) if isinstance(parts[0], tuple) else torch.cat(parts)
+
+    def _parts(self, given: Sequence[torch.Tensor], rows: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """`given`, `rows` rows at a time."""
+        ranged = [bool(binding.ranged) for binding in self.recipe.inputs]
+        count = next(len(one) for one, cut in zip(given, ranged, strict=True) if cut)
+        for first in range(0, count, rows):
+            yield tuple(one[first : first + rows] if cut else one for one, cut in zip(given, ranged, strict=True))
+
+    def _run(self, given: Sequence[torch.Tensor]) -> Any:
         session = self._session(self.recipe.lengths(given) if self._few else {})
         by_name = {one.name: tensor for one, tensor in zip(self.recipe.inputs, given, strict=True)}
         feed = {one.name: _array(by_name[one.name].detach()) for one in session.get_inputs()}

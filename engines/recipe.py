@@ -58,6 +58,11 @@ class Binding:
     spread: float = 1.0
     """Standard deviation of what a random example holds."""
 
+    @property
+    def ranged(self) -> list[int]:
+        """Which of its axes may vary."""
+        return [i for i, length in enumerate(self.axes.values()) if isinstance(length, tuple)]
+
 
 @dataclass(frozen=True)
 class EngineRecipe:
@@ -77,6 +82,8 @@ class EngineRecipe:
     """Parts that stay in float32 whatever the precision: names of modules, as they end."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Settings that the graph has built in."""
+    cpu_rows: int | None = None
+    """Rows, of the first axis of all that varies, that a CPU's engine computes at once: what lies between its layers then stays in the cache."""
 
     def __post_init__(self) -> None:
         ranges: dict[str, int | Range] = {}
@@ -88,6 +95,8 @@ class EngineRecipe:
                     raise ValueError(f"{self.name}: axis {axis} is {ranges[symbol(axis)]} and {length}: one name, one range")
         if len({binding.name for binding in self.inputs}) < len(self.inputs):
             raise ValueError(f"{self.name}: two inputs of one name")
+        if self.cpu_rows is not None and (self.cpu_rows < 1 or len(ranges) != 1 or any(list(one.ranged) not in ([], [0]) for one in self.inputs)):
+            raise ValueError(f"{self.name}: cpu_rows={self.cpu_rows}: want at least 1, and one axis that varies, the first of its inputs")
 
     @property
     def dtype(self) -> torch.dtype:

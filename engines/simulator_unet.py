@@ -13,6 +13,8 @@ NAME = "simulator_unet"
 # bf16 by 8 bits of mantissa in each of them. FP8 has 3 bits: it is opt-in, and its limit is what the published quantisers accept.
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2, "fp8": 1e-1}
 LOOP_TOLERANCE = {"fp32": 1e-2, "bf16": 0.5, "fp8": 0.7}
+_CPU_VALUES = 2**17
+"""Of activations at full height and width, that a CPU's engine has at once: half a megabyte, of which several fit its core's cache."""
 
 
 def widths(config: UNetConfig) -> tuple[list[int], list[int]]:
@@ -48,8 +50,9 @@ def recipe(config: SimulatorConfig, precision: Precision = "fp32", batch: Range 
         wide = unet.num_head_channels
         axes: dict[str, int | Range] = {"batch": batch, "head": channels // wide, "token": tokens, "channel": wide}
         inputs += [Binding(f"key_{number}", axes, spread=0.5), Binding(f"value_{number}", axes, spread=0.5)]
+    rows = max(1, _CPU_VALUES // (frames * height * width * unet.model_channels))
     return EngineRecipe(
         NAME, tuple(inputs), ("v",), TOLERANCE[precision], precision, loop_tolerance=LOOP_TOLERANCE[precision],
-        fixed={"memory": config.memory},
+        fixed={"memory": config.memory}, cpu_rows=rows,
         wide=("norm", "norm1", "norm2", "norm3", "in_layers.0", "out_layers.0", "conv1.0", "conv2.0", "conv3.0", "conv4.0", "out.0"),
     )  # fmt: skip

@@ -8,6 +8,8 @@ from worldenv.engines.recipe import Binding, EngineRecipe, Precision, Range
 ENCODER, DECODER = "simulator_vae_encoder", "simulator_vae_decoder"
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2, "fp8": 3e-2}
 """Of FP8 recipes only the U-Net is quantised: the autoencoder then stays in bfloat16."""
+_CPU_PIXELS = 2**15
+"""Of the pictures that a CPU's engine takes at once (docs/performance.md)."""
 LOOP_TOLERANCE = {"fp32": 1e-2, "bf16": 0.5, "fp8": 0.7}
 
 
@@ -18,8 +20,9 @@ def recipes(config: SimulatorConfig, precision: Precision = "fp32", pictures: Ra
     seen = Binding("pictures", {"picture": pictures, "colour": 3, "height": config.height, "width": config.width}, spread=0.5)
     latents = Binding("latents", {"picture": pictures, "channel": channels, "height": height, "width": width})
     limits = (TOLERANCE[precision], kept)
-    loop = LOOP_TOLERANCE[precision]
+    loop, rows = LOOP_TOLERANCE[precision], max(1, _CPU_PIXELS // (config.height * config.width))
+    norms = ("norm", "norm1", "norm2", "norm_out")
     return (
-        EngineRecipe(ENCODER, (seen,), ("mean", "logvar"), *limits, loop_tolerance=loop, wide=("norm", "norm1", "norm2", "norm_out")),
-        EngineRecipe(DECODER, (latents,), ("pictures",), *limits, loop_tolerance=loop, wide=("norm", "norm1", "norm2", "norm_out")),
+        EngineRecipe(ENCODER, (seen,), ("mean", "logvar"), *limits, loop_tolerance=loop, wide=norms, cpu_rows=rows),
+        EngineRecipe(DECODER, (latents,), ("pictures",), *limits, loop_tolerance=loop, wide=norms, cpu_rows=rows),
     )

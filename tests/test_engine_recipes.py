@@ -59,7 +59,7 @@ def test_eager_networks_take_what_their_recipes_say() -> None:
     simulator = Evac.initialised(SIMULATOR, 0).eval()
     judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
     policy = small_policy(SMALL)
-    for network in (*compiled.of_simulator(simulator), *compiled.of_policy(policy), *compiled.of_reflector(judge)):
+    for network in compiled.of_rollout(policy, simulator, judge):
         for at in (0, 1):
             given = network.recipe.example(at)
             network.recipe.check(given)
@@ -113,6 +113,27 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="min <= opt <= max"):
         dataclasses.replace(recipe, inputs=(Binding("x", {"batch": (4, 2, 1)}),))
     assert recipe.shape(recipe.inputs[0], {"batch": 3}) == (3, 3)
+
+
+def test_a_batch_of_any_bucket_is_in_range() -> None:
+    """`loop.bucket` and `loop.judge_bucket` have no limit, and engines are made for them."""
+    judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
+    networks = compiled.of_rollout(small_policy(SMALL), Evac.initialised(SIMULATOR, 0), judge, "fp32", 48, 9)
+    most = {one.name: next(high for _, _, high in one.recipe.ranges.values()) for one in networks}
+    assert most["simulator_unet"] == most["policy_backbone"] == most["policy_heads"] == 48
+    assert most["reflector_llm"] == 9 * SMALL.chunk
+
+
+def test_rows_that_are_cut_are_the_first_axis_of_all_that_varies() -> None:
+    one = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}), Binding("w", {"width": 3})), ("z",), 1e-5, cpu_rows=2)
+    for wrong in (
+        {"cpu_rows": 0},
+        {"inputs": (Binding("x", {"width": 3, "batch": (1, 2, 4)}),)},
+        {"inputs": (Binding("x", {"batch": (1, 2, 4), "width": (1, 2, 3)}),)},
+        {"inputs": (Binding("x", {"width": 3}),)},
+    ):
+        with pytest.raises(ValueError, match="cpu_rows"):
+            dataclasses.replace(one, **wrong)
 
 
 def test_what_is_not_a_number_is_infinitely_far() -> None:

@@ -64,7 +64,7 @@ class Engined:
 
 def everything(replica: Any) -> list[compiled.Network]:
     simulator, judge = inside(replica.world)
-    return [*compiled.of_policy(replica.policy), *compiled.of_simulator(simulator), *compiled.of_reflector(judge)]
+    return compiled.of_rollout(replica.policy, simulator, judge)
 
 
 def rollouts_of(like: Plant, replica: Any) -> Any:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_onnx_forms import CASES, exported
+from torch import nn
 
-from worldenv.engines import onnxruntime
+from worldenv.engines import export, onnxruntime
+from worldenv.engines.recipe import Binding, EngineRecipe
 
 
 def engine(folder: Path) -> onnxruntime.OnnxRuntime:
@@ -48,3 +50,27 @@ def test_on_more_threads_it_computes_the_same(tmp_path: Path) -> None:
     sessions = [made._session(one.recipe.lengths(given)) for made in (one, two)]
     assert [session.get_session_options().intra_op_num_threads for session in sessions] == [1, 2]
     torch.testing.assert_close(two(*given), one(*given))
+
+
+class Scaled(nn.Module):
+    """Rows times what is alike for all of them, and their means."""
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * factor, x.mean(1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_a_batch_is_computed_so_many_rows_at_once(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = (Binding("x", {"row": (1, 4, 8), "width": 6}), Binding("factor", {"one": 1, "width": 6}))
+    recipe = EngineRecipe("toy", inputs, ("y", "mean"), 1e-6, cpu_rows=rows)
+    export.to_onnx(Scaled().eval(), recipe, tmp_path)
+    made, (x, factor), asked = onnxruntime.load(tmp_path, recipe, torch.device("cpu")), recipe.example(), []
+    assert isinstance(made, onnxruntime.OnnxRuntime)
+    run = made._run
+    monkeypatch.setattr(made, "_run", lambda given: asked.append([len(one) for one in given]) or run(given))
+    x = torch.randn(5, 6)
+    product, mean = made(x, factor)
+    torch.testing.assert_close(product, x * factor)
+    torch.testing.assert_close(mean, x.mean(1))
+    whole, rest = divmod(5, rows)
+    assert asked == [[rows, 1]] * whole + [[rest, 1]] * bool(rest)

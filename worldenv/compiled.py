@@ -98,6 +98,15 @@ def of_reflector(reflector: object, precision: Precision = "fp32", row: Range = 
     return [Network(one, modules[one.name], _itself(modules[one.name]), reflector.llava.runs) for one in recipes]
 
 
+def of_rollout(
+    policy: OpenVLAOFT, simulator: Evac | None, reflector: object, precision: Precision = "fp32", bucket: int = 4, judged: int = 1
+) -> list[Network]:
+    """All networks of a rollout, for batches of up to `bucket` rollouts and the judge's of `judged` chunks."""
+    simulated = of_simulator(simulator, precision, (1, 4, max(16, bucket))) if simulator is not None else []
+    acting = of_policy(policy, precision, (1, 4, max(32, bucket)))
+    return [*simulated, *acting, *of_reflector(reflector, precision, (1, 2, max(32, judged * policy.chunk)))]
+
+
 def _itself(module: nn.Module) -> Callable[[], nn.Module]:
     return lambda: module
 

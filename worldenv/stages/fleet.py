@@ -85,9 +85,8 @@ def _store(desk: Desk) -> Store:
 
 
 def _networks(desk: Desk, policy: OpenVLAOFT, simulator: Evac | None, reflector: Judge | None) -> list[compiled.Network]:
-    precision = compiled.precision_of(desk.settings.engines, desk.device)
-    simulated = compiled.of_simulator(simulator, precision) if simulator is not None else []
-    return [*compiled.of_policy(policy, precision), *simulated, *compiled.of_reflector(reflector, precision)]
+    precision, loop = compiled.precision_of(desk.settings.engines, desk.device), desk.settings.loop
+    return compiled.of_rollout(policy, simulator, reflector, precision, loop.bucket, loop.judge_bucket)
 
 
 def _fitted(

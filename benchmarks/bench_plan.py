@@ -86,6 +86,10 @@ class Placement:
 
     name: str
     groups: tuple[tuple[frozenset[str], tuple[int, ...]], ...]
+    apart: str = "none"
+    """The network that has GPUs of its own: `worldenv-train --loop.apart`."""
+    apart_gpus: int = 0
+    """How many: `--loop.apart-gpus`."""
 
     def devices(self, network: str) -> tuple[int, ...]:
         """GPUs that have `network`."""
@@ -101,7 +105,7 @@ def placements(networks: tuple[str, ...], gpus: int) -> Iterator[Placement]:
         for count in range(1, gpus):
             front, back = everything[: gpus - count], everything[gpus - count :]
             name = f"{alone} on {count}, {' and '.join(n for n in networks if n in others)} on {gpus - count}"
-            yield Placement(name, ((others, front), (frozenset({alone}), back)))
+            yield Placement(name, ((others, front), (frozenset({alone}), back)), alone, count)
 
 
 @dataclass(frozen=True)
@@ -287,6 +291,8 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
         "profile": str(args.profile) if args.profile else None,
         "ends": f"limit x Beta({_SPREAD * args.mean_end:.4g}, {_SPREAD * (1 - args.mean_end):.4g}), limit {plant.workload.limit} frames",
         "placement": placement.name,
+        "apart": placement.apart,
+        "apart_gpus": placement.apart_gpus,
         "slots": slots,
         "frames_per_s": ours.frames_per_s,
         "rollouts_per_h": ours.rollouts_per_h,
@@ -313,7 +319,8 @@ def _lines(args: PlanArgs, plant: Plant, row: dict[str, Any]) -> Iterator[str]:
     sheet = f"{args.gpu} ({GPUS[args.gpu].source}), at {args.efficiency:.0%} of that rate"
     yield f"{args.preset}: {args.gpus} x {f'what {args.profile} was measured on' if args.profile else sheet}"
     yield f"ends: {row['ends']}; {plant.seconds_per_chunk():.4g} device seconds per chunk of {plant.workload.chunk} frames"
-    yield f"placement: {row['placement']}; {row['slots']} slots per GPU" + (
+    flags = f" (--loop.apart {row['apart']} --loop.apart-gpus {row['apart_gpus']})" if row["apart_gpus"] else ""
+    yield f"placement: {row['placement']}{flags}; {row['slots']} slots per GPU" + (
         f"; {row['peak_memory_gb']:.1f} of {plant.memory / 1e9:.0f} GB" if row["peak_memory_gb"] else ""
     )
     yield f"{'':24}{'frames/s':>10}{'rollouts/h':>12}{'of bound':>10}"

@@ -30,11 +30,11 @@ from worldenv.nouns import Context, Rollout
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
-from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform
+from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform, placement
 from worldenv.rollout.store import differing
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import Desk
-from worldenv.world import ImaginedWorld, Made, Scene, advance, ended_at, observe
+from worldenv.world import ImaginedWorld, Made, advance, ended_at, observe, started
 
 THRESHOLD = 0.5
 _CPU = torch.device("cpu")
@@ -64,7 +64,13 @@ class RolloutArgs:
     device: str = "cpu"
     """cpu, cuda, or one GPU (cuda:1)."""
     gpus: int = 1
-    """With --device cuda: how many GPUs the scheduler has, each with all networks and `slots`."""
+    """With --device cuda: how many GPUs the scheduler has, each with `slots`, and with all networks but for --apart."""
+    streams: int = 1
+    """Batches at once on one GPU, of different stages."""
+    apart: Literal["none", "simulator", "reflector"] = "none"
+    """This network is asked on the last --apart-gpus alone, the others on the rest."""
+    apart_gpus: int = 0
+    """GPUs of the network of --apart."""
     back_end: BackEnd = "eager"
     """What runs the networks, for the scheduler, the loop and lock step alike."""
     store: Path = DEFAULT_STORE
@@ -132,7 +138,7 @@ class Bench:
 
     def schedule(self, bucket: int | None = None, slots: int | None = None) -> Schedule:
         """The one that is measured, or one with another bucket or slots."""
-        return Schedule(slots or self.args.slots, bucket or self.args.bucket, overlap=self.args.overlap)
+        return Schedule(slots or self.args.slots, bucket or self.args.bucket, overlap=self.args.overlap, streams=self.args.streams)
 
 
 def _random(args: RolloutArgs, tiny: config.RunConfig, env: Tabletop, device: torch.device) -> tuple[Replica, float, list[Context]]:
@@ -168,8 +174,10 @@ def _of_run(args: RolloutArgs, folder: Path, device: torch.device) -> tuple[Repl
 
 def prepared(args: RolloutArgs) -> Bench:
     """Networks and jobs. ValueError: what cannot be measured."""
-    if min(args.rollouts, args.group, args.slots, args.bucket, args.threads, args.checked, args.gpus) < 1 or not 0.0 < args.mean_end < 1.0:
-        raise ValueError("--rollouts, --group, --slots, --bucket, --threads, --checked, --gpus: want at least 1 of each; --mean-end between 0 and 1")
+    counts = (args.rollouts, args.group, args.slots, args.bucket, args.threads, args.checked, args.gpus, args.streams)
+    if min(counts) < 1 or not 0.0 < args.mean_end < 1.0:
+        names = "--rollouts, --group, --slots, --bucket, --threads, --checked, --gpus, --streams"
+        raise ValueError(f"{names}: want at least 1 of each; --mean-end between 0 and 1")
     tiny = config.PRESETS["tiny"]
     devices = gpus_of(device_of(args.device), args.gpus)
     if args.limit < 1 or args.limit % tiny.policy.chunk:
@@ -177,7 +185,8 @@ def prepared(args: RolloutArgs) -> Bench:
     made = [_of_run(args, args.run, device) if args.run else _random(args, tiny, Tabletop(tiny.env), device) for device in devices]
     _, threshold, contexts = made[0]
     jobs = [Assignment(n, n // args.group, contexts[n // args.group]) for n in range(args.rollouts)]
-    return Bench(args, [replica for replica, _, _ in made], threshold, jobs)
+    parts = placement(len(made), args.apart, args.apart_gpus)
+    return Bench(args, [dataclasses.replace(replica, parts=some) for (replica, _, _), some in zip(made, parts, strict=True)], threshold, jobs)
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,8 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
     if back_end == "eager":
         return eager, eager
     with compiled.recording(networks) as recorders:
-        scheduled(dataclasses.replace(bench, replicas=bench.replicas[:1]), bench.schedule(), bench.jobs[:4])
+        whole = dataclasses.replace(bench.replica, parts=placement(1, "none", 0)[0])
+        scheduled(dataclasses.replace(bench, replicas=[whole]), bench.schedule(), bench.jobs[:4])
     settings = config.EnginesConfig(back_end=back_end)
     recorded = {name: one.recorded for name, one in recorders.items()}
     choices = [compiled.choose(one, settings, store, device, recorded[one.name]) for one in networks]
@@ -223,7 +233,7 @@ def _networks(bench: Bench, replica: Replica) -> tuple[Evac, list[compiled.Netwo
     assert isinstance(replica.policy, OpenVLAOFT)
     simulator, judge = inside(replica.world)
     precision, slots = compiled.precision_of(config.EnginesConfig(), replica.device), bench.args.slots  # lock step has all slots in one batch
-    return simulator, compiled.of_rollout(replica.policy, simulator, judge, precision, slots, slots)
+    return simulator, compiled.of_rollout(replica.policy, simulator, judge, precision, slots, slots * bench.chunk)
 
 
 def scheduled(bench: Bench, schedule: Schedule, jobs: Sequence[Assignment]) -> Outcome:
@@ -247,7 +257,7 @@ def in_step(bench: Bench, jobs: Sequence[Assignment], count: int, to_the_limit: 
     began, cpu, dead = time.perf_counter(), time.process_time(), 0
     for start in range(0, len(jobs), count):
         some = [Flight(job) for job in jobs[start : start + count]]
-        scenes: list[Scene] = world.begin([one.job.context for one in some], [one.job.number for one in some])
+        scenes = started(world, [one.job.context for one in some], [one.job.number for one in some])
         watches = world.watch(scenes)
         for _ in range(bench.chunks):
             answer = policy.act(observe(scenes), draw_uniform(policy, scenes, seed))
@@ -363,6 +373,9 @@ def measure(args: RolloutArgs) -> tuple[list[str], dict[str, Any]]:
         "back_end": f"{args.back_end} {'fp32' if args.back_end == 'eager' else precision}",
         "device": str(bench.replica.device),
         "gpus": args.gpus,
+        "streams": args.streams,
+        "apart": args.apart,
+        "apart_gpus": args.apart_gpus,
         "engines": {one.network.name: one.plain for one in choices},
         "threads": args.threads,
         "workers": workers,

@@ -157,9 +157,9 @@ def measure(args: FidelityArgs) -> dict[str, Any]:
     if len(kept) < 2:
         raise ValueError(f"{len(kept)} of {len(episodes)} held-out episodes move by more than --threshold {args.threshold} levels; want 2 or more")
     episodes, masks = [e for e, _ in kept], [mask for _, mask in kept]
-    drawn = {
-        name: [frames[1:] for frames in audit.imagine_episodes(desk.world(None), episodes, batch, chunk, name)] for name, desk in desks.items()
-    }
+    drawn: dict[str, list[Frames]] = {}
+    for name, desk in desks.items():
+        drawn[name] = [frames[1:] for frames in audit.imagine_episodes(desk.world(None, desk.simulator()), episodes, batch, chunk, name)]
     pictures: dict[str, Sequence[Frames]] = {
         **drawn,
         COPY: [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes],

@@ -28,6 +28,8 @@ class Replayed:
         self._graphs: dict[tuple[Any, ...], _Captured | None] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
+        """The last replay's end: its caller may have been on another stream."""
 
     def __call__(self, *given: torch.Tensor) -> Any:
         """As `call`, on the device of the first input; one thread at a time, since a graph has one place for its inputs.
@@ -42,10 +44,16 @@ class Replayed:
             if captured is None:
                 return self._call(*given)
             graph, inputs, outputs = captured
+            if self._done is None:
+                self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            else:
+                torch.cuda.current_stream().wait_event(self._done)
             for own, new in zip(inputs, given, strict=True):
                 own.copy_(new)
             graph.replay()
-            return tuple(one.clone() for one in outputs) if isinstance(outputs, tuple | list) else outputs.clone()
+            made = tuple(one.clone() for one in outputs) if isinstance(outputs, tuple | list) else outputs.clone()
+            self._done.record()
+            return made
 
     def _captured(self, given: tuple[torch.Tensor, ...]) -> _Captured | None:
         present = torch.cuda.current_stream()

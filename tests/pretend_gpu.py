@@ -18,10 +18,11 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -69,6 +70,26 @@ class _Event:
         return 1e3 * (end._at - self._at)
 
 
+class _Stream:
+    """In the place of torch.cuda.Stream: the host does the work in order anyway."""
+
+    taken: ClassVar[dict[int, _Stream]] = {}
+    """By thread."""
+
+    def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
+        self.device, self.priority = device, priority
+
+    def synchronize(self) -> None: ...
+
+    @classmethod
+    def present(cls, *_: object) -> _Stream:
+        return cls.taken.setdefault(threading.get_ident(), cls())
+
+    @classmethod
+    def take(cls, stream: _Stream) -> None:
+        cls.taken[threading.get_ident()] = stream
+
+
 def _exchanged(index: int) -> int:
     before = torch.accelerator.current_device_index()
     if index >= 0:
@@ -82,13 +103,13 @@ def _install() -> None:
     answers: dict[str, Any] = {
         "_lazy_init": None, "synchronize": None, "is_available": True, "device_count": 2, "get_device_name": found.name,
         "get_device_properties": found, "get_device_capability": (found.major, found.minor), "max_memory_allocated": 0,
-        "current_stream": SimpleNamespace(synchronize=lambda: None),
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda *_, **__: None
-    torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+    torch.cuda.Event, torch.cuda.Stream = _Event, _Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream, torch.cuda.set_stream = _Stream.present, _Stream.take  # type: ignore[assignment]
     torch._C._cuda_getDevice, torch._C._cuda_setDevice = torch.accelerator.current_device_index, torch.accelerator.set_device_index  # type: ignore[attr-defined]
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = _exchanged
 

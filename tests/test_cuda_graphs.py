@@ -30,6 +30,11 @@ class Card:
         self.captures, self.refuses, self.under_way = 0, False, False
         self.now = "the thread's"
         self.used: list[dict[str, Any]] = []
+        self.order: list[tuple[str, Any]] = []
+        """Streams that waited for an event, and those that recorded one."""
+
+    def event(self) -> Any:
+        return SimpleNamespace(record=lambda: self.order.append(("record", self.now.number)))
 
     @contextlib.contextmanager
     def graph(self, graph: Graph, **named: Any) -> Iterator[None]:
@@ -57,13 +62,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card, streams = Card(), []
 
     def stream() -> Any:
-        streams.append(SimpleNamespace(wait_stream=lambda other: None, number=len(streams)))
+        number = len(streams)
+        waits = lambda event: card.order.append(("wait", number))  # noqa: E731
+        streams.append(SimpleNamespace(wait_stream=lambda other: None, number=number, wait_event=waits))
         return streams[-1]
 
     present = stream()
     card.now = present
     for name, stand_in in {
-        "Stream": stream, "graph": card.graph, "stream": card.stream, "set_stream": card.set_stream, "CUDAGraph": Graph,
+        "Stream": stream, "Event": card.event, "graph": card.graph, "stream": card.stream, "set_stream": card.set_stream, "CUDAGraph": Graph,
         "current_stream": lambda device=None: card.now, "device": lambda device: contextlib.nullcontext(), "graph_pool_handle": lambda: "pool",
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -129,3 +136,16 @@ def test_shapes_beyond_the_most_run_as_they_are(card: Card) -> None:
             replayed(torch.ones(size))
     assert replayed(torch.ones(MOST_SHAPES + 1)).sum() == 2 * (MOST_SHAPES + 1)
     assert card.captures == MOST_SHAPES
+
+
+def test_a_replay_waits_for_the_one_before_it_on_another_stream(card: Card) -> None:
+    """A graph has one place for its inputs, and all share one memory: copying into it must not overtake a replay."""
+    replayed = Replayed(Doubling(card))
+    with pytest.raises(TypeError):
+        replayed(torch.ones(2))
+    connect(replayed)
+    replayed(torch.ones(2))
+    card.order.clear()
+    card.now = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    replayed(torch.ones(2))
+    assert card.order == [("wait", card.now.number), ("record", card.now.number)]

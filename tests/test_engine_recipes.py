@@ -118,10 +118,10 @@ def test_what_does_not_fit_is_named() -> None:
 def test_a_batch_of_any_bucket_is_in_range() -> None:
     """`loop.bucket` and `loop.judge_bucket` have no limit, and engines are made for them."""
     judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
-    networks = compiled.of_rollout(small_policy(SMALL), Evac.initialised(SIMULATOR, 0), judge, "fp32", 48, 9)
+    networks = compiled.of_rollout(small_policy(SMALL), Evac.initialised(SIMULATOR, 0), judge, "fp32", 48, 72)
     most = {one.name: next(high for _, _, high in one.recipe.ranges.values()) for one in networks}
     assert most["simulator_unet"] == most["policy_backbone"] == most["policy_heads"] == 48
-    assert most["reflector_llm"] == 9 * SMALL.chunk
+    assert most["reflector_llm"] == 72
 
 
 def test_rows_that_are_cut_are_the_first_axis_of_all_that_varies() -> None:

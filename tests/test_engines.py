@@ -76,13 +76,13 @@ def by_engines(eager: Plant, store: Store, tmp_path_factory: pytest.TempPathFact
     replica = networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy)
     kept = tmp_path_factory.mktemp("run") / "engines.json"
     simulator, _ = inside(replica.world)
-    fitted = compiled.fitted(everything(replica), rollouts_of(eager, replica), ONNX, store, CPU, kept, simulator)
+    fitted = compiled.fitted(everything(replica), rollouts_of(eager, replica), ONNX, store, kept, simulator)
     return Engined(plant(replica, SMALL_SIMULATOR, 3, 2), fitted, kept)
 
 
 @pytest.mark.slow
 def test_every_network_is_built_passes_parity_and_says_so_beside_its_plan(by_engines: Engined, store: Store) -> None:
-    assert [one.network.name for one in by_engines.fitted.choices] == [*compiled.NAMES[3:5], *compiled.NAMES[:3], *compiled.NAMES[5:]]
+    assert [one.network.name for one in by_engines.fitted.choices] == list(compiled.NAMES)
     for one in by_engines.fitted.choices:
         assert one.engine.back_end == "onnxruntime", one.why
         assert one.parity is not None
@@ -120,7 +120,7 @@ def learner_and_engines(like: Plant, store: Store, folder: Path) -> tuple[Learne
     """A policy with LoRA, and engines for it alone."""
     replica = networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy)
     learner = Learner(replica.policy, LoopConfig(group=GROUP, contexts=3, batch=4, lora_lr=0.03, head_lr=0.003), SEED)
-    fitted = compiled.fitted(compiled.of_policy(replica.policy), rollouts_of(like, replica), ONNX, store, CPU, folder / "engines.json")
+    fitted = compiled.fitted(compiled.of_policy(replica.policy), rollouts_of(like, replica), ONNX, store, folder / "engines.json")
     return learner, replica, fitted
 
 
@@ -245,11 +245,11 @@ def test_a_run_that_goes_on_takes_the_back_ends_that_it_was_begun_with(eager: Pl
     _, replica, _ = learner_and_engines(eager, store, tmp_path)
     networks_, auto = compiled.of_policy(replica.policy), EnginesConfig()
     assert set(json.loads((tmp_path / "engines.json").read_text()).values()) == {"onnxruntime"}
-    again = compiled.fitted(networks_, rollouts_of(eager, replica), auto, store, CPU, tmp_path / "engines.json")
+    again = compiled.fitted(networks_, rollouts_of(eager, replica), auto, store, tmp_path / "engines.json")
     assert {one.engine.back_end for one in again.choices} == {"onnxruntime"}
     (tmp_path / "engines.json").write_text(json.dumps(dict.fromkeys((one.name for one in networks_), "tensorrt")))
     with pytest.raises(EngineError, match=r"policy_backbone was begun with tensorrt.*begin the stage anew"):
-        compiled.fitted(networks_, rollouts_of(eager, replica), auto, store, CPU, tmp_path / "engines.json")
+        compiled.fitted(networks_, rollouts_of(eager, replica), auto, store, tmp_path / "engines.json")
 
 
 def test_a_graph_is_exported_once_for_all_weights(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +378,7 @@ def test_inductor_builds_passes_and_is_refitted_in_place(store: Store) -> None:
 def test_a_policy_without_engines_is_left_as_it_is() -> None:
     policy: OpenVLAOFT = small_policy(POLICY)
     nothing = Path("none")
-    fitted = compiled.fitted(compiled.of_policy(policy), lambda: pytest.fail("recorded"), EnginesConfig("eager"), Store(nothing), CPU, nothing)
+    fitted = compiled.fitted(compiled.of_policy(policy), lambda: pytest.fail("recorded"), EnginesConfig("eager"), Store(nothing), nothing)
     assert {one.engine.back_end for one in fitted.choices} == {"eager"}
     assert fitted.refit() == {}
     assert policy.runs == {}

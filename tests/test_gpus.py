@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from worldenv import noise
 from worldenv.config import TINY, LoopConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Rollout
-from worldenv.rollout.collect import Replica, Schedule
+from worldenv.rollout.collect import Replica, Schedule, placement
 from worldenv.run import Run, RunError
 from worldenv.stages.desk import Desk
 
@@ -135,6 +139,75 @@ def test_rollouts_do_not_depend_on_the_number_of_gpus(one: Plant, gpus: int) -> 
     everywhere = {torch.device("cuda", number) for number in range(gpus)}
     assert {query.action.device for query in queries} == {query.made.frames.device for query in queries if query.made} == everywhere
     assert {row["device"] for row in statistics["stages"] if row["items"]} == set(range(gpus))
+
+
+@pytest.mark.parametrize("alone", ["simulator", "reflector"])
+def test_rollouts_do_not_depend_on_which_gpu_has_which_network(one: Plant, alone: Any) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    replicas = []
+    for replica, parts in zip([one.replica, on(torch.device("cuda", 1))], placement(2, alone, 1), strict=True):
+        world = copy.copy(replica.world)
+        for part in {"simulator", "reflector"} - parts:
+            setattr(world, {"simulator": "_simulated", "reflector": "_reflector"}[part], None)
+        replicas.append(dataclasses.replace(replica, world=world, parts=parts))
+    made, statistics = fly(one, Schedule(6, one.bucket, 1, "always", streams=2), replicas)
+    assert made.keys() == one.want.keys()
+    for number, flight in made.items():
+        if PRETENDED:
+            assert_same(flight, one.want[number])
+        same(flight.rollout(), one.want[number].rollout())
+    stages = {"simulator": {"encode", "denoise", "decode"}, "reflector": {"reflector"}}[alone]
+    assert {row["stage"] for row in statistics["stages"] if row["items"] and row["device"] == 1} == stages
+    queries = [query for flight in made.values() for query in flight.queries]
+    assert {query.action.device for query in queries} == {torch.device("cuda", 0)}
+    assert {query.made.frames.device for query in queries if query.made} == {torch.device("cuda", int(alone == "simulator"))}
+
+
+@pytest.mark.skipif(not PRETENDED, reason="has kernels fail that were queued well")
+def test_a_batch_whose_kernels_fail_has_changed_nothing(one: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU tells of it when the host waits for them, after the batch's Python has ended."""
+    dice, lock, failed = random.Random(3), threading.Lock(), []
+
+    def synchronize(stream: Any) -> None:
+        with lock:
+            if dice.random() < 0.2:
+                failed.append(stream)
+                raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", synchronize)
+    made, statistics = fly(one, Schedule(6, one.bucket, 1, "always", attempts=50, streams=2), [one.replica])
+    assert made.keys() == one.want.keys()
+    for number, flight in made.items():
+        assert_same(flight, one.want[number])
+    assert len(failed) == sum(row["failures"] for row in statistics["stages"]) > 9
+
+
+@pytest.mark.skipif(not PRETENDED, reason="looks at the streams that were made")
+@pytest.mark.parametrize(("streams", "want"), [(1, {0}), (2, {0, -1})])
+def test_stages_that_run_at_once_have_streams_of_their_own(one: Plant, streams: int, want: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: set[Any] = set()
+    torch.cuda.Stream.taken.clear()  # type: ignore[attr-defined]  # numbers of threads come again
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", lambda stream: waited.add(stream))
+    fly(one, Schedule(6, one.bucket, 1, "always", streams=streams), [one.replica])
+    assert len(waited) == 5, "one for each stage's thread"
+    assert {stream.priority for stream in waited} == want
+    assert sum(stream.priority == 0 for stream in waited) == (5 if streams == 1 else 1), "denoising gives way"
+
+
+@pytest.mark.skipif(not PRETENDED, reason="knows how many GPUs there are")
+@pytest.mark.parametrize(("alone", "count", "want"), [("none", 0, ["prs", "prs"]), ("reflector", 1, ["ps", "r"]), ("simulator", 1, ["pr", "s"])])
+def test_a_run_places_its_networks_as_it_is_told(alone: Any, count: int, want: list[str], tmp_path: Path) -> None:
+    loop = dataclasses.replace(TINY.loop, apart=alone, apart_gpus=count)
+    places = Desk(Run(tmp_path, dataclasses.replace(TINY, device="cuda", loop=loop))).places
+    assert ["".join(sorted(part[0] for part in parts)) for _, parts in places] == want
+    assert [str(device) for device, _ in places] == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(("devices", "alone"), [(1, 1), (2, 2), (3, 0)])
+def test_a_placement_that_leaves_nothing_is_refused(devices: int, alone: int) -> None:
+    with pytest.raises(ValueError, match=f"reflector on {alone} of {devices} devices"):
+        placement(devices, "reflector", alone)
 
 
 @pytest.mark.skipif(not PRETENDED, reason="knows how many GPUs there are")

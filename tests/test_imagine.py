@@ -26,7 +26,7 @@ from worldenv.robots.agibot_g1 import AGIBOT_G1, states
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.simulator import weights
 from worldenv.simulator.evac import DELTA_DIM, Evac, chunk_deltas
-from worldenv.world import ImaginedWorld, advance
+from worldenv.world import ImaginedWorld, advance, started
 
 HEIGHT, WIDTH = 32, 48  # of the given frame, twice the simulator's
 FOCAL = 50.0
@@ -155,7 +155,7 @@ def test_commands_give_the_frames_that_a_rollout_imagines(count: int, files: Pat
     world = ImaginedWorld(
         simulator, None, TABLETOP, kinematics.ControllerModel.of(TABLETOP), camera, SMALL.latent, 5, torch.device("cpu")
     )
-    scenes = world.begin([Context("push", 0, 0, frame, STATE[:7], 1.0)], [0])
+    scenes = started(world, [Context("push", 0, 0, frame, STATE[:7], 1.0)], [0])
     whole = count // 4 * 4
     for start in range(0, whole, 4):
         (made,) = advance(world, scenes, torch.from_numpy(commands(count)[None, start : start + 4]).float())

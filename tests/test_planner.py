@@ -14,6 +14,7 @@ from worldenv.benchmarks import bench_scheduler
 from worldenv.benchmarks.bench_plan import PlanArgs, Plant, best, ends, iteration, placements, plan, plant_of, steady
 from worldenv.benchmarks.plan_costs import GPUS, StageWork, Workload, fitted, on_gpu, paper, read_profile
 from worldenv.cli import bench
+from worldenv.rollout.collect import placement
 
 
 def test_the_paper_on_eight_h20() -> None:
@@ -87,15 +88,29 @@ def test_bound_and_memory_by_hand() -> None:
     assert {one.name.split(",")[0] for one in others} == {f"{network} on {n}" for network in ("simulator", "reflector") for n in (1, 2, 3)}
 
 
+def test_rollouts_take_every_placement_that_is_planned() -> None:
+    """`--loop.apart` and `--loop.apart-gpus`, which the planner prints, mean there what it has weighed."""
+    for planned in placements(("policy", "simulator", "reflector"), 4):
+        taken = placement(4, planned.apart, planned.apart_gpus)
+        for network in ("policy", "simulator", "reflector"):
+            assert planned.devices(network) == tuple(n for n, parts in enumerate(taken) if network in parts), planned.name
+
+
+def test_where_all_networks_do_not_fit_together_a_plan_says_what_to_place_where() -> None:
+    lines, row = plan(PlanArgs(gpu="rtx4090", rollouts=200))
+    assert (row["apart"], row["apart_gpus"]) == ("reflector", 1)
+    assert any("--loop.apart reflector --loop.apart-gpus 1" in line for line in lines)
+
+
 def test_no_schedule_beats_its_bound() -> None:
     plant = _plant()
     args = PlanArgs(gpus=4, limit=40)
-    for placement in placements(plant.networks, 4):
+    for planned in placements(plant.networks, 4):
         for slots in (1, 2, 8):
-            found = steady(plant, placement, slots, args, 300)
+            found = steady(plant, planned, slots, args, 300)
             assert found.share_of_bound <= 1.0 + 1e-9
-            assert found.frames_per_s <= plant.bound(placement) * 8 * (1 + 1e-9)
-            once = iteration(plant, placement, slots, args)
+            assert found.frames_per_s <= plant.bound(planned) * 8 * (1 + 1e-9)
+            once = iteration(plant, planned, slots, args)
             assert once.seconds >= once.bound_s * (1 - 1e-9)
     assert steady(plant, next(placements(plant.networks, 4)), 8, args, 300).share_of_bound > 0.95
 

@@ -37,7 +37,7 @@ def passed(*arguments: str) -> int:
 
 
 def test_policy_learner_and_rollouts_on_pretended_gpus() -> None:
-    assert passed("tests/test_gpus.py") >= 26
+    assert passed("tests/test_gpus.py") >= 39
 
 
 @pytest.mark.slow
@@ -63,9 +63,10 @@ def test_make_gpu_measures_on_a_pretended_gpu(part: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_rollout_bench_on_two_pretended_gpus() -> None:
+@pytest.mark.parametrize("apart", [[], ["--apart", "reflector", "--apart-gpus", "1"]])
+def test_the_rollout_bench_on_two_pretended_gpus(apart: list[str]) -> None:
     sizes = ["--rollouts", "8", "--group", "4", "--slots", "4", "--bucket", "2", "--checked", "4", "--limit", "16"]
-    (row,) = json.loads(pretended("worldenv.cli.bench", "rollout", "--device", "cuda", "--gpus", "2", *sizes).splitlines()[-1])["rows"]
+    (row,) = json.loads(pretended("worldenv.cli.bench", "rollout", "--device", "cuda", "--gpus", "2", *apart, *sizes).splitlines()[-1])["rows"]
     assert row["gpus"] == row["workers"] == 2
     assert row["identical"]
     assert row["sequential_agrees"]
@@ -74,17 +75,24 @@ def test_the_rollout_bench_on_two_pretended_gpus() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_whole_run_on_one_and_on_two_pretended_gpus(tmp_path: Path) -> None:
-    """`worldenv-train --device cuda` to its report, and from LOOP on with two: in its second iteration the copy must have been given weights."""
-    records, folders = [], [tmp_path / "1", tmp_path / "2"]
-    for gpus, out in enumerate(folders, 1):
-        if gpus == 2:
+    """`worldenv-train --device cuda` to its report, and from LOOP on with two: in its second iteration the copy must have been given weights.
+    Then with the reflector on one of them alone.
+    """
+    records, folders = [], [tmp_path / "1", tmp_path / "2", tmp_path / "apart"]
+    for out in folders:
+        gpus, again = ("1", []) if out == folders[0] else ("2", ["--from", "loop"])
+        if again:
             shutil.copytree(folders[0], out)
-        again = ["--from", "loop"] if gpus == 2 else []
-        flags = ["--preset", "tiny", "--fast", "--device", "cuda", "--gpus", str(gpus), "--out", str(out), *again]
+        if out == folders[2]:
+            again += ["--loop.apart", "reflector", "--loop.apart-gpus", "1"]
+        flags = ["--preset", "tiny", "--fast", "--device", "cuda", "--gpus", gpus, "--out", str(out), *again]
         assert json.loads(pretended("worldenv.cli.train", *flags, limit_s=700.0).splitlines()[-1])["out"] == str(out)
         iterations = json.loads((out / "stages" / "loop" / "stage.json").read_text())["metrics"]
         records.append(report.comparable({**report.read(out / "report.json"), "iterations": iterations}))
-    one, two = records
+    one, two, apart = records
     assert len(one["iterations"]["history"]) == 2
-    assert (one["settings"].pop("gpus"), two["settings"].pop("gpus")) == (1, 2)
+    assert [record["settings"].pop("gpus") for record in records] == [1, 2, 2]
+    assert [record["settings"]["loop"].pop("apart_gpus") for record in records] == [0, 0, 1]
+    assert [record["settings"]["loop"].pop("apart") for record in records] == ["none", "none", "reflector"]
     assert not list(report.differences(one, two))
+    assert not list(report.differences(one, apart))

@@ -31,7 +31,7 @@ from worldenv.reflector import weights
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, RolloutError, Schedule, draw_uniform
 from worldenv.simulator.evac import Evac
-from worldenv.world import WorldStage, advance, ended_at, observe
+from worldenv.world import WorldStage, advance, ended_at, observe, started
 
 CPU = torch.device("cpu")
 SMALL_SIMULATOR = dataclasses.replace(SIMULATOR, height=8, width=16, denoise_steps=2)
@@ -86,7 +86,7 @@ def tiny_policy(config: PolicyConfig) -> OpenVLAOFT:
 def plain_loop(replica: Replica, job: Assignment, bucket: int) -> Flight:
     """What a loop makes of one rollout without a scheduler, alone in batches of one shape."""
     policy, world, flight = replica.policy, replica.world, Flight(job)
-    (scene,) = world.begin([job.context], [job.number])
+    (scene,) = started(world, [job.context], [job.number])
     watches = world.watch([scene])
     with torch.no_grad():
         while not flight.stopped and scene.chunk < CHUNKS:
@@ -207,7 +207,7 @@ class Troubled:
     def __init__(self, of: Replica, trouble: Callable[[str, Sequence[int]], None]) -> None:
         self._of, self._trouble = of, trouble
         self.chunk, self.at_home = of.policy.chunk, False
-        self.begin, self.watch = of.world.begin, of.world.watch
+        self.begin, self.enter, self.watch = of.world.begin, of.world.enter, of.world.watch
 
     def act(self, observation: Any, uniform: Any = None) -> Any:
         self._trouble("policy", ())
@@ -296,7 +296,7 @@ def test_rows_of_a_batch_keep_apart(which: str, request: pytest.FixtureRequest) 
     now: Plant = request.getfixturevalue(which)
     policy, world, bucket, dice = now.replica.policy, now.replica.world, now.bucket, random.Random(0)
     with torch.no_grad():
-        scenes = [scene for job in now.jobs[:8] for scene in world.begin([job.context], [job.number])]
+        scenes = [scene for job in now.jobs[:8] for scene in started(world, [job.context], [job.number])]
         later = [one.after for one in advance(world, scenes[:bucket], policy.act(observe(scenes[:bucket])).command)]
         everyone = [*later, *scenes[bucket:]]
         results: dict[int, list[torch.Tensor]] = {}

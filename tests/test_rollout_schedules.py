@@ -11,15 +11,15 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from worldenv.nouns import ActionChunk, Context, Observation
-from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, RolloutError, Schedule, draw_uniform
-from worldenv.world import Made, Scene, WorldStage, advance, ended_at, observe
+from worldenv.rollout.collect import Assignment, Flight, Flights, Part, Query, Replica, RolloutError, Schedule, draw_uniform
+from worldenv.world import Made, Scene, WorldStage, advance, ended_at, observe, started
 
 K, CHUNKS, COUNT, GROUP, SEED = 2, 5, 18, 3, 9
 THRESHOLD = 0.85
@@ -71,14 +71,19 @@ class ToyWorld:
 
     def begin(self, contexts: Sequence[Context], numbers: Sequence[int]) -> list[Scene]:
         self.strangers += threading.get_ident() != self._thread
-        return [self._scene(context, number, 0, mix(context.state_index)) for context, number in zip(contexts, numbers, strict=True)]
+        seen = [self._scene(context, number, 0, mix(context.state_index)) for context, number in zip(contexts, numbers, strict=True)]
+        return [dataclasses.replace(scene, inside=None) for scene in seen]
+
+    def enter(self, scenes: Sequence[Scene]) -> list[Any]:
+        self.strangers += threading.get_ident() != self._thread
+        return [mix(scene.context.state_index) for scene in scenes]
 
     def _scene(self, context: Context, number: int, chunk: int, memory: int) -> Scene:
         frame = torch.tensor([memory >> 8 * i & 255 for i in range(3)], dtype=torch.uint8).expand(2, 2, 3).clone()
         return Scene(context, number, chunk, frame, torch.tensor([memory % 997 / 997]), memory)
 
     def watch(self, scenes: Sequence[Scene]) -> list[Any]:
-        return [mix("watch", scene.inside) for scene in scenes]
+        return [mix("watch", mix(scene.context.state_index)) for scene in scenes]
 
     def _encode(self, one: Any) -> Any:
         scene, command = one
@@ -102,6 +107,9 @@ class ToyWorld:
         return torch.tensor([[mix(watch, k) / 2**48 for k in range(K)] for watch in after]), after
 
 
+PARTS = frozenset(get_args(Part))
+
+
 def jobs() -> list[Assignment]:
     some = [Context("push", 0, g, np.zeros((2, 2, 3), np.uint8), np.array([0, 0, 0, 0, 0, 0, 1.0]), 1.0) for g in range(COUNT // GROUP)]
     return [Assignment(40 + n, n // GROUP, some[n // GROUP]) for n in range(COUNT)]
@@ -109,7 +117,7 @@ def jobs() -> list[Assignment]:
 
 def plain_loop(job: Assignment) -> Flight:
     policy, world, flight = ToyPolicy(), ToyWorld(), Flight(job)
-    (scene,) = world.begin([job.context], [job.number])
+    (scene,) = started(world, [job.context], [job.number])
     watches = world.watch([scene])
     while not flight.stopped and scene.chunk < CHUNKS:
         answer = policy.act(observe([scene]), draw_uniform(policy, [scene], SEED))
@@ -136,8 +144,8 @@ def same(one: Flight, other: Flight) -> bool:
 
 @pytest.mark.parametrize("block", range(6))
 def test_any_schedule_gives_the_rollouts_of_a_plain_loop(block: int, want: dict[int, Flight]) -> None:
-    """50 schedules a block: slots, batches, workers, streams, overlap, delays, faults, cancellations, all drawn."""
-    dropped = confirmed = failures = gone = strangers = 0
+    """50 schedules a block: slots, batches, workers and their parts, streams, overlap, delays, faults, cancellations, all drawn."""
+    dropped = confirmed = failures = gone = strangers = apart = 0
     for number in range(50):
         dice = random.Random(50 * block + number)
         at_home = dice.random() < 0.2
@@ -149,7 +157,10 @@ def test_any_schedule_gives_the_rollouts_of_a_plain_loop(block: int, want: dict[
         )  # fmt: skip
         cancelled = set(dice.sample(range(40, 40 + COUNT), 3)) if dice.random() < 0.3 else set()
         given: dict[int, Flight] = {}
-        replicas = [Replica(ToyPolicy(), world)] * workers
+        parts = [frozenset(part for part in PARTS if dice.random() < 0.5) for _ in range(workers)] if dice.random() < 0.5 else [PARTS] * workers
+        parts[0] |= PARTS - frozenset().union(*parts)
+        replicas = [Replica(ToyPolicy(), world, parts=some) for some in parts]
+        apart += sum(some != PARTS for some in parts)
         with Flights(replicas, seed=SEED, steps=K * CHUNKS, threshold=THRESHOLD, schedule=schedule, keep_frames=True) as flights:
             for flight in flights.fly(jobs()):
                 if not given:
@@ -163,7 +174,7 @@ def test_any_schedule_gives_the_rollouts_of_a_plain_loop(block: int, want: dict[
         failures += sum(row["failures"] for row in statistics["stages"])
         gone += len(want) - len(given)
         strangers += world.strangers if at_home else 0
-    assert min(dropped, confirmed, failures, gone) > 0, "all of these were tried"
+    assert min(dropped, confirmed, failures, gone, apart) > 0, "all of these were tried"
     assert strangers == 0, "a world with a home is called there"
 
 
@@ -218,6 +229,8 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
         Flights([replica], seed=SEED, steps=3, threshold=0.5, schedule=Schedule())
     with pytest.raises(ValueError, match="must be called on one thread"):
         Flights([Replica(ToyPolicy(), ToyWorld(at_home=True))] * 2, seed=SEED, steps=4, threshold=0.5, schedule=Schedule())
+    with pytest.raises(ValueError, match="2 replicas without a reflector: want at least one"):
+        Flights([dataclasses.replace(replica, parts=PARTS - {"reflector"})] * 2, seed=SEED, steps=4, threshold=0.5, schedule=Schedule())
     with pytest.raises(ValueError, match="want at least 1 of slots"):
         Schedule(bucket=0)
     mixed = [given[0], dataclasses.replace(given[3], group=given[0].group)]

@@ -115,6 +115,15 @@ def test_other_settings_and_other_folders_are_refused(tmp_path):
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["thesis.tex"]
 
 
+def test_a_run_goes_on_with_networks_in_other_places(tmp_path):
+    Run(tmp_path, config.TINY)._lock.close()
+    placed = dataclasses.replace(config.TINY.loop, streams=2, apart="reflector", apart_gpus=1)
+    Run(tmp_path, dataclasses.replace(config.TINY, loop=placed))._lock.close()
+    assert settings_of(tmp_path).loop == placed
+    with pytest.raises(RunError, match="loop.slots"):
+        Run(tmp_path, dataclasses.replace(config.TINY, loop=dataclasses.replace(placed, slots=3)))
+
+
 def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):
     Run(tmp_path, config.TINY)._lock.close()
     Run(tmp_path, dataclasses.replace(config.TINY, gpus=3))._lock.close()

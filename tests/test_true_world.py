@@ -14,7 +14,7 @@ from worldenv.envs.tabletop import Tabletop
 from worldenv.envs.true_world import TrueWorld
 from worldenv.nouns import Context
 from worldenv.rollout.collect import Assignment, Schedule, collect
-from worldenv.world import advance
+from worldenv.world import advance, started
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def contexts(env, count):
 @pytest.mark.parametrize("every_frame", [False, True])
 def test_a_chunk_is_what_the_environment_does(env, every_frame):
     world, some = TrueWorld(env, CPU, every_frame=every_frame), contexts(env, 3)
-    scenes = world.begin(some, [5, 6, 7])
+    scenes = started(world, some, [5, 6, 7])
     assert all(np.array_equal(scene.frame.numpy(), context.frame) for scene, context in zip(scenes, some, strict=True))
     command = torch.linspace(-1, 1, 3 * 16 * 7).view(3, 16, 7)
     first = advance(world, scenes, command[:, :8])
@@ -61,7 +61,7 @@ def test_a_chunk_is_what_the_environment_does(env, every_frame):
 def test_rows_and_scenes_must_be_as_many(env):
     world = TrueWorld(env, CPU)
     with pytest.raises(ValueError, match="one row each"):
-        advance(world, world.begin(contexts(env, 2), [0, 1]), torch.zeros(3, 8, 7))
+        advance(world, started(world, contexts(env, 2), [0, 1]), torch.zeros(3, 8, 7))
 
 
 def test_rollouts_end_at_true_success_whatever_the_slots(env):

@@ -21,7 +21,7 @@ from worldenv.envs.contract import TrueEnvironment
 from worldenv.nouns import Context
 from worldenv.reflector.contract import Reflector
 from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
-from worldenv.world import World, advance
+from worldenv.world import World, advance, started
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
         some = episodes[start : start + batch]
         longest = chunk * math.ceil(max(e.steps for e in some) / chunk)
         command = torch.from_numpy(np.stack([np.pad(e.command, ((0, longest - e.steps), (0, 0)), mode="edge") for e in some]))
-        scenes = world.begin([_context(e) for e in some], range(start, start + len(some)))
+        scenes = started(world, [_context(e) for e in some], range(start, start + len(some)))
         parts = [np.stack([e.frame[:1] for e in some])]
         for first in range(0, command.shape[1], chunk):
             made = advance(world, scenes, command[:, first : first + chunk])

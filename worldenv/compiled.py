@@ -73,6 +73,11 @@ class Network:
         """Of its recipe."""
         return self.recipe.name
 
+    @property
+    def device(self) -> torch.device:
+        """Of its weights."""
+        return next(self.eager.parameters()).device
+
 
 def of_simulator(simulator: Evac, precision: Precision = "fp32", batch: Range = (1, 4, 16)) -> list[Network]:
     """U-Net, encoder, decoder; `batch` rollouts at once."""
@@ -99,12 +104,12 @@ def of_reflector(reflector: object, precision: Precision = "fp32", row: Range = 
 
 
 def of_rollout(
-    policy: OpenVLAOFT, simulator: Evac | None, reflector: object, precision: Precision = "fp32", bucket: int = 4, judged: int = 1
+    policy: OpenVLAOFT | None, simulator: Evac | None, reflector: object, precision: Precision = "fp32", bucket: int = 4, judged: int = 1
 ) -> list[Network]:
-    """All networks of a rollout, for batches of up to `bucket` rollouts and the judge's of `judged` chunks."""
+    """All networks of a rollout, of these, for batches of up to `bucket` rollouts, and the judge's of up to `judged` frames."""
     simulated = of_simulator(simulator, precision, (1, 4, max(16, bucket))) if simulator is not None else []
-    acting = of_policy(policy, precision, (1, 4, max(32, bucket)))
-    return [*simulated, *acting, *of_reflector(reflector, precision, (1, 2, max(32, judged * policy.chunk)))]
+    acting = of_policy(policy, precision, (1, 4, max(32, bucket))) if policy is not None else []
+    return [*simulated, *acting, *of_reflector(reflector, precision, (1, 2, max(32, judged)))]
 
 
 def _itself(module: nn.Module) -> Callable[[], nn.Module]:
@@ -345,9 +350,10 @@ def alike(first: Fitted, networks: Sequence[Network], store: Store, device: torc
 
     EngineError where one does not pass there.
     """
-    recorded = {name: [tuple(one.to(device) for one in given) for given in some] for name, some in first.recorded.items()}
+    names, before = [network.name for network in networks], {one.network.name: one for one in first.choices}
+    recorded = {name: [tuple(one.to(device) for one in given) for given in first.recorded.get(name, ())] for name in names}
     choices = []
-    for one, network in zip(first.choices, networks, strict=True):
+    for one, network in ((before[network.name], network) for network in networks):
         if one.engine.back_end == "eager":
             choices.append(Choice.eager(network, one.why))
             continue
@@ -368,10 +374,10 @@ def precision_of(settings: EnginesConfig, device: torch.device) -> Precision:
 
 
 def fitted(
-    networks: Sequence[Network], rollouts: Callable[[], object], settings: EnginesConfig, store: Store, device: torch.device, kept: Path,
-    simulator: Evac | None = None,
-) -> Fitted:  # fmt: skip
-    """Engines for `networks`, put into place. `rollouts` makes a few in eager mode, whose inputs are what engines are compared on.
+    networks: Sequence[Network], rollouts: Callable[[], object], settings: EnginesConfig, store: Store, kept: Path, simulator: Evac | None = None
+) -> Fitted:
+    """Engines for `networks`, each on its own device, put into place. `rollouts` makes a few in eager mode: their inputs are what engines are
+    compared on.
 
     What is taken is written to `kept`; where that is there, its back ends are taken again, so that a run that goes on makes the same bits.
     EngineError where one of these cannot be had any more.
@@ -385,16 +391,18 @@ def fitted(
     choices = []
     for network in networks:
         if network.name not in before:
-            choices.append(choose(network, settings, store, device, recorded[network.name]))
+            choices.append(choose(network, settings, store, network.device, recorded[network.name]))
             continue
         name = before[network.name]
-        again = choose(network, dataclasses.replace(settings, back_end=name), store, device, recorded[network.name])
+        again = choose(network, dataclasses.replace(settings, back_end=name), store, network.device, recorded[network.name])
         if again.engine.back_end != name:
             raise EngineError(f"{kept}: {network.name} was begun with {name}, which is not to be had now ({again.why}); begin the stage anew")
         choices.append(again)
     if simulator is not None:
+        device = simulator.latent_scale.device
         frame = torch.zeros(simulator.config.height, simulator.config.width, 3, dtype=torch.uint8, device=device)
-        choices = checked_loop(simulator, choices, store, frame)
+        with on(device):
+            choices = checked_loop(simulator, choices, store, frame)
     place(choices)
     if not kept.is_file():
         checkpoint.write_text(kept, json.dumps({one.network.name: one.engine.back_end for one in choices}, indent=1))

@@ -599,13 +599,20 @@ class LoopConfig:
     grad_clip: float = 1.0
     """Largest gradient norm, for LoRA and for the heads."""
     slots: int = 16
-    """Rollouts in flight at once, on each GPU; on a CPU over all workers."""
+    """Rollouts in flight at once, on each GPU that has a policy; on a CPU over all workers."""
     bucket: int = 4
     """Rows of every batch of policy and simulator in rollouts; fewer are padded. Rollouts depend on it in their last bits, on slots they do not."""
     judge_bucket: int = 1
     """Chunks that the reflector judges at once; above 1, scores may depend on who is judged together, in their last bits."""
     overlap: Literal["off", "auto", "always"] = "auto"
     """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
+    streams: int = 1
+    """Batches at once on one GPU, of different stages, each on a CUDA stream of its own; a CPU's workers have one."""
+    apart: Literal["none", "simulator", "reflector"] = "none"
+    """Which network of rollouts has GPUs of its own, the last `apart_gpus` of the run's; the others then share the rest. none: each GPU has all.
+    `worldenv-bench plan` says where it pays. Rollouts do not depend on it."""
+    apart_gpus: int = 0
+    """How many GPUs that network has [GPUs]."""
     drop_uniform_groups: bool = False
     """Leave groups whose returns are all equal out of the update: their advantages are 0. No other groups are rolled out in their place."""
     scale_factor: float = 1.0
@@ -627,8 +634,11 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.group < 2:
             raise ValueError(f"group={self.group}: leaving one out needs at least 2 rollouts per start state")
-        if min(self.slots, self.bucket, self.judge_bucket) < 1:
-            raise ValueError(f"slots={self.slots}, bucket={self.bucket}, judge_bucket={self.judge_bucket}: want at least 1 of each")
+        if min(self.slots, self.bucket, self.judge_bucket, self.streams) < 1:
+            given = f"slots={self.slots}, bucket={self.bucket}, judge_bucket={self.judge_bucket}, streams={self.streams}"
+            raise ValueError(f"{given}: want at least 1 of each")
+        if self.apart_gpus < 0 or (self.apart == "none") != (self.apart_gpus == 0):
+            raise ValueError(f"apart={self.apart}, apart_gpus={self.apart_gpus}: want none and 0, or a network and at least 1")
         if (self.group * self.contexts) % self.batch:
             raise ValueError(f"batch={self.batch} does not divide group * contexts = {self.group * self.contexts} rollouts")
         if self.permutation < 0 or (self.permutation and self.control != "shuffle"):

@@ -123,8 +123,7 @@ class Run:
         known = out / "run.json"
         if known.is_file():
             stored = settings_of(out)
-            # how many GPUs make the rollouts may change when a run goes on: they make the same ones
-            theirs, ours = config.to_dict(dataclasses.replace(stored, gpus=settings.gpus)), config.to_dict(settings)
+            theirs, ours = config.to_dict(_where_asked(stored, settings)), config.to_dict(settings)
             if differing := list(_differences(theirs, ours)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 what = f"{'; '.join(differing[:3])}{more}"
@@ -133,7 +132,7 @@ class Run:
             raise RunError(f"{out} exists and is no run of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = held(out)
-        if not known.is_file() or stored.gpus != settings.gpus:
+        if not known.is_file() or stored != settings:
             checkpoint.write_text(known, json.dumps({"settings": config.to_dict(settings)}, indent=1))
 
     def folder(self, stage: str) -> Path:
@@ -214,6 +213,12 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, target)
+
+
+def _where_asked(stored: config.RunConfig, asked: config.RunConfig) -> config.RunConfig:
+    """`stored` with the GPUs of `asked`: which of them make the rollouts may change when a run goes on, since they make the same ones."""
+    loop = dataclasses.replace(stored.loop, streams=asked.loop.streams, apart=asked.loop.apart, apart_gpus=asked.loop.apart_gpus)
+    return dataclasses.replace(stored, gpus=asked.gpus, loop=loop)
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:

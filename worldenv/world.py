@@ -37,7 +37,7 @@ class Scene:
     proprio: torch.Tensor
     """(P,) float32."""
     inside: Any
-    """What the world itself remembers; what its judge does is a watch, and apart from this: it comes later."""
+    """What the world itself remembers, None before `World.enter`; what its judge does is a watch, and apart from this: it comes later."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,11 @@ class World(Protocol):
         ...
 
     def begin(self, contexts: Sequence[Context], numbers: Sequence[int]) -> list[Scene]:
-        """Rollouts `numbers` at the start of their contexts."""
+        """Rollouts `numbers` at the start of their contexts, as a policy sees them."""
+        ...
+
+    def enter(self, scenes: Sequence[Scene]) -> list[Any]:
+        """What the world remembers of B rollouts that have just begun (`Scene.inside`), which its stages are to be given."""
         ...
 
     def watch(self, scenes: Sequence[Scene]) -> list[Any]:
@@ -103,6 +107,12 @@ def advance(world: World, scenes: Sequence[Scene], command: torch.Tensor) -> lis
         for _ in range(stage.steps):
             work = stage.run(work)
     return work
+
+
+def started(world: World, contexts: Sequence[Context], numbers: Sequence[int]) -> list[Scene]:
+    """Rollouts `numbers` at the start of their contexts, which can be advanced."""
+    scenes = world.begin(contexts, numbers)
+    return [replace(scene, inside=inside) for scene, inside in zip(scenes, world.enter(scenes), strict=True)]
 
 
 def ended_at(score: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -142,36 +152,52 @@ class _Imagining:
     """The simulator's."""
 
 
+def _start(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pose (1, 7) and gripper (1,) there."""
+    return torch.from_numpy(context.pose)[None], torch.tensor([context.gripper], dtype=torch.float64)
+
+
 class ImaginedWorld:
     """Kinematics moves the gripper, the action map draws its path, the simulator imagines the frames, the reflector scores them."""
 
     at_home = False
 
     def __init__(
-        self, simulator: Simulator, reflector: Reflector | None, robot: Robot, controller: kinematics.ControllerModel,
+        self, simulator: Simulator | None, reflector: Reflector | None, robot: Robot, controller: kinematics.ControllerModel,
         camera: Camera, latent: tuple[int, int], seed: int, device: torch.device,
     ) -> None:  # fmt: skip
-        """`latent` (h, w) is the simulator's latent size; without a reflector every score is 0 and nothing ends."""
-        self._simulator, self._reflector = simulator, reflector
+        """`latent` (h, w) is the simulator's latent size; without a reflector every score is 0 and nothing ends. Without a simulator it can begin
+        and judge: the simulator is on another device.
+        """
+        self._simulated, self._reflector = simulator, reflector
         self._robot, self._controller, self._camera, self._latent = robot, controller, camera, latent
         self._seed, self._device = seed, device
 
     @property
+    def _simulator(self) -> Simulator:
+        if self._simulated is None:
+            raise RuntimeError(f"the world on {self._device} has no simulator: chunks are made on another device")
+        return self._simulated
+
+    @property
     def stages(self) -> tuple[WorldStage, ...]:
-        """See `World.stages`. The noise of a chunk is a function of (seed, rollout number, chunk) alone."""
+        """See `World.stages`. The noise of a chunk is a function of (seed, rollout number, chunk) alone. RuntimeError without a simulator."""
         denoise = WorldStage("denoise", self._denoise, self._simulator.steps)
         return WorldStage("encode", self._encode), denoise, WorldStage("decode", self._decode)
 
     def begin(self, contexts: Sequence[Context], numbers: Sequence[int]) -> list[Scene]:
         """See `World.begin`."""
-        frame = torch.from_numpy(np.stack([context.frame for context in contexts])).to(self._device)
-        memories = self._simulator.begin(frame)
-        scenes = []
-        for i, (context, number) in enumerate(zip(contexts, numbers, strict=True)):
-            pose, gripper = torch.from_numpy(context.pose)[None], torch.tensor([context.gripper], dtype=torch.float64)
-            inside = _Imagined(kinematics.rest(pose, gripper), memories[i])
-            scenes.append(Scene(context, number, 0, frame[i], self._proprio(pose, gripper)[0], inside))
-        return scenes
+        frame = self._frames(contexts)
+        proprio = [self._proprio(*_start(context))[0] for context in contexts]
+        return [Scene(context, number, 0, frame[i], proprio[i], None) for i, (context, number) in enumerate(zip(contexts, numbers, strict=True))]
+
+    def enter(self, scenes: Sequence[Scene]) -> list[Any]:
+        """See `World.enter`."""
+        memories = self._simulator.begin(self._frames([scene.context for scene in scenes]))
+        return [_Imagined(kinematics.rest(*_start(scene.context)), memory) for scene, memory in zip(scenes, memories, strict=True)]
+
+    def _frames(self, contexts: Sequence[Context]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([context.frame for context in contexts])).to(self._device)
 
     def watch(self, scenes: Sequence[Scene]) -> list[Any]:
         """See `World.watch`."""

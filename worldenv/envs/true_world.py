@@ -37,6 +37,10 @@ class TrueWorld:
             scenes.append(Scene(context, number, 0, self._frames([now])[0], self._proprio(now), self._env.capture()))
         return scenes
 
+    def enter(self, scenes: Sequence[Scene]) -> list[Any]:
+        """See `World.enter`: what `begin` has seen to."""
+        return [scene.inside for scene in scenes]
+
     def _frames(self, moments: Sequence[Snapshot]) -> torch.Tensor:
         return torch.from_numpy(np.stack([moment.frame for moment in moments])).to(self._device)
 

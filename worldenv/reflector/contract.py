@@ -11,7 +11,7 @@ from worldenv.config import ReflectorConfig
 
 
 class Reflector(Protocol):
-    """Scores R(o_1:t, g) for every new frame t of a growing video. What it remembers is per rollout."""
+    """Scores R(o_1:t, g) for every new frame t of a growing video. What it remembers is per rollout. Frames may be on any device."""
 
     def begin(self, instruction: Sequence[str], frame: torch.Tensor) -> list[Any]:
         """Watches of B videos that start at `frame` (B, H, W, 3) uint8."""
@@ -32,4 +32,8 @@ class Judge(Reflector, Protocol):
     @property
     def config(self) -> ReflectorConfig:
         """What it was made with."""
+        ...
+
+    def to(self, device: torch.device) -> Judge:
+        """Move the weights; returns itself."""
         ...

@@ -12,12 +12,13 @@ measured by tests/test_rollout_bits.py. docs/scheduler.md says what it costs.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from worldenv.policy.contract import Policy
 from worldenv.world import Made, Scene, World, WorldStage, ended_at, observe
 
 T = TypeVar("T")
+Part = Literal["policy", "simulator", "reflector"]
+"""Of a rollout: a network, or what stands in its place."""
 _CPU = torch.device("cpu")
 _NO_HURRY_S = 3600.0
 """Work that waits longer goes before fuller batches. It cannot wait for ever: who waits holds a slot, and slots run out."""
@@ -48,14 +51,26 @@ class Assignment:
     context: Context
 
 
+def placement(devices: int, apart: Literal["none", "simulator", "reflector"], alone: int) -> list[frozenset[Part]]:
+    """Parts by device: all on each, or `apart` on the last `alone` of them and the others on the rest. ValueError: none is left for the others."""
+    everything = frozenset[Part](get_args(Part))
+    if apart == "none":
+        return [everything] * devices
+    if not 0 < alone < devices:
+        raise ValueError(f"{apart} on {alone} of {devices} devices of its own: want 1 at least, and 1 less than there are at most; or apart=none")
+    return [everything - {apart}] * (devices - alone) + [frozenset[Part]({apart})] * alone
+
+
 @dataclass(frozen=True)
 class Replica:
-    """The networks of one device; a CPU may have several workers with the same ones."""
+    """The networks of one device; a CPU may have several workers with the same ones. Not every one must have all of them."""
 
     policy: Policy
     world: World
     device: torch.device = _CPU
     """Where they compute; a GPU with its number."""
+    parts: frozenset[Part] = frozenset(get_args(Part))
+    """What is done here: `policy` acts, `world` makes chunks (simulator), `world` judges them (reflector). What is not is never asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Schedule:
     """How rollouts are scheduled. Which rollouts come out does not depend on it, on a CPU bit for bit while the buckets are the same."""
 
     slots: int = 16
-    """Rollouts in flight at once on each device, over all its workers."""
+    """Rollouts in flight at once on each device with a policy, over all its workers."""
     bucket: int = 4
     """Rows of every batch of policy and simulator; fewer are padded."""
     judge_bucket: int = 1
@@ -73,7 +88,7 @@ class Schedule:
     attempts: int = 3
     """Runs of a step that fails alone, before its rollout is given up."""
     streams: int = 1
-    """Batches at once on one worker, of different stages; there is nothing to overlap with where one batch takes the whole worker."""
+    """Batches at once on one worker, of different stages, on a GPU each on a CUDA stream of its own; nothing is gained where one takes the whole."""
 
     def __post_init__(self) -> None:
         if min(self.slots, self.bucket, self.judge_bucket, self.attempts, self.streams) < 1:
@@ -86,8 +101,9 @@ class Schedule:
         return max(1, min(torch.get_num_threads(), self.slots // self.bucket))
 
     def each(self, replicas: Sequence[Replica]) -> int:
-        """Slots of each of `replicas`: workers of one device share its own."""
-        return -(-self.slots * len({replica.device for replica in replicas}) // len(replicas))
+        """Slots of each of `replicas` that has a policy: workers of one device share its own."""
+        acting = [replica.device for replica in replicas if "policy" in replica.parts]
+        return -(-self.slots * len(set(acting)) // len(acting))
 
 
 @dataclass
@@ -117,8 +133,10 @@ class Flight:
     """One rollout while it is made. The front (policy and world) writes `scene`, `work` and a query's start, the judge `watch` and a query's end."""
 
     job: Assignment
+    first: Scene | None = None
+    """Where it began; None before that."""
     scene: Scene | None = None
-    """Where the front is; None before it has begun."""
+    """Where the front is."""
     work: Any = None
     """What the last stage left."""
     watch: Any = None
@@ -209,8 +227,12 @@ class Flights:
         keep_frames: bool = False,
     ) -> None:  # fmt: skip
         """One worker per replica, its own device to the scheduler. A rollout ends at the first step whose score is above `threshold`, or after
-        `steps` [control steps]. ValueError where those are no multiple of the chunk, or a world with a home is to have several workers.
+        `steps` [control steps]. What a worker needs of another's is brought to its device. ValueError where `steps` are no multiple of the chunk,
+        a world with a home is to have several workers, or nobody has a part.
         """
+        where = {part: [i for i, replica in enumerate(replicas) if part in replica.parts] for part in get_args(Part)}
+        if missing := [part for part, those in where.items() if not those]:
+            raise ValueError(f"{len(replicas)} replicas without a {' and a '.join(missing)}: want at least one of each part")
         chunk = replicas[0].policy.chunk
         if steps < chunk or steps % chunk:
             raise ValueError(f"steps={steps}: want a multiple of the policy's chunk of {chunk}")
@@ -219,24 +241,25 @@ class Flights:
         self._replicas, self._seed, self._threshold, self._greedy, self._keep = replicas, seed, threshold, greedy, keep_frames
         self._chunks = steps // chunk
         self._flights: dict[int, Flight] = {}
-        self._starts: dict[tuple[int, int], tuple[Scene, Any]] = {}  # by group and worker
+        self._starts: dict[tuple[int, int, str], Any] = {}  # by group, worker and what it is
         self._failure: Exception | None = None
         self._home = _Home()
-        self._local = threading.local()
+        self._ready: set[int] = set()  # threads, by number: what threading.local holds is lost between two calls of a thread that is not Python's
         self._threads = torch.get_num_threads()
-        parts: list[tuple[str, Callable[[_core.Batch], Any], int, int]] = [("policy", self._act, schedule.bucket, 1)]
-        worlds = [replica.world.stages for replica in replicas]
-        for i, stage in enumerate(worlds[0]):
-            everywhere, last = [stages[i] for stages in worlds], i == len(worlds[0]) - 1
-            parts.append((stage.name, self._making(everywhere, last), schedule.bucket if stage.batched else 1, stage.steps))
-        parts.append(("reflector", self._judge, schedule.judge_bucket, 1))
-        devices = range(len(replicas))
+        stages = [_core.Stage("policy", [schedule.bucket], 1, where["policy"])]
+        runs: list[Callable[[_core.Batch], Any]] = [self._act]
+        worlds = {i: replicas[i].world.stages for i in where["simulator"]}
+        parts = next(iter(worlds.values()))
+        for number, stage in enumerate(parts):
+            stages.append(_core.Stage(stage.name, [schedule.bucket if stage.batched else 1], stage.steps, where["simulator"]))
+            runs.append(self._making({i: one[number] for i, one in worlds.items()}, number == 0, number == len(parts) - 1))
+        stages.append(_core.Stage("reflector", [schedule.judge_bucket], 1, where["reflector"]))
         config = _core.SchedulerConfig(
-            [_core.Stage(name, [bucket], steps, devices) for name, _, bucket, steps in parts], devices=len(replicas),
-            slots=schedule.each(replicas), overlap=schedule.overlap, max_wait=_NO_HURRY_S, attempts=schedule.attempts,
-            streams=schedule.streams,
+            stages, devices=len(replicas), slots=schedule.each(replicas), overlap=schedule.overlap, max_wait=_NO_HURRY_S,
+            attempts=schedule.attempts, streams=schedule.streams,
         )  # fmt: skip
-        self._runner = _core.Runner(config, [self._guarded(run) for _, run, _, _ in parts])
+        everything = zip(stages, (*runs, self._judge), strict=True)
+        self._runner = _core.Runner(config, [self._guarded(run, stage.steps, schedule.streams) for stage, run in everything])
 
     def __enter__(self) -> Flights:
         return self
@@ -267,8 +290,8 @@ class Flights:
         failed: list[str] = []
         while (report := self._home.next()) is not None:
             if isinstance(report, _core.GroupEnding):
-                for worker in range(len(self._replicas)):
-                    self._starts.pop((report.group, worker), None)
+                for worker, what in itertools.product(range(len(self._replicas)), ("scene", "inside", "watch")):
+                    self._starts.pop((report.group, worker, what), None)
                 continue
             flight = self._flights.pop(report.rollout)
             del flight.queries[report.chunks :]
@@ -297,63 +320,77 @@ class Flights:
 
     # what the scheduler calls, on its threads
 
-    def _guarded(self, run: Callable[[_core.Batch], Any]) -> Callable[[_core.Batch], Any]:
+    def _guarded(self, run: Callable[[_core.Batch], Any], steps: int, streams: int) -> Callable[[_core.Batch], Any]:
         def guarded(batch: _core.Batch) -> Any:
-            device = self._replicas[batch.device].device
-            if not hasattr(self._local, "alone"):
-                self._local.alone = True
+            if (thread := threading.get_ident()) not in self._ready:
+                self._ready.add(thread)
                 torch.set_num_threads(1)  # several threads would cut a batch into parts, so that a row's place counts
+                device = self._replicas[batch.device].device
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
+                    if streams > 1:  # what a chunk passes once goes before what it passes many times: others wait for it
+                        torch.cuda.set_stream(torch.cuda.Stream(device, 0 if steps > 1 else -1))  # type: ignore[no-untyped-call]
             try:
                 with torch.no_grad():
-                    answer = run(batch)
-                if device.type == "cuda":  # a batch is done when its kernels are, not when they are queued: stages are judged by their times
-                    torch.cuda.current_stream(device).synchronize()
-                return answer
+                    return run(batch)
             except Exception as error:
                 self._failure = error
                 raise
 
         return guarded
 
+    def _settle(self, worker: int) -> None:
+        """Wait for the kernels of this thread's batch. Only then is anything changed that a rollout holds: a batch that failed has changed nothing,
+        the next stage may be on another stream, and the memory of what is read here is not given away before. Stages are judged by their times, too.
+        """
+        device = self._replicas[worker].device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
     def _taken(self, batch: _core.Batch) -> list[Flight]:
         return [self._flights[number] for number in batch.rollout.tolist()]
 
-    def _begun(self, flight: Flight, worker: int) -> tuple[Scene, Any]:
-        """The rollout's first scene and its judge's watch, made once for its group: alone, so that nobody else has a part in it."""
-        key = (flight.job.group, worker)
+    def _start(self, flight: Flight, worker: int, what: str, made: Callable[[World], Any]) -> Any:
+        """What a worker's world makes of the rollout's start, once for its group: alone, so that nobody else has a part in it."""
+        key = (flight.job.group, worker, what)
         if key not in self._starts:
-            world, job = self._replicas[worker].world, flight.job
+            world = self._replicas[worker].world
+            self._starts[key] = self._home.call(lambda: made(world)) if world.at_home else made(world)
+        return self._starts[key]
 
-            def begin() -> tuple[Scene, Any]:
-                scenes = world.begin([job.context], [job.number])
-                return scenes[0], world.watch(scenes)[0]
-
-            self._starts[key] = self._home.call(begin) if world.at_home else begin()
-        scene, watch = self._starts[key]
-        return replace(scene, number=flight.job.number, context=flight.job.context), watch
+    def _begun(self, flight: Flight, worker: int) -> Scene:
+        job = flight.job
+        scene: Scene = self._start(flight, worker, "scene", lambda world: world.begin([job.context], [job.number])[0])
+        return replace(scene, number=job.number, context=job.context)
 
     def _act(self, batch: _core.Batch) -> None:
-        policy, flights = self._replicas[batch.device].policy, self._taken(batch)
+        replica, flights = self._replicas[batch.device], self._taken(batch)
         for flight in flights:
             if flight.scene is None:
-                flight.scene, flight.watch = self._begun(flight, batch.device)
-        scenes = [flight.scene for flight in flights if flight.scene is not None]
+                flight.first = flight.scene = self._begun(flight, batch.device)
+        scenes = [_at(flight.scene, replica.device) for flight in flights if flight.scene is not None]
         asked = _padded(scenes, batch.shape)
-        answer = policy.act(observe(asked), None if self._greedy else draw_uniform(policy, asked, self._seed))
-        for i, (flight, scene) in enumerate(zip(flights, scenes, strict=True)):
-            # Copies, because a view would keep the answers of the whole batch
-            action, log_prob, command = (rows[i].clone() for rows in (answer.action, answer.log_prob, answer.command))
+        answer = replica.policy.act(observe(asked), None if self._greedy else draw_uniform(replica.policy, asked, self._seed))
+        # Copies, because a view would keep the answers of the whole batch
+        own = [tuple(rows[i].clone() for rows in (answer.action, answer.log_prob, answer.command)) for i in range(len(flights))]
+        self._settle(batch.device)
+        for flight, scene, (action, log_prob, command) in zip(flights, scenes, own, strict=True):
             flight.queries.append(Query(scene.frame, scene.proprio, action, log_prob, command))
             flight.work = scene, command
 
-    def _making(self, stages: Sequence[WorldStage], last: bool) -> Callable[[_core.Batch], None]:
+    def _making(self, of_worker: Mapping[int, WorldStage], first: bool, last: bool) -> Callable[[_core.Batch], None]:
+        def entered(flight: Flight, worker: int) -> tuple[Scene, torch.Tensor]:
+            scene, command = flight.work
+            if scene.chunk == 0:
+                scene = replace(scene, inside=self._start(flight, worker, "inside", lambda world: world.enter([scene])[0]))
+            return scene, command
+
         def make(batch: _core.Batch) -> None:
-            flights, stage = self._taken(batch), stages[batch.device]
-            rows = _padded([flight.work for flight in flights], batch.shape)
+            flights, stage = self._taken(batch), of_worker[batch.device]
+            rows = _padded([entered(flight, batch.device) if first else flight.work for flight in flights], batch.shape)
             world = self._replicas[batch.device].world
             done = self._home.call(lambda: stage.run(rows)) if world.at_home else stage.run(rows)
+            self._settle(batch.device)
             for flight, one, step in zip(flights, done[: len(flights)], batch.step.tolist(), strict=True):
                 flight.work = one
                 if last and step == stage.steps - 1:
@@ -362,10 +399,12 @@ class Flights:
         return make
 
     def _judge(self, batch: _core.Batch) -> list[tuple[bool, float]]:
-        flights, world = self._taken(batch), self._replicas[batch.device].world
-        queries = [flight.queries[chunk] for flight, chunk in zip(flights, batch.chunk.tolist(), strict=True)]
+        flights, world, chunks = self._taken(batch), self._replicas[batch.device].world, batch.chunk.tolist()
+        queries = [flight.queries[chunk] for flight, chunk in zip(flights, chunks, strict=True)]
         made = _padded([query.made for query in queries if query.made is not None], batch.shape)
-        score, watches = world.judge(_padded([flight.watch for flight in flights], batch.shape), made)
+        watched = [flight.watch if chunk else self._watch(flight, batch.device) for flight, chunk in zip(flights, chunks, strict=True)]
+        score, watches = world.judge(_padded(watched, batch.shape), made)
+        self._settle(batch.device)
         score = score[: len(flights)]
         if not bool(torch.isfinite(score).all()):
             raise FloatingPointError(f"a score is {score[~torch.isfinite(score)][0].item()}")
@@ -376,6 +415,19 @@ class Flights:
                 query.made = None
             verdicts.append((end < score.shape[1], float(score[i, min(end, score.shape[1] - 1)])))
         return verdicts
+
+
+    def _watch(self, flight: Flight, worker: int) -> Any:
+        assert flight.first is not None
+        first = flight.first
+        return self._start(flight, worker, "watch", lambda world: world.watch([first])[0])
+
+
+def _at(scene: Scene, device: torch.device) -> Scene:
+    """`scene` with what a policy sees of it on `device`; what the world remembers stays where it is."""
+    if scene.frame.device == device:
+        return scene
+    return replace(scene, frame=scene.frame.to(device), proprio=scene.proprio.to(device))
 
 
 def _same(one: Context, other: Context) -> bool:

@@ -24,7 +24,7 @@ from worldenv.reflector import weights as reflectors
 from worldenv.reflector.classifier import ClassifierReflector
 from worldenv.reflector.contract import Judge
 from worldenv.reflector.judge import LlavaReflector
-from worldenv.rollout.collect import Flights, Replica, Schedule
+from worldenv.rollout.collect import Flights, Part, Replica, Schedule, placement
 from worldenv.run import Run, RunError
 from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
@@ -55,6 +55,15 @@ class Desk:
             return gpus_of(self.device, self.settings.gpus)
         except ValueError as error:
             raise RunError(f"{error} (0: all)") from error
+
+    @property
+    def places(self) -> list[tuple[torch.device, frozenset[Part]]]:
+        """Which networks of imagined rollouts are on which of `devices`; the first has the policy. RunError where none is left for the others."""
+        loop = self.settings.loop
+        try:
+            return list(zip(self.devices, placement(len(self.devices), loop.apart, loop.apart_gpus), strict=True))
+        except ValueError as error:
+            raise RunError(f"loop.apart, loop.apart_gpus: {error}") from error
 
     @functools.cached_property
     def env(self) -> ChosenTasks:
@@ -98,10 +107,10 @@ class Desk:
         """As `simulator`."""
         return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(device or self.device)
 
-    def world(self, reflector: Judge | None, simulator: Evac | None = None, device: torch.device | None = None) -> ImaginedWorld:
+    def world(self, reflector: Judge | None, simulator: Evac | None, device: torch.device | None = None) -> ImaginedWorld:
         """Of networks that are on `device`, without one on the run's."""
-        simulator, device = self.simulator() if simulator is None else simulator, device or self.device
-        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, simulator.config.latent, self.seed, device)
+        latent = (0, 0) if simulator is None else simulator.config.latent  # what is drawn for it
+        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, latent, self.seed, device or self.device)
 
     def flights(self, replicas: Sequence[Replica], threshold: float, keep_frames: bool = False) -> Flights:
         """On this run's schedule."""
@@ -111,7 +120,8 @@ class Desk:
     def schedule(self) -> Schedule:
         """Of every rollout in this run."""
         loop = self.settings.loop
-        return Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap)
+        streams = loop.streams if self.device.type == "cuda" else 1
+        return Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap, streams=streams)
 
     def context(self, task: int, index: int) -> Context:
         """Training state `index` of `task`."""

@@ -34,7 +34,7 @@ def evaluate(desk: Desk, stage: Stage) -> None:
     stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
     stage.metrics["curve"] = _curve(desk)
-    stage.metrics["world"] = _fidelity(desk, desk.world(reflector), desk.explored[1])
+    stage.metrics["world"] = _fidelity(desk, desk.world(reflector, desk.simulator()), desk.explored[1])
     for i, name in enumerate(("sft", "loop")):
         pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
         stage.metrics.setdefault("engines", {})[name] = engines

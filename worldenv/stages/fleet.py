@@ -15,6 +15,7 @@ import torch
 from worldenv import compiled
 from worldenv.devices import on
 from worldenv.engines.parity import Parity
+from worldenv.engines.recipe import Precision
 from worldenv.engines.store import Store
 from worldenv.envs.true_world import TrueWorld
 from worldenv.policy.openvla_oft import OpenVLAOFT
@@ -22,7 +23,6 @@ from worldenv.reflector.contract import Judge
 from worldenv.rollout.collect import Assignment, Replica
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import RECORD_NUMBERS, Desk
-from worldenv.world import World
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,20 @@ class Fleet:
 
     replicas: list[Replica]
     """One for each worker."""
-    fitted: list[compiled.Fitted]
-    """Engines, by device."""
+    fitted: list[tuple[torch.device, compiled.Fitted]]
+    """Engines: those of the first device of each kind, where the first policy is; then of the others."""
     policies: list[OpenVLAOFT]
-    """By device; the first one is trained, the others are its copies."""
+    """By device that has one; the first one is trained, the others are its copies."""
+
+    @property
+    def least(self) -> list[Replica]:
+        """As few of them as have all networks."""
+        return list({replica.parts: replica for replica in reversed(self.replicas)}.values())
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
-        """For a record, by name: what runs each network on the first device."""
-        return self.fitted[0].plain
+        """For a record, by name: what runs each network."""
+        return self.fitted[0][1].plain
 
     def follow(self) -> dict[str, Parity]:
         """Have all devices act by the first policy's present weights. Returns how its engines compared after that, by name."""
@@ -50,28 +55,60 @@ class Fleet:
                     if own.requires_grad:
                         own.copy_(first[name])
         found = []
-        for one, policy in zip(self.fitted, self.policies, strict=True):
-            with on(policy.device):
+        for device, one in self.fitted:
+            with on(device):
                 found.append(one.refit())
         return found[0]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One device's part in it."""
+
+    replica: Replica
+    policy: OpenVLAOFT | None
+    networks: list[compiled.Network]
+    simulator: Evac | None
 
 
 def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | None) -> Fleet:
     """The fleet of `policy`, which is on the run's device: in the imagined world with `reflector`, or in the true environment without.
 
-    Engines are fitted, and what was taken is kept in stage folder `folder`. RunError where the run asks for GPUs that are not there.
+    Engines are fitted, and what was taken is kept in stage folder `folder`. Where the run's device has no reflector, `reflector` is moved to where
+    it has its place. RunError where the run asks for GPUs that are not there.
     """
-    simulator = None if reflector is None else desk.simulator()
-    world: World = TrueWorld(desk.env, desk.device) if simulator is None else desk.world(reflector, simulator)
-    elsewhere = [] if world.at_home else desk.devices[1:]
-    others = [(device, _copied(policy, device)) for device in elsewhere]  # before engines, which cannot be copied, are in it
-    replicas = [Replica(policy, world, desk.devices[0])] * desk.schedule.workers(desk.device, world)
-    fitted = [_fitted(desk, folder, policy, replicas, simulator, reflector)]
-    for device, other in others:
-        simulator, judge = desk.simulator(device), desk.reflector(device)
-        replicas.append(Replica(other, desk.world(judge, simulator, device), device))
-        fitted.append(compiled.alike(fitted[0], _networks(desk, other, simulator, judge), _store(desk), device))
-    return Fleet(replicas, fitted, [policy, *(other for _, other in others)])
+    members = [_in_truth(desk, policy)] if reflector is None else _in_imagination(desk, policy, reflector)
+    leads = list({member.replica.parts: member for member in reversed(members)}.values())[::-1]
+    workers = desk.schedule.workers(desk.device, members[0].replica.world)
+    replicas = [member.replica for member in members] if len(members) > 1 else [members[0].replica] * workers
+    fitted = _fitted(desk, folder, replicas if len(members) == 1 else [lead.replica for lead in leads], leads, imagined=reflector is not None)
+    copies = [
+        (member.replica.device, compiled.alike(fitted, member.networks, _store(desk), member.replica.device)) for member in members
+        if member not in leads
+    ]  # fmt: skip
+    return Fleet(replicas, [(desk.devices[0], fitted), *copies], [member.policy for member in members if member.policy is not None])
+
+
+def _in_truth(desk: Desk, policy: OpenVLAOFT) -> _Member:
+    """It has a home, and so one device."""
+    replica = Replica(policy, TrueWorld(desk.env, desk.device), desk.devices[0])
+    return _Member(replica, policy, compiled.of_rollout(policy, None, None, _precision(desk), desk.settings.loop.bucket), None)
+
+
+def _in_imagination(desk: Desk, policy: OpenVLAOFT, reflector: Judge) -> list[_Member]:
+    members: list[_Member] = []
+    loop, given = desk.settings.loop, [reflector]
+    for number, (device, parts) in enumerate(desk.places):
+        acts = None
+        if "policy" in parts:
+            acts = _copied(policy, device) if number else policy  # before engines, which cannot be copied, are in it
+        simulator = desk.simulator(device) if "simulator" in parts else None
+        judge = None
+        if "reflector" in parts:
+            judge = given.pop().to(device) if given else desk.reflector(device)
+        networks = compiled.of_rollout(acts, simulator, judge, _precision(desk), loop.bucket, loop.judge_bucket * policy.chunk)
+        members.append(_Member(Replica(acts or policy, desk.world(judge, simulator, device), device, parts), acts, networks, simulator))
+    return members
 
 
 def _copied(policy: OpenVLAOFT, device: torch.device) -> OpenVLAOFT:
@@ -84,16 +121,13 @@ def _store(desk: Desk) -> Store:
     return Store(desk.run.out / "engines", int(desk.settings.engines.limit_gb * 1e9))
 
 
-def _networks(desk: Desk, policy: OpenVLAOFT, simulator: Evac | None, reflector: Judge | None) -> list[compiled.Network]:
-    precision, loop = compiled.precision_of(desk.settings.engines, desk.device), desk.settings.loop
-    return compiled.of_rollout(policy, simulator, reflector, precision, loop.bucket, loop.judge_bucket)
+def _precision(desk: Desk) -> Precision:
+    return compiled.precision_of(desk.settings.engines, desk.device)
 
 
-def _fitted(
-    desk: Desk, folder: Path, policy: OpenVLAOFT, replicas: Sequence[Replica], simulator: Evac | None, reflector: Judge | None
-) -> compiled.Fitted:  # fmt: skip
+def _fitted(desk: Desk, folder: Path, replicas: Sequence[Replica], leads: Sequence[_Member], imagined: bool) -> compiled.Fitted:
     settings, engines = desk.settings, desk.settings.engines
-    if simulator is None:  # the true environment is most of such a rollout
+    if not imagined:  # the true environment is most of such a rollout
         engines = dataclasses.replace(engines, back_end="eager")
     tasks = len(desk.env.tasks)
     jobs = [Assignment(RECORD_NUMBERS + n, n, desk.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
@@ -102,5 +136,6 @@ def _fitted(
         with desk.flights(replicas, math.inf) as flights:
             list(flights.fly(jobs))
 
-    networks = _networks(desk, policy, simulator, reflector)
-    return compiled.fitted(networks, rollouts, engines, _store(desk), desk.device, folder / "engines.json", simulator)
+    networks = [network for lead in leads for network in lead.networks]
+    simulator = next((lead.simulator for lead in leads if lead.simulator is not None), None)
+    return compiled.fitted(networks, rollouts, engines, _store(desk), folder / "engines.json", simulator)

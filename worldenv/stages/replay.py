@@ -81,6 +81,6 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
 
 def _alone(desk: Desk, fleet: Fleet, threshold: float, job: Assignment) -> Flight:
     """One rollout without any other."""
-    with desk.flights(fleet.replicas[:1], threshold, keep_frames=True) as flights:
+    with desk.flights(fleet.least, threshold, keep_frames=True) as flights:
         (flight,) = flights.fly([job])
     return flight

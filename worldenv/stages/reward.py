@@ -24,7 +24,7 @@ def reward(desk: Desk, stage: Stage) -> None:
     """The reflector learns to see success, in true frames and in those that the simulator imagines of the same commands."""
     settings, (training, held_out) = desk.settings, desk.explored
     training = [*desk.episodes("demos"), *training]
-    imagined = desk.world(None)
+    imagined = desk.world(None, desk.simulator())
     drawn, drawn_held_out = (
         audit.imagine_episodes(imagined, some, settings.loop.slots, settings.policy.chunk, label)
         for some, label in ((training, "imagine"), (held_out, "imagine held-out"))

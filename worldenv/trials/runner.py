@@ -305,7 +305,7 @@ def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> None:
 
     try:
         store = Store(out.parent / "engines", int(asked.engines.limit_gb * 1e9))
-        compiled.fitted(bench.networks(asked.engines), rollouts, asked.engines, store, bench.device, out / "engines.json")
+        compiled.fitted(bench.networks(asked.engines), rollouts, asked.engines, store, out / "engines.json")
     finally:
         env.close()
 

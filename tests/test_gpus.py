@@ -187,9 +187,13 @@ def test_a_batch_whose_kernels_fail_has_changed_nothing(one: Plant, monkeypatch:
 @pytest.mark.parametrize(("streams", "want"), [(1, {0}), (2, {0, -1})])
 def test_stages_that_run_at_once_have_streams_of_their_own(one: Plant, streams: int, want: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     waited: set[Any] = set()
+    order: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", order.append)
     torch.cuda.Stream.taken.clear()  # type: ignore[attr-defined]  # numbers of threads come again
-    monkeypatch.setattr(torch.cuda.Stream, "synchronize", lambda stream: waited.add(stream))
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", lambda stream: (waited.add(stream), order.append("a batch")))
     fly(one, Schedule(6, one.bucket, 1, "always", streams=streams), [one.replica])
+    assert order[0] == torch.device("cuda", 0), "weights are there before the first batch"
+    assert order.count("a batch") == len(order) - 1
     assert len(waited) == 5, "one for each stage's thread"
     assert {stream.priority for stream in waited} == want
     assert sum(stream.priority == 0 for stream in waited) == (5 if streams == 1 else 1), "denoising gives way"

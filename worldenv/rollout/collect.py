@@ -283,6 +283,8 @@ class Flights:
             first = contexts.setdefault(job.group, job.context)
             if first is not job.context and not _same(first, job.context):
                 raise ValueError(f"group {job.group} has rollouts of several contexts: want one")
+        for device in {replica.device for replica in self._replicas if replica.device.type == "cuda"}:
+            torch.cuda.synchronize(device)  # weights may still be on their way, on a stream that no worker waits for
         self._flights |= {job.number: Flight(job) for job in jobs}
         self._runner.submit([(job.number, job.group, self._chunks) for job in jobs])
         pump = threading.Thread(target=self._pump, daemon=True)

@@ -178,6 +178,8 @@ def prepared(args: RolloutArgs) -> Bench:
     if min(counts) < 1 or not 0.0 < args.mean_end < 1.0:
         names = "--rollouts, --group, --slots, --bucket, --threads, --checked, --gpus, --streams"
         raise ValueError(f"{names}: want at least 1 of each; --mean-end between 0 and 1")
+    if args.streams > 1 and device_of(args.device).type != "cuda":
+        raise ValueError(f"--streams {args.streams} on {args.device}: a CPU's workers have one; take more --threads")
     tiny = config.PRESETS["tiny"]
     devices = gpus_of(device_of(args.device), args.gpus)
     if args.limit < 1 or args.limit % tiny.policy.chunk:

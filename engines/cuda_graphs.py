@@ -29,7 +29,7 @@ class Replayed:
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._done: torch.cuda.Event | None = None
-        """The last replay's end: its caller may have been on another stream."""
+        """The last call's end: its caller may have been on another stream, and all calls share memory, of the graphs or of an engine's context."""
 
     def __call__(self, *given: torch.Tensor) -> Any:
         """As `call`, on the device of the first input; one thread at a time, since a graph has one place for its inputs.
@@ -38,22 +38,26 @@ class Replayed:
         """
         key = tuple((one.shape, one.dtype) for one in given)
         with self._lock, torch.cuda.device(given[0].device):
-            if key not in self._graphs and len(self._graphs) < MOST_SHAPES:
-                self._graphs[key] = self._captured(given)
-            captured = self._graphs.get(key)
-            if captured is None:
-                return self._call(*given)
-            graph, inputs, outputs = captured
             if self._done is None:
                 self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             else:
                 torch.cuda.current_stream().wait_event(self._done)
-            for own, new in zip(inputs, given, strict=True):
-                own.copy_(new)
-            graph.replay()
-            made = tuple(one.clone() for one in outputs) if isinstance(outputs, tuple | list) else outputs.clone()
-            self._done.record()
-            return made
+            try:
+                return self._made(key, given)
+            finally:
+                self._done.record()
+
+    def _made(self, key: tuple[Any, ...], given: tuple[torch.Tensor, ...]) -> Any:
+        if key not in self._graphs and len(self._graphs) < MOST_SHAPES:
+            self._graphs[key] = self._captured(given)
+        captured = self._graphs.get(key)
+        if captured is None:
+            return self._call(*given)
+        graph, inputs, outputs = captured
+        for own, new in zip(inputs, given, strict=True):
+            own.copy_(new)
+        graph.replay()
+        return tuple(one.clone() for one in outputs) if isinstance(outputs, tuple | list) else outputs.clone()
 
     def _captured(self, given: tuple[torch.Tensor, ...]) -> _Captured | None:
         present = torch.cuda.current_stream()

@@ -40,7 +40,9 @@ class OnnxRuntime:
     def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         self._sessions: dict[tuple[tuple[str, int], ...], Any] = {}
-        self._session({} if not self._few else {name: opt for name, (_, opt, _) in self.recipe.ranges.items()})
+        most = self.recipe.cpu_rows
+        usual = {name: opt if most is None else min(opt, most) for name, (_, opt, _) in self.recipe.ranges.items()}
+        self._session(usual if self._few else {})
 
     def _session(self, lengths: Mapping[str, int]) -> Any:
         """For these lengths: who knows them computes no shapes. Which session a call gets depends on its shape alone, for bits do too."""

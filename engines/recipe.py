@@ -66,7 +66,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class EngineRecipe:
-    """One network of the rollout. Everything that decides a plan's bytes but weights, architecture and versions."""
+    """One network of the rollout. Everything that decides a plan's bytes but weights, architecture and versions; and how a CPU calls it."""
 
     name: str
     inputs: tuple[Binding, ...]
@@ -168,8 +168,8 @@ class EngineRecipe:
         passed.add(asked)
 
     def plain(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return dataclasses.asdict(self)
+        """What decides a plan's bytes, JSON-ready."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "cpu_rows"}
 
 
 def relative_error(ours: torch.Tensor, want: torch.Tensor) -> float:

@@ -62,7 +62,7 @@ def test_engines_run_the_rollouts_that_are_measured(tmp_path: Path, monkeypatch:
     assert (row["identical"], row["sequential_agrees"], row["back_end"]) == (True, True, "onnxruntime fp32")
 
 
-@pytest.mark.parametrize("wrong", [{"rollouts": 0}, {"limit": 12}, {"mean_end": 1.0}, {"threads": 0}])
+@pytest.mark.parametrize("wrong", [{"rollouts": 0}, {"limit": 12}, {"mean_end": 1.0}, {"threads": 0}, {"streams": 0}, {"streams": 2}])
 def test_what_cannot_be_measured_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         bench_rollout.prepared(dataclasses.replace(ARGS, **wrong))  # type: ignore[arg-type]

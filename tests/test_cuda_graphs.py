@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -149,3 +150,14 @@ def test_a_replay_waits_for_the_one_before_it_on_another_stream(card: Card) -> N
     card.now = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     replayed(torch.ones(2))
     assert card.order == [("wait", card.now.number), ("record", card.now.number)]
+
+
+def test_a_first_call_of_a_shape_and_one_without_a_graph_wait_too(card: Card) -> None:
+    """An engine's context has one memory for its activations, whether a graph runs it or not."""
+    replayed = Replayed(Doubling(card))
+    card.refuses = True
+    for size in (2, 2, 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            replayed(torch.ones(size))
+    assert [what for what, _ in card.order] == ["record", "wait", "record", "wait", "record"]

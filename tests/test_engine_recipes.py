@@ -124,6 +124,11 @@ def test_a_batch_of_any_bucket_is_in_range() -> None:
     assert most["reflector_llm"] == 72
 
 
+def test_how_a_cpu_calls_a_graph_is_no_part_of_its_name() -> None:
+    one = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}),), ("z",), 1e-5)
+    assert dataclasses.replace(one, cpu_rows=2).plain() == one.plain()
+
+
 def test_rows_that_are_cut_are_the_first_axis_of_all_that_varies() -> None:
     one = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}), Binding("w", {"width": 3})), ("z",), 1e-5, cpu_rows=2)
     for wrong in (

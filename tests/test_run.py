@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from worldenv import config
+from worldenv import config, train
 from worldenv.checkpoint import CheckpointError
 from worldenv.run import RECORD, Run, RunError, settings_of
 
@@ -16,9 +16,9 @@ def work(run, stage, fingerprint, text="output"):
         current.metrics["n"] = 3
 
 
-def fail(run, stage):
+def fail(run, stage, fingerprint="f"):
     def die():
-        with run.at_work(stage, "f") as current:
+        with run.at_work(stage, fingerprint) as current:
             current.savepoint("x").save({"step": 5})
             raise ZeroDivisionError
 
@@ -122,6 +122,30 @@ def test_a_run_goes_on_with_networks_in_other_places(tmp_path):
     assert settings_of(tmp_path).loop == placed
     with pytest.raises(RunError, match=r"loop\.slots: 16 there, 3 asked"):
         Run(tmp_path, dataclasses.replace(config.TINY, loop=dataclasses.replace(placed, slots=3)))
+
+
+def test_what_loop_has_done_is_kept_where_networks_move(tmp_path):
+    """A stage with other settings is begun anew; where its rollouts are made is none that counts."""
+
+    def begun(loop):
+        settings = dataclasses.replace(config.TINY, loop=loop)
+        run = Run(tmp_path, settings)
+        return run, run.fingerprint("loop", train.STAGES["loop"].settings(settings), [])
+
+    run, fingerprint = begun(config.TINY.loop)
+    fail(run, "loop", fingerprint)
+    run._lock.close()
+    run, fingerprint = begun(dataclasses.replace(config.TINY.loop, streams=2, apart="reflector", apart_gpus=1))
+    with run.at_work("loop", fingerprint) as stage:
+        assert stage.savepoint("x").load() == {"step": 5}
+
+
+@pytest.mark.parametrize("name", ["loop", "eval"])
+def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_path):
+    placed = dataclasses.replace(config.TINY.loop, apart="reflector", apart_gpus=1)
+    with pytest.raises(RunError, match=r"on cpu: reflector on 1 of 1 devices"):
+        train.train(tmp_path, dataclasses.replace(config.TINY, device="cpu", loop=placed), until=name)
+    assert not (tmp_path / "stages").exists()
 
 
 def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -644,6 +644,10 @@ class LoopConfig:
         if self.permutation < 0 or (self.permutation and self.control != "shuffle"):
             raise ValueError(f"permutation={self.permutation} with control={self.control}: want 0, or with control=shuffle any whole number above")
 
+    def placed_as(self, other: LoopConfig) -> LoopConfig:
+        """The same rollouts, on GPUs as `other` has them."""
+        return replace(self, streams=other.streams, apart=other.apart, apart_gpus=other.apart_gpus)
+
 
 @dataclass(frozen=True)
 class EnginesConfig:
@@ -701,7 +705,7 @@ class RunConfig:
     device: str = "auto"
     """torch device; auto takes cuda where there is one, else cpu."""
     gpus: int = 0
-    """GPUs that make rollouts at once where the device is cuda, each with all networks; 0: all that there are. Training takes one, or torchrun's."""
+    """GPUs that make rollouts at once where the device is cuda; 0: all that there are. Training takes one, or torchrun's."""
     env: EnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     sft: SftConfig = field(default_factory=SftConfig)

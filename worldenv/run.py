@@ -217,8 +217,7 @@ def _link(source: str, target: str) -> None:
 
 def _where_asked(stored: config.RunConfig, asked: config.RunConfig) -> config.RunConfig:
     """`stored` with the GPUs of `asked`: which of them make the rollouts may change when a run goes on, since they make the same ones."""
-    loop = dataclasses.replace(stored.loop, streams=asked.loop.streams, apart=asked.loop.apart, apart_gpus=asked.loop.apart_gpus)
-    return dataclasses.replace(stored, gpus=asked.gpus, loop=loop)
+    return dataclasses.replace(stored, gpus=asked.gpus, loop=stored.loop.placed_as(asked.loop))
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from worldenv import console
 from worldenv.checkpoint import Savepoint
-from worldenv.config import RunConfig
+from worldenv.config import LoopConfig, RunConfig
 from worldenv.learning import processes
 from worldenv.run import Run, Stage, savepoint_path
 from worldenv.stages.desk import Desk
@@ -42,7 +42,7 @@ STAGES: dict[str, Plan] = {
     "explore": Plan(explore, ("scale",), lambda c: [c.seed, c.env, c.explore]),
     "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.simulator, c.world]),
     "reward": Plan(reward, ("demos", "explore", "world"), lambda c: [c.seed, c.reflector, c.reward]),
-    "loop": Plan(loop, ("demos", "scale", "explore", "world", "reward"), lambda c: [c.seed, c.env, c.loop, c.engines]),
+    "loop": Plan(loop, ("demos", "scale", "explore", "world", "reward"), lambda c: [c.seed, c.env, c.loop.placed_as(LoopConfig()), c.engines]),
     "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report, c.engines]),
     "report": Plan(write_report, RECORDED, lambda c: [c]),
 }
@@ -91,6 +91,8 @@ def train(
     for name in again:
         run.forget(name)
     desk = Desk(run)
+    if {"loop", "eval"} & set(names):
+        _ = desk.places  # said before hours of work, not after
     for name in names:
         plan = STAGES[name]
         fingerprint = run.fingerprint(name, plan.settings(settings), list(_inputs(name, settings)))

@@ -33,7 +33,3 @@ class Judge(Reflector, Protocol):
     def config(self) -> ReflectorConfig:
         """What it was made with."""
         ...
-
-    def to(self, device: torch.device) -> Judge:
-        """Move the weights; returns itself."""
-        ...

@@ -12,6 +12,7 @@ measured by tests/test_rollout_bits.py. docs/scheduler.md says what it costs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import queue
 import threading
@@ -324,15 +325,15 @@ class Flights:
 
     def _guarded(self, run: Callable[[_core.Batch], Any], steps: int, streams: int) -> Callable[[_core.Batch], Any]:
         def guarded(batch: _core.Batch) -> Any:
-            if (thread := threading.get_ident()) not in self._ready:
-                self._ready.add(thread)
-                torch.set_num_threads(1)  # several threads would cut a batch into parts, so that a row's place counts
-                device = self._replicas[batch.device].device
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)
-                    if streams > 1:  # what a chunk passes once goes before what it passes many times: others wait for it
-                        torch.cuda.set_stream(torch.cuda.Stream(device, 0 if steps > 1 else -1))  # type: ignore[no-untyped-call]
             try:
+                if (thread := threading.get_ident()) not in self._ready:
+                    torch.set_num_threads(1)  # several threads would cut a batch into parts, so that a row's place counts
+                    device = self._replicas[batch.device].device
+                    if device.type == "cuda":
+                        torch.cuda.set_device(device)
+                        if streams > 1:  # what a chunk passes once goes before what it passes many times: others wait for it
+                            torch.cuda.set_stream(_stream(device, batch.stage, 0 if steps > 1 else -1))
+                    self._ready.add(thread)
                 with torch.no_grad():
                     return run(batch)
             except Exception as error:
@@ -342,8 +343,9 @@ class Flights:
         return guarded
 
     def _settle(self, worker: int) -> None:
-        """Wait for the kernels of this thread's batch. Only then is anything changed that a rollout holds: a batch that failed has changed nothing,
-        the next stage may be on another stream, and the memory of what is read here is not given away before. Stages are judged by their times, too.
+        """Wait for the kernels of this thread's batch. Only then does a rollout take what came of them: a batch that failed has changed nothing but
+        where the rollout began, the next stage may be on another stream, and the memory of what is read here is not given away before. Stages are
+        judged by their times, too.
         """
         device = self._replicas[worker].device
         if device.type == "cuda":
@@ -423,6 +425,12 @@ class Flights:
         assert flight.first is not None
         first = flight.first
         return self._start(flight, worker, "watch", lambda world: world.watch([first])[0])
+
+
+@functools.cache
+def _stream(device: torch.device, stage: int, priority: int) -> torch.cuda.Stream:
+    """One for the life of the process: memory that torch keeps for a stream is of use to no other."""
+    return torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
 
 
 def _at(scene: Scene, device: torch.device) -> Scene:

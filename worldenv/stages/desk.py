@@ -63,7 +63,12 @@ class Desk:
         try:
             return list(zip(self.devices, placement(len(self.devices), loop.apart, loop.apart_gpus), strict=True))
         except ValueError as error:
-            raise RunError(f"loop.apart, loop.apart_gpus: {error}") from error
+            raise RunError(f"loop.apart, loop.apart_gpus, on {self.device}: {error}") from error
+
+    @property
+    def judging(self) -> torch.device:
+        """Where the reflector of imagined rollouts is, or the first of several."""
+        return next(device for device, parts in self.places if "reflector" in parts)
 
     @functools.cached_property
     def env(self) -> ChosenTasks:

@@ -72,7 +72,7 @@ def audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name
 
 def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audit.Pair], dict[str, Any]]:
     """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true; and what ran the imagined ones."""
-    policy, reflector = desk.policy("scale" if name == "sft" else "loop"), desk.reflector()
+    policy, reflector = desk.policy("scale" if name == "sft" else "loop"), desk.reflector(desk.judging)
     fleet = audited(desk, policy, reflector, folder, name)
     tasks, states = len(desk.env.tasks), desk.env.states("train")
     contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]

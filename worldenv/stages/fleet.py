@@ -1,4 +1,4 @@
-"""The networks that make rollouts: on every GPU that takes part a copy of all, with the engines that the first one took."""
+"""The networks that make rollouts: on every GPU that takes part copies of those that it has, with the engines that the first of its kind took."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from worldenv import compiled
 from worldenv.devices import on
@@ -74,8 +75,8 @@ class _Member:
 def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | None) -> Fleet:
     """The fleet of `policy`, which is on the run's device: in the imagined world with `reflector`, or in the true environment without.
 
-    Engines are fitted, and what was taken is kept in stage folder `folder`. Where the run's device has no reflector, `reflector` is moved to where
-    it has its place. RunError where the run asks for GPUs that are not there.
+    `reflector` is on `desk.judging`. Engines are fitted, and what was taken is kept in stage folder `folder`. RunError where the run asks for GPUs
+    that are not there.
     """
     members = [_in_truth(desk, policy)] if reflector is None else _in_imagination(desk, policy, reflector)
     leads = list({member.replica.parts: member for member in reversed(members)}.values())[::-1]
@@ -105,16 +106,16 @@ def _in_imagination(desk: Desk, policy: OpenVLAOFT, reflector: Judge) -> list[_M
         simulator = desk.simulator(device) if "simulator" in parts else None
         judge = None
         if "reflector" in parts:
-            judge = given.pop().to(device) if given else desk.reflector(device)
+            judge = given.pop() if given else desk.reflector(device)
         networks = compiled.of_rollout(acts, simulator, judge, _precision(desk), loop.bucket, loop.judge_bucket * policy.chunk)
         members.append(_Member(Replica(acts or policy, desk.world(judge, simulator, device), device, parts), acts, networks, simulator))
     return members
 
 
 def _copied(policy: OpenVLAOFT, device: torch.device) -> OpenVLAOFT:
-    other = copy.deepcopy(policy)
-    other.network.to(device)
-    return other
+    moved: dict[int, Any] = {id(one): nn.Parameter(one.detach().to(device), one.requires_grad) for one in policy.network.parameters()}
+    moved |= {id(one): one.to(device) for one in policy.network.buffers()}
+    return copy.deepcopy(policy, moved)  # what has a place there already is not copied here before: two might not fit
 
 
 def _store(desk: Desk) -> Store:

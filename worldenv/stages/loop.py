@@ -65,7 +65,7 @@ class Practice:
 
 def practice_of(desk: Desk, policy: OpenVLAOFT, folder: Path) -> Practice:
     """For `policy`, with engines as stage loop in `folder` took them, or takes them now."""
-    reflector = None if desk.settings.loop.control == "true-simulator" else desk.reflector()
+    reflector = None if desk.settings.loop.control == "true-simulator" else desk.reflector(desk.judging)
     threshold = 0.5 if reflector is None else reflector.config.threshold
     fleet = assembled(desk, folder, policy, reflector)
     return Practice(fleet, threshold if desk.settings.loop.termination else math.inf)

@@ -43,7 +43,7 @@ def replay(out: Path, settings: RunConfig, number: int) -> dict[str, Any]:
 
 def _replayed_pair(desk: Desk, number: int, which: int, row: int) -> tuple[torch.Tensor, torch.Tensor, list[str], str]:
     """Scores (T,) made and stored, what differs, and where the stored one lies."""
-    name, reflector = ("sft", "loop")[which], desk.reflector()
+    name, reflector = ("sft", "loop")[which], desk.reflector(desk.judging)
     path = desk.run.folder("eval") / f"replays-{name}.safetensors"
     if not path.is_file():
         raise RunError(f"rollout {number} is one of stage eval, which has not been done in {desk.run.out}")

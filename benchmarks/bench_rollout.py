@@ -30,7 +30,7 @@ from worldenv.nouns import Context, Rollout
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
-from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform, placement
+from worldenv.rollout.collect import ALL_PARTS, Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform, placement
 from worldenv.rollout.store import differing
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import Desk
@@ -67,7 +67,7 @@ class RolloutArgs:
     """With --device cuda: how many GPUs the scheduler has, each with `slots`, and with all networks but for --apart."""
     streams: int = 1
     """Batches at once on one GPU, of different stages."""
-    apart: Literal["none", "simulator", "reflector"] = "none"
+    apart: config.Apart = "none"
     """This network is asked on the last --apart-gpus alone, the others on the rest."""
     apart_gpus: int = 0
     """GPUs of the network of --apart."""
@@ -212,7 +212,7 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
     if back_end == "eager":
         return eager, eager
     with compiled.recording(networks) as recorders:
-        whole = dataclasses.replace(bench.replica, parts=placement(1, "none", 0)[0])
+        whole = dataclasses.replace(bench.replica, parts=ALL_PARTS)
         scheduled(dataclasses.replace(bench, replicas=[whole]), bench.schedule(), bench.jobs[:4])
     settings = config.EnginesConfig(back_end=back_end)
     recorded = {name: one.recorded for name, one in recorders.items()}

@@ -95,7 +95,7 @@ class EngineRecipe:
                     raise ValueError(f"{self.name}: axis {axis} is {ranges[symbol(axis)]} and {length}: one name, one range")
         if len({binding.name for binding in self.inputs}) < len(self.inputs):
             raise ValueError(f"{self.name}: two inputs of one name")
-        if self.cpu_rows is not None and (self.cpu_rows < 1 or len(ranges) != 1 or any(list(one.ranged) not in ([], [0]) for one in self.inputs)):
+        if self.cpu_rows is not None and (self.cpu_rows < 1 or len(ranges) != 1 or any(one.ranged not in ([], [0]) for one in self.inputs)):
             raise ValueError(f"{self.name}: cpu_rows={self.cpu_rows}: want at least 1, and one axis that varies, the first of its inputs")
 
     @property

@@ -23,7 +23,7 @@ from worldenv import noise
 from worldenv.config import TINY, LoopConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Rollout
-from worldenv.rollout.collect import Replica, Schedule, placement
+from worldenv.rollout.collect import Flight, Replica, Schedule, placement
 from worldenv.run import Run, RunError
 from worldenv.stages.desk import Desk
 
@@ -124,17 +124,21 @@ def same(got: Rollout, want: Rollout) -> None:
         close(getattr(got, name), getattr(want, name), 1e-3)
 
 
+def as_on_one(made: dict[int, Flight], one: Plant) -> None:
+    assert made.keys() == one.want.keys()
+    for number, flight in made.items():
+        if PRETENDED:
+            assert_same(flight, one.want[number])
+        same(flight.rollout(), one.want[number].rollout())
+
+
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_rollouts_do_not_depend_on_the_number_of_gpus(one: Plant, gpus: int) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     replicas = [one.replica, *(on(torch.device("cuda", number)) for number in range(1, gpus))]
     made, statistics = fly(one, Schedule(6, one.bucket, 1, "always", streams=2), replicas)
-    assert made.keys() == one.want.keys()
-    for number, flight in made.items():
-        if PRETENDED:
-            assert_same(flight, one.want[number])
-        same(flight.rollout(), one.want[number].rollout())
+    as_on_one(made, one)
     queries = [query for flight in made.values() for query in flight.queries]
     everywhere = {torch.device("cuda", number) for number in range(gpus)}
     assert {query.action.device for query in queries} == {query.made.frames.device for query in queries if query.made} == everywhere
@@ -152,11 +156,7 @@ def test_rollouts_do_not_depend_on_which_gpu_has_which_network(one: Plant, alone
             setattr(world, {"simulator": "_simulated", "reflector": "_reflector"}[part], None)
         replicas.append(dataclasses.replace(replica, world=world, parts=parts))
     made, statistics = fly(one, Schedule(6, one.bucket, 1, "always", streams=2), replicas)
-    assert made.keys() == one.want.keys()
-    for number, flight in made.items():
-        if PRETENDED:
-            assert_same(flight, one.want[number])
-        same(flight.rollout(), one.want[number].rollout())
+    as_on_one(made, one)
     stages = {"simulator": {"encode", "denoise", "decode"}, "reflector": {"reflector"}}[alone]
     assert {row["stage"] for row in statistics["stages"] if row["items"] and row["device"] == 1} == stages
     queries = [query for flight in made.values() for query in flight.queries]

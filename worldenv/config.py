@@ -563,6 +563,10 @@ class RewardConfig:
             raise ValueError(f"reward.start={self.start!r}: of a LLaVA, but reward.judge is {self.judge}; leave one of them away")
 
 
+Apart = Literal["none", "simulator", "reflector"]
+"""A network of rollouts that has GPUs of its own."""
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Stage loop: leave-one-out PPO in the imagined world (paper, Algorithm 1)."""
@@ -608,7 +612,7 @@ class LoopConfig:
     """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
     streams: int = 1
     """Batches at once on one GPU, of different stages, each on a CUDA stream of its own; a CPU's workers have one."""
-    apart: Literal["none", "simulator", "reflector"] = "none"
+    apart: Apart = "none"
     """Which network of rollouts has GPUs of its own, the last `apart_gpus` of the run's; the others then share the rest. none: each GPU has all.
     `worldenv-bench plan` says where it pays. Rollouts do not depend on it."""
     apart_gpus: int = 0

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from worldenv import _core, noise
+from worldenv.config import Apart
 from worldenv.nouns import Context, Rollout
 from worldenv.policy.contract import Policy
 from worldenv.world import Made, Scene, World, WorldStage, ended_at, observe
@@ -32,6 +33,7 @@ from worldenv.world import Made, Scene, World, WorldStage, ended_at, observe
 T = TypeVar("T")
 Part = Literal["policy", "simulator", "reflector"]
 """Of a rollout: a network, or what stands in its place."""
+ALL_PARTS: frozenset[Part] = frozenset(get_args(Part))
 _CPU = torch.device("cpu")
 _NO_HURRY_S = 3600.0
 """Work that waits longer goes before fuller batches. It cannot wait for ever: who waits holds a slot, and slots run out."""
@@ -52,14 +54,13 @@ class Assignment:
     context: Context
 
 
-def placement(devices: int, apart: Literal["none", "simulator", "reflector"], alone: int) -> list[frozenset[Part]]:
+def placement(devices: int, apart: Apart, alone: int) -> list[frozenset[Part]]:
     """Parts by device: all on each, or `apart` on the last `alone` of them and the others on the rest. ValueError: none is left for the others."""
-    everything = frozenset[Part](get_args(Part))
     if apart == "none":
-        return [everything] * devices
+        return [ALL_PARTS] * devices
     if not 0 < alone < devices:
         raise ValueError(f"{apart} on {alone} of {devices} devices of its own: want 1 at least, and 1 less than there are at most; or apart=none")
-    return [everything - {apart}] * (devices - alone) + [frozenset[Part]({apart})] * alone
+    return [ALL_PARTS - {apart}] * (devices - alone) + [frozenset[Part]({apart})] * alone
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Replica:
     world: World
     device: torch.device = _CPU
     """Where they compute; a GPU with its number."""
-    parts: frozenset[Part] = frozenset(get_args(Part))
+    parts: frozenset[Part] = ALL_PARTS
     """What is done here: `policy` acts, `world` makes chunks (simulator), `world` judges them (reflector). What is not is never asked for."""
 
 
@@ -419,7 +420,6 @@ class Flights:
                 query.made = None
             verdicts.append((end < score.shape[1], float(score[i, min(end, score.shape[1] - 1)])))
         return verdicts
-
 
     def _watch(self, flight: Flight, worker: int) -> Any:
         assert flight.first is not None

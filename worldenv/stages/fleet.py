@@ -21,7 +21,7 @@ from worldenv.engines.store import Store
 from worldenv.envs.true_world import TrueWorld
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.contract import Judge
-from worldenv.rollout.collect import Assignment, Replica
+from worldenv.rollout.collect import Assignment, Part, Replica
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import RECORD_NUMBERS, Desk
 
@@ -32,15 +32,12 @@ class Fleet:
 
     replicas: list[Replica]
     """One for each worker."""
+    least: list[Replica]
+    """As few of them as have all networks."""
     fitted: list[tuple[torch.device, compiled.Fitted]]
     """Engines: those of the first device of each kind, where the first policy is; then of the others."""
     policies: list[OpenVLAOFT]
     """By device that has one; the first one is trained, the others are its copies."""
-
-    @property
-    def least(self) -> list[Replica]:
-        """As few of them as have all networks."""
-        return list({replica.parts: replica for replica in reversed(self.replicas)}.values())
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
@@ -79,15 +76,19 @@ def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | N
     that are not there.
     """
     members = [_in_truth(desk, policy)] if reflector is None else _in_imagination(desk, policy, reflector)
-    leads = list({member.replica.parts: member for member in reversed(members)}.values())[::-1]
-    workers = desk.schedule.workers(desk.device, members[0].replica.world)
-    replicas = [member.replica for member in members] if len(members) > 1 else [members[0].replica] * workers
-    fitted = _fitted(desk, folder, replicas if len(members) == 1 else [lead.replica for lead in leads], leads, imagined=reflector is not None)
+    by_parts: dict[frozenset[Part], _Member] = {}
+    for member in members:
+        by_parts.setdefault(member.replica.parts, member)
+    leads = list(by_parts.values())
+    replicas, least = ([one.replica for one in some] for some in (members, leads))
+    if len(members) == 1:  # a CPU's workers share it
+        replicas *= desk.schedule.workers(desk.device, members[0].replica.world)
+    fitted = _fitted(desk, folder, replicas if len(members) == 1 else least, leads, imagined=reflector is not None)
     copies = [
         (member.replica.device, compiled.alike(fitted, member.networks, _store(desk), member.replica.device)) for member in members
         if member not in leads
     ]  # fmt: skip
-    return Fleet(replicas, [(desk.devices[0], fitted), *copies], [member.policy for member in members if member.policy is not None])
+    return Fleet(replicas, least, [(desk.devices[0], fitted), *copies], [member.policy for member in members if member.policy is not None])
 
 
 def _in_truth(desk: Desk, policy: OpenVLAOFT) -> _Member:

@@ -115,11 +115,11 @@ def compile_beside(root: Path) -> str:
     compiler = next((found for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise RuntimeError("no C++ compiler: install g++ 12 or later, or set CXX")
-    sources = sorted(str(path) for folder in ("core", "bindings") for path in (root / "csrc" / folder).glob("*.cpp"))
+    sources = sorted(str(path) for folder in ("core", "onnxruntime", "bindings") for path in (root / "csrc" / folder).glob("*.cpp"))
     target = root / "worldenv" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
     partial = target.with_suffix(".partial")
     includes = [f"-I{folder}" for folder in (root / "csrc", _pybind_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++20", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
+    flags = ["-std=c++20", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
     done = subprocess.run([compiler, *flags, *includes, *sources, "-o", str(partial)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{compiler}: {done.stderr.strip()[:500]}")

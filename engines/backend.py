@@ -63,17 +63,21 @@ class Running:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._shapes: dict[Signature, list[list[int]]] = {}
+        self._changes: dict[Signature, list[tuple[list[int] | None, torch.dtype]]] = {}
+        """What is done to each input: its shape where it is repeated, and its type."""
 
     def __call__(self, *given: torch.Tensor) -> Any:
         """As the engine."""
         asked = signature(given)
-        if asked not in self._shapes:
-            self._shapes[asked] = self._repeated(given)
-        ready = [
-            one.expand(shape).to(self.engine.recipe.kind_of(binding)).contiguous()
-            for binding, one, shape in zip(self.engine.recipe.inputs, given, self._shapes[asked], strict=True)
-        ]
+        if (changes := self._changes.get(asked)) is None:  # once for what comes again at every step of every chunk
+            shapes = zip(self._repeated(given), given, strict=True)
+            changed = [None if shape == list(one.shape) else shape for shape, one in shapes]
+            kinds = [self.engine.recipe.kind_of(binding) for binding in self.engine.recipe.inputs]
+            changes = self._changes[asked] = list(zip(changed, kinds, strict=True))
+        ready = []
+        for one, (shape, kind) in zip(given, changes, strict=True):
+            wide = one if shape is None else one.expand(shape)
+            ready.append((wide if wide.dtype == kind else wide.to(kind)).contiguous())
         made = self.engine(*ready)
         own = next((one.dtype for one in given if one.is_floating_point()), torch.float32)
         return tuple(one.to(own) for one in made) if isinstance(made, tuple) else made.to(own)

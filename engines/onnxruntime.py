@@ -1,4 +1,4 @@
-"""Back end onnxruntime: the CPU's. A plan is the graph and its weights; the session is made when it is loaded."""
+"""Back end onnxruntime: the CPU's. A plan is the graph with our own operators (`onnx_fusion`) and its weights; a session is made as it is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from worldenv.engines import export
+from worldenv import _core, checkpoint
+from worldenv.engines import export, onnx_fusion
 from worldenv.engines.backend import Engine, only_here
 from worldenv.engines.recipe import EngineError, EngineRecipe
 from worldenv.engines.refit import check_shapes
@@ -39,20 +40,23 @@ class OnnxRuntime:
 
     def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        self._sessions: dict[tuple[tuple[str, int], ...], Any] = {}
+        self._sessions: dict[tuple[tuple[str, int], ...], tuple[Any, list[tuple[str, int]]]] = {}
         most = self.recipe.cpu_rows
         usual = {name: opt if most is None else min(opt, most) for name, (_, opt, _) in self.recipe.ranges.items()}
         self._session(usual if self._few else {})
 
-    def _session(self, lengths: Mapping[str, int]) -> Any:
-        """For these lengths: who knows them computes no shapes. Which session a call gets depends on its shape alone, for bits do too."""
+    def _session(self, lengths: Mapping[str, int]) -> tuple[Any, list[tuple[str, int]]]:
+        """For these lengths: who knows them computes no shapes. Which session a call gets depends on its shape alone, for bits do too.
+
+        And the inputs that its graph has kept: their names, and which of the recipe's they are.
+        """
         key = tuple(lengths.items())
         with self._lock:
             if key not in self._sessions:
                 self._sessions[key] = self._opened(lengths)
             return self._sessions[key]
 
-    def _opened(self, lengths: Mapping[str, int]) -> Any:
+    def _opened(self, lengths: Mapping[str, int]) -> tuple[Any, list[tuple[str, int]]]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -60,6 +64,7 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a waiting thread would take a core from who works
         options.enable_mem_reuse = False  # not planned beforehand: what was freed last is taken first, and still in the cache
         options.log_severity_level = 3
+        options.register_custom_ops_library(_core.__file__)  # it holds our operators beside what Python calls
         for name, length in lengths.items():
             options.add_free_dimension_override_by_name(name, length)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(_array(tensor)) for tensor in self._weights.values()]
@@ -68,9 +73,10 @@ class OnnxRuntime:
             session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no base of their own
             raise EngineError(f"{self.recipe.name}: ONNX Runtime does not load its graph: {error}; build it anew") from error
-        if unknown := {one.name for one in session.get_inputs()} - {one.name for one in self.recipe.inputs}:
+        names, asked = [one.name for one in self.recipe.inputs], [one.name for one in session.get_inputs()]
+        if unknown := set(asked) - set(names):
             raise EngineError(f"{self.recipe.name}: the graph asks for {sorted(unknown)}: another recipe's; build it anew")
-        return session
+        return session, [(name, names.index(name)) for name in asked]
 
     def __call__(self, *given: torch.Tensor) -> Any:
         """See `Engine`."""
@@ -88,9 +94,8 @@ class OnnxRuntime:
             yield tuple(one[first : first + rows] if cut else one for one, cut in zip(given, ranged, strict=True))
 
     def _run(self, given: Sequence[torch.Tensor]) -> Any:
-        session = self._session(self.recipe.lengths(given) if self._few else {})
-        by_name = {one.name: tensor for one, tensor in zip(self.recipe.inputs, given, strict=True)}
-        feed = {one.name: _array(by_name[one.name].detach()) for one in session.get_inputs()}
+        session, asked = self._session(self.recipe.lengths(given) if self._few else {})
+        feed = {name: _array(given[i].detach()) for name, i in asked}
         try:
             with _without_denormals():
                 made = session.run(None, feed)
@@ -163,7 +168,13 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
         only_here("onnxruntime", arch, torch.device("cpu"))
     if recipe.precision != "fp32":
         raise EngineError(f"{recipe.name}: onnxruntime on a CPU has no {recipe.precision} kernels: take precision fp32")
+    import onnx_ir as ir
+
     export.exported(module, recipe, store, folder)
+    model = ir.load(folder / export.GRAPH)
+    onnx_fusion.fuse(model)
+    with checkpoint.atomic(folder / export.GRAPH) as temporary:
+        ir.save(model, temporary)
 
 
 def load(folder: Path, recipe: EngineRecipe, device: torch.device) -> Engine:

@@ -1,0 +1,183 @@
+"""Operators of our own in a graph for ONNX Runtime on a CPU (csrc/onnxruntime): each stands for several of ONNX's, in one pass over memory.
+
+    GroupNorm          an instance norm of groups between two views, then a batch norm (`onnx_forms`), and SiLU where that follows
+    LayerNorm          LayerNormalization over the last axis
+    GatedGelu          value * Gelu(gate)
+    NarrowConv         a 3x3 convolution to so few channels that the runtime's blocks of 16 are half empty
+    FewKeysAttention   softmax(scale q k^T) v for few keys, with the transposes around it
+
+All are of domain "worldenv", take float32, and give what they stand for to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "worldenv"
+MOST_KEYS, MOST_WIDTH, MOST_CHANNELS_IN, MOST_CHANNELS_OUT, MOST_ROW = 32, 128, 64, 8, 256
+"""What FewKeysAttention and NarrowConv take: csrc/onnxruntime/kernels.hpp."""
+_LEAST_ROW = 16
+"""Pixels that NarrowConv computes at once: in shorter rows the runtime's own convolution is as fast."""
+_SWAPPED = (0, 2, 1, 3)
+"""Heads before rows, or behind them again."""
+Fused = tuple["ir.Value", "ir.Node"]
+"""What is replaced, and the operator that gives it."""
+
+
+def fuse(model: ir.Model) -> dict[str, int]:
+    """Change `model`, which computes in float32, wherever a pattern is found. Returns how many operators of each name it now has."""
+    from onnxscript import optimizer
+
+    found: dict[str, int] = {}
+    for node in list(model.graph):
+        fused = _RULES[node.op_type](node) if node.domain == "" and node.op_type in _RULES else None
+        if fused is None:
+            continue
+        replaced, own = fused
+        node.append(own)
+        (made,) = own.outputs
+        made.shape, made.type = replaced.shape, replaced.type
+        if replaced.is_graph_output():  # it keeps its name there
+            made.name, replaced.name = replaced.name, f"{replaced.name}_unfused"
+        replaced.replace_all_uses_with(made, replace_graph_outputs=True)
+        found[own.op_type] = found.get(own.op_type, 0) + 1
+    if found:
+        model.graph.opset_imports[DOMAIN] = 1
+        optimizer.remove_unused_nodes(model)
+    return found
+
+
+def _own(name: str, *inputs: ir.Value | None, **attributes: float) -> ir.Node:
+    import onnx_ir as ir
+
+    return ir.node(name, inputs, attributes, domain=DOMAIN)
+
+
+def _made_by(kind: str, value: ir.Value | None) -> ir.Node | None:
+    """The node of that kind which made `value`, where nothing but one node uses it."""
+    node = None if value is None or value.is_graph_output() or len(value.uses()) != 1 else value.producer()
+    return node if node is not None and node.domain == "" and node.op_type == kind else None
+
+
+def _used_by(value: ir.Value) -> list[ir.Node]:
+    """All nodes that use `value`; none where the graph gives it out."""
+    return [] if value.is_graph_output() else [use.node for use in value.uses()]
+
+
+def _constant(value: ir.Value | None) -> Any:
+    """Its array, or None where it is no constant."""
+    import onnx_ir as ir
+
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _all(value: ir.Value | None, number: float) -> bool:
+    array = _constant(value)
+    return array is not None and bool((array == number).all())
+
+
+def _swap(node: ir.Node | None) -> bool:
+    return node is not None and tuple(node.attributes["perm"].as_ints()) == _SWAPPED
+
+
+def _group_norm(batch_norm: ir.Node) -> Fused | None:
+    x, weight, bias, mean, variance = batch_norm.inputs
+    back = _made_by("Reshape", x)
+    norm = back and _made_by("InstanceNormalization", back.inputs[0])
+    view = norm and _made_by("Reshape", norm.inputs[0])
+    if not (back and norm and view and _all(mean, 0.0) and _all(variance, 1.0) and batch_norm.attributes["epsilon"].as_float() == 0.0):
+        return None
+    y, ones, source = batch_norm.outputs[0], _constant(norm.inputs[1]), view.inputs[0]
+    if ones is None or not _all(norm.inputs[1], 1.0) or not _all(norm.inputs[2], 0.0) or source is None or source.shape != y.shape:
+        return None
+    activated = _silu(y)
+    if activated is not None:
+        value, mul = activated
+        mul.outputs[0].replace_all_uses_with(value)  # the operator gives it already
+    epsilon = norm.attributes["epsilon"].as_float()
+    return y, _own("GroupNorm", source, weight, bias, groups=len(ones), epsilon=epsilon, silu=int(activated is not None))
+
+
+def _silu(y: ir.Value) -> tuple[ir.Value, ir.Node] | None:
+    """`y`, or `y` transposed, where both of its uses are in value * Sigmoid(value), and that product."""
+    users = _used_by(y)
+    if len(users) == 1 and users[0].op_type == "Transpose":
+        y = users[0].outputs[0]
+        users = _used_by(y)
+    by_kind = {one.op_type: one for one in users}
+    if len(users) != 2 or by_kind.keys() != {"Sigmoid", "Mul"} or _used_by(by_kind["Sigmoid"].outputs[0]) != [by_kind["Mul"]]:
+        return None
+    return None if by_kind["Mul"].outputs[0].is_graph_output() else (y, by_kind["Mul"])
+
+
+def _layer_norm(norm: ir.Node) -> Fused | None:
+    if len(norm.inputs) != 3 or None in norm.inputs or norm.attributes["axis"].as_int() != -1:
+        return None
+    return norm.outputs[0], _own("LayerNorm", *norm.inputs, epsilon=norm.attributes["epsilon"].as_float())
+
+
+def _gated_gelu(mul: ir.Node) -> Fused | None:
+    for value, gate in (mul.inputs, mul.inputs[::-1]):
+        gelu = _made_by("Gelu", gate)
+        if gelu is None or value is None or gate is None or gelu.attributes["approximate"].as_string() != "none" or value.shape != gate.shape:
+            continue
+        return mul.outputs[0], _own("GatedGelu", value, gelu.inputs[0])
+    return None
+
+
+def _narrow_conv(conv: ir.Node) -> Fused | None:
+    x, weight = conv.inputs[:2]
+    if len(conv.inputs) != 3 or x is None or weight is None or x.shape is None or weight.shape is None or len(x.shape) != 4:
+        return None
+    row, (channels_out, channels_in, *taps) = x.shape[3], weight.shape
+    asked = {name: tuple(conv.attributes[name].as_ints()) for name in ("pads", "strides", "dilations") if name in conv.attributes}
+    plain = asked.get("strides", (1, 1)) == asked.get("dilations", (1, 1)) == (1, 1) and asked.get("pads") == (1, 1, 1, 1)
+    grouped = "group" in conv.attributes and conv.attributes["group"].as_int() != 1
+    padded = "auto_pad" in conv.attributes and conv.attributes["auto_pad"].as_string() != "NOTSET"
+    few = isinstance(channels_out, int) and isinstance(channels_in, int) and channels_out <= MOST_CHANNELS_OUT and channels_in <= MOST_CHANNELS_IN
+    if taps != [3, 3] or not plain or grouped or padded or not few or not isinstance(row, int) or not _LEAST_ROW <= row <= MOST_ROW:
+        return None
+    return conv.outputs[0], _own("NarrowConv", *conv.inputs)
+
+
+def _few_keys(product: ir.Node) -> Fused | None:
+    softmax = _made_by("Softmax", product.inputs[0])
+    scores = softmax and _made_by("MatMul", softmax.inputs[0])
+    scaled = scores and _made_by("Mul", scores.inputs[0])
+    query = scaled and _made_by("Transpose", scaled.inputs[0])
+    turned = scores and _made_by("Transpose", scores.inputs[1])
+    if not (softmax and scores and scaled and query and turned and _swap(query)) or softmax.attributes["axis"].as_int() != -1:
+        return None
+    users, scale = _used_by(product.outputs[0]), _constant(scaled.inputs[1])
+    if len(users) != 1 or users[0].op_type != "Transpose" or not _swap(users[0]) or scale is None or scale.size != 1:
+        return None
+    q, k, v = query.inputs[0], turned.inputs[0], product.inputs[1]
+    if q is None or k is None or v is None or tuple(turned.attributes["perm"].as_ints()) != (0, 1, 3, 2) or not _fits(q, k, v):
+        return None
+    rows_first = [_made_by("Transpose", one) for one in (k, v)]
+    heads_first = not all(_swap(one) for one in rows_first)
+    if not heads_first:
+        k, v = (one and one.inputs[0] for one in rows_first)
+    return users[0].outputs[0], _own("FewKeysAttention", q, k, v, heads_first=int(heads_first), scale=float(scale.reshape(())))
+
+
+def _fits(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
+    """`q` (B, L, H, E), `k` and `v` (B, H, keys, E): as many rollouts and heads in all, few keys, and not too wide."""
+    if q.shape is None or k.shape is None or v.shape is None or k.shape != v.shape:
+        return False
+    batch, _, heads, width = q.shape
+    keys, wide = k.shape[2], k.shape[3]
+    counted = isinstance(keys, int) and isinstance(wide, int) and keys <= MOST_KEYS and wide <= MOST_WIDTH
+    return counted and (k.shape[0], k.shape[1], wide) == (batch, heads, width)
+
+
+_RULES: dict[str, Callable[[ir.Node], Fused | None]] = {
+    "BatchNormalization": _group_norm, "LayerNormalization": _layer_norm, "Mul": _gated_gelu, "Conv": _narrow_conv,
+    "MatMul": _few_keys,
+}  # fmt: skip
+"""By the kind of a pattern's last node of its own."""

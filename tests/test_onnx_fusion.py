@@ -1,0 +1,225 @@
+"""Our own operators in graphs of ONNX Runtime: they take the place of a pattern and give what it gave; where it nearly is one, they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import nn
+
+from worldenv import _core
+from worldenv.engines import export, onnx_fusion, onnxruntime
+from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
+from worldenv.engines.store import Store
+
+TOLERANCE = 3e-6
+BATCH = {"batch": (1, 2, 4)}
+Forward = Callable[..., torch.Tensor]
+
+
+class Made(nn.Module):
+    """A function of inputs and of the weights of layers."""
+
+    def __init__(self, forward: Forward, **layers: nn.Module) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        self._forward = forward
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return self._forward(self, *given)
+
+
+def pictures(channels: int, row: int = 20) -> tuple[Binding, ...]:
+    return (Binding("x", {**BATCH, "channel": channels, "height": 5, "width": row}, spread=2.0),)
+
+
+def rows(*names: str, width: int = 12) -> tuple[Binding, ...]:
+    return tuple(Binding(name, {**BATCH, "row": 7, "width": width}, spread=2.0) for name in names)
+
+
+def tokens(name: str, count: int, heads_first: bool = False) -> Binding:
+    axes = {"head": 3, f"{name}_token": count} if heads_first else {f"{name}_token": count, "head": 3}
+    return Binding(name, {**BATCH, **axes, "width": 10})
+
+
+def norm() -> nn.GroupNorm:
+    return nn.GroupNorm(3, 12, eps=1e-2)
+
+
+def last(y: torch.Tensor) -> torch.Tensor:
+    return y.permute(0, 2, 3, 1)
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def attends(keys: int, **more: Any) -> tuple[nn.Module, tuple[Binding, ...]]:
+    module = Made(lambda m, q, k, v: attended(q, k.transpose(1, 2), v.transpose(1, 2), **more))
+    return module, (tokens("q", 19), tokens("k", keys), tokens("v", keys))
+
+
+def convolves(row: int = 20, channels: int = 7, **more: Any) -> tuple[nn.Module, tuple[Binding, ...]]:
+    given = {"kernel_size": 3, "padding": 1, **more}
+    return Made(lambda m, x: m.conv(x), conv=nn.Conv2d(6, channels, **given)), pictures(6, row)
+
+
+CASES: dict[str, tuple[tuple[nn.Module, tuple[Binding, ...]], dict[str, int]]] = {
+    "norm": ((Made(lambda m, x: m.norm(x), norm=norm()), pictures(12)), {"GroupNorm": 1}),
+    "norm and SiLU": ((Made(lambda m, x: F.silu(m.norm(x)) + 1.0, norm=norm()), pictures(12)), {"GroupNorm": 1}),
+    "norm, turned, and SiLU": ((Made(lambda m, x: F.silu(last(m.norm(x))) + 1.0, norm=norm()), pictures(12)), {"GroupNorm": 1}),
+    "norm that two use": ((Made(lambda m, x: F.silu(m.norm(x)) + last(m.norm(x)).sum(), norm=norm()), pictures(12)), {"GroupNorm": 2}),
+    "its SiLU is not all": ((Made(lambda m, x: _twice(m.norm(x)), norm=norm()), pictures(12)), {"GroupNorm": 1}),
+    "turned, its SiLU is not all": ((Made(lambda m, x: _twice(last(m.norm(x))), norm=norm()), pictures(12)), {"GroupNorm": 1}),
+    "its sigmoid is used": ((Made(lambda m, x: _sigmoid(m.norm(x)), norm=norm()), pictures(12)), {"GroupNorm": 1}),
+    "layer norm": ((Made(lambda m, x: m.norm(x), norm=nn.LayerNorm(12, eps=1e-2)), rows("x")), {"LayerNorm": 1}),
+    "layer norm of two axes": ((Made(lambda m, x: m.norm(x), norm=nn.LayerNorm((7, 12))), rows("x")), {}),
+    "layer norm without bias": ((Made(lambda m, x: m.norm(x), norm=nn.LayerNorm(12, bias=False)), rows("x")), {}),
+    "gate behind": ((Made(lambda m, x, y: x * F.gelu(y)), rows("x", "y")), {"GatedGelu": 1}),
+    "gate before": ((Made(lambda m, x, y: F.gelu(x) * y), rows("x", "y")), {"GatedGelu": 1}),
+    "another GELU": ((Made(lambda m, x, y: x * F.gelu(y, approximate="tanh")), rows("x", "y")), {}),
+    "one gate for all": ((Made(lambda m, x, y: x * F.gelu(y[:, :, :1])), rows("x", "y")), {}),
+    "own keys": (attends(12), {"FewKeysAttention": 1}),
+    "own keys, own scale": (attends(31, scale=0.7), {"FewKeysAttention": 1}),
+    "keys of a context": (
+        (Made(lambda m, q, k, v: attended(q, k, v)), (tokens("q", 19), tokens("k", 16, True), tokens("v", 16, True))), {"FewKeysAttention": 1},
+    ),
+    "many keys": (attends(33), {}),
+    "seen keys": (attends(12, mask=torch.ones(19, 12).tril()), {}),
+    "narrow": (convolves(), {"NarrowConv": 1}),
+    "narrow and many": (convolves(row=256), {"NarrowConv": 1}),
+    "wide": (convolves(channels=9), {}),
+    "short rows": (convolves(row=15), {}),
+    "long rows": (convolves(row=257), {}),
+    "every other": (convolves(stride=2), {}),
+    "spread": (convolves(dilation=2), {}),
+    "not padded": (convolves(padding=0), {}),
+    "two taps": (convolves(kernel_size=2), {}),
+    "in groups": (convolves(channels=6, groups=2), {}),
+    "without bias": (convolves(bias=False), {"NarrowConv": 1}),
+}  # fmt: skip
+
+
+def _twice(y: torch.Tensor) -> torch.Tensor:
+    return F.silu(y) + y
+
+
+def _sigmoid(y: torch.Tensor) -> torch.Tensor:
+    gate = torch.sigmoid(y)
+    return y * gate + gate
+
+
+def built(case: str, folder: Path) -> tuple[EngineRecipe, dict[str, int]]:
+    """A plan in `folder`, and our operators in it."""
+    (module, inputs), _ = CASES[case]
+    recipe = EngineRecipe("toy", inputs, ("y",), TOLERANCE)
+    onnxruntime.build(export.prepared(module, recipe), recipe, folder, "cpu", Store(folder / "graphs"))
+    model = onnx.load(folder / export.GRAPH, load_external_data=False)
+    return recipe, dict(Counter(node.op_type for node in model.graph.node if node.domain == onnx_fusion.DOMAIN))
+
+
+def error(case: str, folder: Path) -> float:
+    """Largest over several batches."""
+    module, (recipe, _) = CASES[case][0][0], built(case, folder)
+    engine = onnxruntime.load(folder, recipe, torch.device("cpu"))
+    given = [recipe.example({"batch": batch}, seed=batch) for batch in (1, 2, 4)]
+    return max(relative_error(engine(*one), module(*one)) for one in given)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_takes_the_place_of_a_pattern(case: str, tmp_path: Path) -> None:
+    assert built(case, tmp_path)[1] == CASES[case][1]
+    assert error(case, tmp_path) < TOLERANCE
+
+
+WRONG: dict[str, tuple[str, Callable[..., Any], str, str]] = {
+    "SiLU always": ("norm", onnx_fusion._group_norm, "silu=int(activated is not None)", "silu=1"),
+    "SiLU never": ("norm, turned, and SiLU", onnx_fusion._group_norm, "silu=int(activated is not None)", "silu=0"),
+    "SiLU for the others too": ("its SiLU is not all", onnx_fusion._silu, "len(users) != 2 or by_kind.keys() != ", "not by_kind.keys() >= "),
+    "SiLU for its sigmoid too": ("its sigmoid is used", onnx_fusion._silu, ' or _used_by(by_kind["Sigmoid"].outputs[0]) != [by_kind["Mul"]]', ""),
+    "one group": ("norm", onnx_fusion._group_norm, "groups=len(ones)", "groups=1"),
+    "another epsilon": ("norm", onnx_fusion._group_norm, "epsilon=epsilon", "epsilon=1e-5"),
+    "bias for weight": ("norm", onnx_fusion._group_norm, "source, weight, bias", "source, bias, weight"),
+    "another epsilon of rows": ("layer norm", onnx_fusion._layer_norm, 'norm.attributes["epsilon"].as_float()', "1e-5"),
+    "gate for value": ("gate behind", onnx_fusion._gated_gelu, "value, gelu.inputs[0])", "gelu.inputs[0], value)"),
+    "any GELU": ("another GELU", onnx_fusion._gated_gelu, 'or gelu.attributes["approximate"].as_string() != "none" ', ""),
+    "gates of any shape": ("one gate for all", onnx_fusion._gated_gelu, " or value.shape != gate.shape", ""),
+    "no scale": ("own keys", onnx_fusion._few_keys, "scale=float(scale.reshape(()))", "scale=1.0"),
+    "heads behind rows": ("keys of a context", onnx_fusion._few_keys, "heads_first=int(heads_first)", "heads_first=0"),
+    "values for keys": ("own keys", onnx_fusion._few_keys, '"FewKeysAttention", q, k, v', '"FewKeysAttention", q, v, k'),
+    "any number of keys": ("many keys", onnx_fusion._fits, "keys <= MOST_KEYS", "True"),
+    "any stride": ("every other", onnx_fusion._narrow_conv, 'asked.get("strides", (1, 1)) == ', ""),
+    "any dilation": ("spread", onnx_fusion._narrow_conv, '== asked.get("dilations", (1, 1)) == (1, 1)', "== (1, 1)"),
+    "any padding": ("not padded", onnx_fusion._narrow_conv, 'and asked.get("pads") == (1, 1, 1, 1)', ""),
+    "any groups": ("in groups", onnx_fusion._narrow_conv, "or grouped ", ""),
+    "any channels": ("wide", onnx_fusion._narrow_conv, "channels_out <= MOST_CHANNELS_OUT and ", ""),
+    "any row": ("long rows", onnx_fusion._narrow_conv, "<= row <= MOST_ROW", "<= row"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_rule_is_seen(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, rule, old, new = WRONG[wrong]
+    source = inspect.getsource(rule)
+    assert old in source
+    scope = vars(onnx_fusion)
+    exec(source.replace(old, new), mutated := dict(scope))
+    monkeypatch.setattr(onnx_fusion, rule.__name__, mutated[rule.__name__])
+    monkeypatch.setattr(onnx_fusion, "_RULES", {kind: mutated[rule.__name__] if one is rule else one for kind, one in onnx_fusion._RULES.items()})
+    with contextlib.suppress(EngineError):  # an operator that refuses what it is given is seen as well
+        assert not error(case, tmp_path) < TOLERANCE
+
+
+def operator(name: str, shapes: list[list[int]], **attributes: float) -> None:
+    """Run one of our operators alone on numbers of these shapes."""
+    names = [f"x{i}" for i in range(len(shapes))]
+    inputs = [helper.make_tensor_value_info(one, TensorProto.FLOAT, shape) for one, shape in zip(names, shapes, strict=True)]
+    node = helper.make_node(name, names, ["y"], domain=onnx_fusion.DOMAIN, **attributes)
+    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    opsets = [helper.make_opsetid("", export.OPSET), helper.make_opsetid(onnx_fusion.DOMAIN, 1)]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(_core.__file__)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.run(None, {one: torch.ones(shape).numpy() for one, shape in zip(names, shapes, strict=True)})
+
+
+NORMED = {"groups": 3, "epsilon": 1e-5, "silu": 0}
+KEYED = {"heads_first": 0, "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "does_not", "attributes"),
+    [
+        ("GroupNorm", [[2, 6, 4], [6], [6]], [[2, 6, 4], [5], [6]], NORMED),
+        ("GroupNorm", [[2, 6, 4], [6], [6]], [[2, 7, 4], [7], [7]], NORMED),
+        ("LayerNorm", [[2, 6], [6], [6]], [[2, 6], [6], [1]], {"epsilon": 1e-5}),
+        ("GatedGelu", [[2, 6], [2, 6]], [[2, 6], [1, 6]], {}),
+        ("NarrowConv", [[2, 6, 4, 5], [8, 6, 3, 3], [8]], [[2, 6, 4, 5], [9, 6, 3, 3], [9]], {}),
+        ("NarrowConv", [[2, 6, 4, 5], [8, 6, 3, 3], [8]], [[2, 6, 4, 5], [8, 6, 3, 2], [8]], {}),
+        ("FewKeysAttention", [[2, 9, 3, 8], [2, 4, 3, 8], [2, 4, 3, 8]], [[2, 9, 3, 8], [2, 33, 3, 8], [2, 33, 3, 8]], KEYED),
+        ("FewKeysAttention", [[2, 9, 3, 8], [2, 4, 3, 8], [2, 4, 3, 8]], [[2, 9, 3, 8], [1, 4, 3, 8], [1, 4, 3, 8]], KEYED),
+    ],
+)
+def test_an_operator_refuses_what_does_not_fit(name: str, fits: list[list[int]], does_not: list[list[int]], attributes: dict[str, float]) -> None:
+    operator(name, fits, **attributes)
+    with pytest.raises(Exception, match=f"worldenv.{name}: want"):
+        operator(name, does_not, **attributes)
+    if attributes:
+        with pytest.raises(Exception, match="worldenv: "):  # an attribute that is not there
+            operator(name, fits)

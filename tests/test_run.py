@@ -118,7 +118,10 @@ def test_other_settings_and_other_folders_are_refused(tmp_path):
 def test_a_run_goes_on_with_networks_in_other_places(tmp_path):
     Run(tmp_path, config.TINY)._lock.close()
     placed = dataclasses.replace(config.TINY.loop, streams=2, apart="reflector", apart_gpus=1)
-    Run(tmp_path, dataclasses.replace(config.TINY, loop=placed))._lock.close()
+    run = Run(tmp_path, dataclasses.replace(config.TINY, loop=placed))
+    assert settings_of(tmp_path) == config.TINY  # as long as it is only looked at, as a replay does
+    run.keep_settings()
+    run._lock.close()
     assert settings_of(tmp_path).loop == placed
     with pytest.raises(RunError, match=r"loop\.slots: 16 there, 3 asked"):
         Run(tmp_path, dataclasses.replace(config.TINY, loop=dataclasses.replace(placed, slots=3)))
@@ -142,15 +145,19 @@ def test_what_loop_has_done_is_kept_where_networks_move(tmp_path):
 
 @pytest.mark.parametrize("name", ["loop", "eval"])
 def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_path):
+    settings = dataclasses.replace(config.TINY, device="cpu")
+    Run(tmp_path, settings)._lock.close()
     placed = dataclasses.replace(config.TINY.loop, apart="reflector", apart_gpus=1)
     with pytest.raises(RunError, match=r"on cpu: reflector on 1 of 1 devices"):
-        train.train(tmp_path, dataclasses.replace(config.TINY, device="cpu", loop=placed), until=name)
+        train.train(tmp_path, dataclasses.replace(settings, loop=placed), until=name)
     assert not (tmp_path / "stages").exists()
+    assert settings_of(tmp_path) == settings  # or it would be refused the next time, too
 
 
 def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):
     Run(tmp_path, config.TINY)._lock.close()
-    Run(tmp_path, dataclasses.replace(config.TINY, gpus=3))._lock.close()
+    run = Run(tmp_path, dataclasses.replace(config.TINY, gpus=3))
+    run.keep_settings()
     assert settings_of(tmp_path).gpus == 3
 
 

@@ -132,8 +132,12 @@ class Run:
             raise RunError(f"{out} exists and is no run of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = held(out)
-        if not known.is_file() or stored != settings:
-            checkpoint.write_text(known, json.dumps({"settings": config.to_dict(settings)}, indent=1))
+        if not known.is_file():
+            self.keep_settings()
+
+    def keep_settings(self) -> None:
+        """Store the settings, which may have the networks on other GPUs than what is stored."""
+        checkpoint.write_text(self.out / "run.json", json.dumps({"settings": config.to_dict(self.settings)}, indent=1))
 
     def folder(self, stage: str) -> Path:
         """Where `stage` writes."""

@@ -93,6 +93,7 @@ def train(
     desk = Desk(run)
     if {"loop", "eval"} & set(names):
         _ = desk.places  # said before hours of work, not after
+    run.keep_settings()
     for name in names:
         plan = STAGES[name]
         fingerprint = run.fingerprint(name, plan.settings(settings), list(_inputs(name, settings)))

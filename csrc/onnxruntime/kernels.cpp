@@ -246,7 +246,7 @@ WORLDENV_INLINE void convolve(const NarrowConv& work) {
 WORLDENV_KERNELS(Any, 4, )
 #if defined(__x86_64__)
 WORLDENV_KERNELS(Avx2, 8, [[gnu::target("avx2,fma")]])
-WORLDENV_KERNELS(Avx512, 16, [[gnu::target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq,prefer-vector-width=512")]])
+WORLDENV_KERNELS(Avx512, 16, [[gnu::target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")]])
 #else
 using Avx2 = Any;
 using Avx512 = Any;

@@ -32,7 +32,19 @@ PRETENDED = "WORLDENV_PRETENDED_GPU" in os.environ
 GPU = torch.device("cuda")
 POLICY = dataclasses.replace(SMALL, chunk=SMALL_SIMULATOR.chunk)
 ATOL = 1e-4 if PRETENDED else 1e-3
-"""Real ones round otherwise; pretended ones take attention apart, and Adam makes a step of its full length of what is left of a gradient of zero."""
+"""Real ones round otherwise; pretended ones take attention apart."""
+
+
+def rows_stand_alone() -> bool:
+    """Whether a product's row has the same bits whatever the others are: the pretended GPU's products are MKL's, whose rows do on Intel's machines
+    and do not on AMD's, in small odd shapes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(15, 7, generator=generator), torch.randn(7, 17, generator=generator)
+    return all(torch.equal((a @ b)[row], (a[row].expand(count, 7).contiguous() @ b)[0]) for row in range(15) for count in (1, 2, 3, 5, 15))
+
+
+EXACT = PRETENDED and rows_stand_alone()
 
 
 def on(device: torch.device) -> Replica:
@@ -113,8 +125,13 @@ def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant) -> None:
 
     (want, weights), (got, there) = learned(CPU), learned(GPU)
     assert got == pytest.approx(want, abs=1e-3)
-    for name, tensor in weights.items():
-        close(there[name], tensor, ATOL)
+    off = torch.cat([(there[name].cpu() - tensor).abs().flatten() for name, tensor in weights.items()])
+    # Adam makes a step of its full length, 1e-4, also of what rounding leaves of a gradient of zero
+    assert float((off > 2e-5).float().mean()) < 0.05
+    assert float(off.max()) < 1e-3
+    before = Learner(small_policy(POLICY), LoopConfig(group=GROUP, contexts=3, batch=4), SEED).tree()["trained"]
+    moved = torch.cat([(before[name] - tensor).abs().flatten() for name, tensor in weights.items()])
+    assert float((moved > 2e-5).float().mean()) > 0.5
 
 
 def same(got: Rollout, want: Rollout) -> None:
@@ -127,7 +144,7 @@ def same(got: Rollout, want: Rollout) -> None:
 def as_on_one(made: dict[int, Flight], one: Plant) -> None:
     assert made.keys() == one.want.keys()
     for number, flight in made.items():
-        if PRETENDED:
+        if EXACT:
             assert_same(flight, one.want[number])
         same(flight.rollout(), one.want[number].rollout())
 
@@ -177,9 +194,7 @@ def test_a_batch_whose_kernels_fail_has_changed_nothing(one: Plant, monkeypatch:
 
     monkeypatch.setattr(torch.cuda.Stream, "synchronize", synchronize)
     made, statistics = fly(one, Schedule(6, one.bucket, 1, "always", attempts=50, streams=2), [one.replica])
-    assert made.keys() == one.want.keys()
-    for number, flight in made.items():
-        assert_same(flight, one.want[number])
+    as_on_one(made, one)
     assert len(failed) == sum(row["failures"] for row in statistics["stages"]) > 9
 
 

@@ -93,7 +93,7 @@ def _group_norm(batch_norm: ir.Node) -> Fused | None:
     if not (back and norm and view and _all(mean, 0.0) and _all(variance, 1.0) and batch_norm.attributes["epsilon"].as_float() == 0.0):
         return None
     y, ones, source = batch_norm.outputs[0], _constant(norm.inputs[1]), view.inputs[0]
-    if ones is None or not _all(norm.inputs[1], 1.0) or not _all(norm.inputs[2], 0.0) or source is None or source.shape != y.shape:
+    if ones is None or not _all(norm.inputs[1], 1.0) or not _all(norm.inputs[2], 0.0) or source is None or y.shape is None or source.shape != y.shape:
         return None
     activated = _silu(y)
     if activated is not None:
@@ -124,7 +124,9 @@ def _layer_norm(norm: ir.Node) -> Fused | None:
 def _gated_gelu(mul: ir.Node) -> Fused | None:
     for value, gate in (mul.inputs, mul.inputs[::-1]):
         gelu = _made_by("Gelu", gate)
-        if gelu is None or value is None or gate is None or gelu.attributes["approximate"].as_string() != "none" or value.shape != gate.shape:
+        if gelu is None or value is None or gate is None or value.shape is None or value.shape != gate.shape:
+            continue
+        if gelu.attributes["approximate"].as_string() != "none":
             continue
         return mul.outputs[0], _own("GatedGelu", value, gelu.inputs[0])
     return None

@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str, str]] = {
     "bias for weight": ("norm", onnx_fusion._group_norm, "source, weight, bias", "source, bias, weight"),
     "another epsilon of rows": ("layer norm", onnx_fusion._layer_norm, 'norm.attributes["epsilon"].as_float()', "1e-5"),
     "gate for value": ("gate behind", onnx_fusion._gated_gelu, "value, gelu.inputs[0])", "gelu.inputs[0], value)"),
-    "any GELU": ("another GELU", onnx_fusion._gated_gelu, 'or gelu.attributes["approximate"].as_string() != "none" ', ""),
+    "any GELU": ("another GELU", onnx_fusion._gated_gelu, 'gelu.attributes["approximate"].as_string() != "none"', "False"),
     "gates of any shape": ("one gate for all", onnx_fusion._gated_gelu, " or value.shape != gate.shape", ""),
     "no scale": ("own keys", onnx_fusion._few_keys, "scale=float(scale.reshape(()))", "scale=1.0"),
     "heads behind rows": ("keys of a context", onnx_fusion._few_keys, "heads_first=int(heads_first)", "heads_first=0"),

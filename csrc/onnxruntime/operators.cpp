@@ -111,7 +111,7 @@ struct GroupNormOperator {
   void run(const Call& call) const {
     const Tensor x = call.input(0), weight = call.input(1), bias = call.input(2);
     const std::size_t channels = x.shape.size() < 2 ? 0 : x.length(1);
-    if (groups == 0 || channels % groups || weight.count(0) != channels || bias.count(0) != channels)
+    if (channels == 0 || groups == 0 || channels % groups || weight.count(0) != channels || bias.count(0) != channels)
       unfit(kName, "(N, C, ...), weight and bias (C), C a multiple of groups");
     kHere.group_norm({x.data, weight.data, bias.data, call.output(x.shape), x.length(0), channels, x.count(2), groups,
                       epsilon, silu});

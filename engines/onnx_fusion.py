@@ -30,11 +30,13 @@ Fused = tuple["ir.Value", "ir.Node"]
 
 def fuse(model: ir.Model) -> dict[str, int]:
     """Change `model`, which computes in float32, wherever a pattern is found. Returns how many operators of each name it now has."""
+    import onnx_ir as ir
     from onnxscript import optimizer
 
     found: dict[str, int] = {}
     for node in list(model.graph):
-        fused = _RULES[node.op_type](node) if node.domain == "" and node.op_type in _RULES else None
+        float32 = all(one is not None and one.dtype == ir.DataType.FLOAT for one in node.outputs)
+        fused = _RULES[node.op_type](node) if float32 and node.domain == "" and node.op_type in _RULES else None
         if fused is None:
             continue
         replaced, own = fused
@@ -73,6 +75,8 @@ def _constant(value: ir.Value | None) -> Any:
     import onnx_ir as ir
 
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if isinstance(tensor, ir.ExternalTensor):  # a weight, which a refit changes
+        return None
     return None if tensor is None else tensor.numpy()
 
 
@@ -93,7 +97,10 @@ def _group_norm(batch_norm: ir.Node) -> Fused | None:
     if not (back and norm and view and _all(mean, 0.0) and _all(variance, 1.0) and batch_norm.attributes["epsilon"].as_float() == 0.0):
         return None
     y, ones, source = batch_norm.outputs[0], _constant(norm.inputs[1]), view.inputs[0]
-    if ones is None or not _all(norm.inputs[1], 1.0) or not _all(norm.inputs[2], 0.0) or source is None or y.shape is None or source.shape != y.shape:
+    groups = _constant(view.inputs[1])
+    if ones is None or groups is None or groups.tolist() != [0, len(ones), -1] or not _all(norm.inputs[1], 1.0) or not _all(norm.inputs[2], 0.0):
+        return None
+    if source is None or y.shape is None or source.shape != y.shape:
         return None
     activated = _silu(y)
     if activated is not None:

@@ -64,14 +64,17 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a waiting thread would take a core from who works
         options.enable_mem_reuse = False  # not planned beforehand: what was freed last is taken first, and still in the cache
         options.log_severity_level = 3
-        options.register_custom_ops_library(_core.__file__)  # it holds our operators beside what Python calls
+        try:
+            options.register_custom_ops_library(_core.__file__)  # it holds our operators beside what Python calls
+        except Exception as error:  # its errors have no base of their own
+            raise EngineError(f"{self.recipe.name}: {_core.__file__} has no operators for ONNX Runtime ({error}): build worldenv anew") from error
         for name, length in lengths.items():
             options.add_free_dimension_override_by_name(name, length)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(_array(tensor)) for tensor in self._weights.values()]
         options.add_external_initializers(list(self._weights), values)
         try:
             session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors have no base of their own
+        except Exception as error:  # as above
             raise EngineError(f"{self.recipe.name}: ONNX Runtime does not load its graph: {error}; build it anew") from error
         names, asked = [one.name for one in self.recipe.inputs], [one.name for one in session.get_inputs()]
         if unknown := set(asked) - set(names):

@@ -78,6 +78,11 @@ def convolves(row: int = 20, channels: int = 7, **more: Any) -> tuple[nn.Module,
     return Made(lambda m, x: m.conv(x), conv=nn.Conv2d(6, channels, **given)), pictures(6, row)
 
 
+def _learned(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = (q.transpose(1, 2) * module.t[0]) @ k.transpose(1, 2).transpose(2, 3)
+    return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+
 CASES: dict[str, tuple[tuple[nn.Module, tuple[Binding, ...]], dict[str, int]]] = {
     "norm": ((Made(lambda m, x: m.norm(x), norm=norm()), pictures(12)), {"GroupNorm": 1}),
     "norm and SiLU": ((Made(lambda m, x: F.silu(m.norm(x)) + 1.0, norm=norm()), pictures(12)), {"GroupNorm": 1}),
@@ -94,6 +99,9 @@ CASES: dict[str, tuple[tuple[nn.Module, tuple[Binding, ...]], dict[str, int]]] =
     "another GELU": ((Made(lambda m, x, y: x * F.gelu(y, approximate="tanh")), rows("x", "y")), {}),
     "one gate for all": ((Made(lambda m, x, y: x * F.gelu(y[:, :, :1])), rows("x", "y")), {}),
     "own keys": (attends(12), {"FewKeysAttention": 1}),
+    "a scale that is learned": (
+        (Made(_learned, t=nn.ParameterList([torch.ones(1)])), (tokens("q", 19), tokens("k", 12), tokens("v", 12))), {},
+    ),
     "own keys, own scale": (attends(31, scale=0.7), {"FewKeysAttention": 1}),
     "keys of a context": (
         (Made(lambda m, q, k, v: attended(q, k, v)), (tokens("q", 19), tokens("k", 16, True), tokens("v", 16, True))), {"FewKeysAttention": 1},

@@ -109,7 +109,7 @@ WORLDENV_INLINE L exp(L x) {
   std::memcpy(&power, &p, sizeof power);
   power += bits << 23;  // n, in the lowest bits of the mantissa, goes to p's exponent: p 2^n
   std::memcpy(&p, &power, sizeof p);
-  return p;
+  return x == x ? p : x;  // of a NaN the exponent is none
 }
 
 // x / (1 + e^-x).

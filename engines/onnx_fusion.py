@@ -28,12 +28,11 @@ Fused = tuple["ir.Value", "ir.Node"]
 """What is replaced, and the operator that gives it."""
 
 
-def fuse(model: ir.Model) -> dict[str, int]:
-    """Change `model`, which computes in float32, wherever a pattern is found. Returns how many operators of each name it now has."""
+def fuse(model: ir.Model) -> None:
+    """Change `model` wherever a pattern is found that computes in float32."""
     import onnx_ir as ir
     from onnxscript import optimizer
 
-    found: dict[str, int] = {}
     for node in list(model.graph):
         float32 = all(one is not None and one.dtype == ir.DataType.FLOAT for one in node.outputs)
         fused = _RULES[node.op_type](node) if float32 and node.domain == "" and node.op_type in _RULES else None
@@ -46,11 +45,8 @@ def fuse(model: ir.Model) -> dict[str, int]:
         if replaced.is_graph_output():  # it keeps its name there
             made.name, replaced.name = replaced.name, f"{replaced.name}_unfused"
         replaced.replace_all_uses_with(made, replace_graph_outputs=True)
-        found[own.op_type] = found.get(own.op_type, 0) + 1
-    if found:
         model.graph.opset_imports[DOMAIN] = 1
-        optimizer.remove_unused_nodes(model)
-    return found
+    optimizer.remove_unused_nodes(model)
 
 
 def _own(name: str, *inputs: ir.Value | None, **attributes: float) -> ir.Node:
@@ -86,7 +82,7 @@ def _all(value: ir.Value | None, number: float) -> bool:
 
 
 def _swap(node: ir.Node | None) -> bool:
-    return node is not None and tuple(node.attributes["perm"].as_ints()) == _SWAPPED
+    return node is not None and tuple(node.attributes.get_ints("perm", ())) == _SWAPPED
 
 
 def _group_norm(batch_norm: ir.Node) -> Fused | None:
@@ -94,7 +90,7 @@ def _group_norm(batch_norm: ir.Node) -> Fused | None:
     back = _made_by("Reshape", x)
     norm = back and _made_by("InstanceNormalization", back.inputs[0])
     view = norm and _made_by("Reshape", norm.inputs[0])
-    if not (back and norm and view and _all(mean, 0.0) and _all(variance, 1.0) and batch_norm.attributes["epsilon"].as_float() == 0.0):
+    if not (back and norm and view and _all(mean, 0.0) and _all(variance, 1.0) and batch_norm.attributes.get_float("epsilon", 1e-5) == 0.0):
         return None
     y, ones, source = batch_norm.outputs[0], _constant(norm.inputs[1]), view.inputs[0]
     groups = _constant(view.inputs[1])
@@ -106,7 +102,7 @@ def _group_norm(batch_norm: ir.Node) -> Fused | None:
     if activated is not None:
         value, mul = activated
         mul.outputs[0].replace_all_uses_with(value)  # the operator gives it already
-    epsilon = norm.attributes["epsilon"].as_float()
+    epsilon = norm.attributes.get_float("epsilon", 1e-5)
     return y, _own("GroupNorm", source, weight, bias, groups=len(ones), epsilon=epsilon, silu=int(activated is not None))
 
 
@@ -123,9 +119,9 @@ def _silu(y: ir.Value) -> tuple[ir.Value, ir.Node] | None:
 
 
 def _layer_norm(norm: ir.Node) -> Fused | None:
-    if len(norm.inputs) != 3 or None in norm.inputs or norm.attributes["axis"].as_int() != -1:
+    if len(norm.inputs) != 3 or None in norm.inputs or norm.attributes.get_int("axis", -1) != -1:
         return None
-    return norm.outputs[0], _own("LayerNorm", *norm.inputs, epsilon=norm.attributes["epsilon"].as_float())
+    return norm.outputs[0], _own("LayerNorm", *norm.inputs, epsilon=norm.attributes.get_float("epsilon", 1e-5))
 
 
 def _gated_gelu(mul: ir.Node) -> Fused | None:
@@ -133,7 +129,7 @@ def _gated_gelu(mul: ir.Node) -> Fused | None:
         gelu = _made_by("Gelu", gate)
         if gelu is None or value is None or gate is None or value.shape is None or value.shape != gate.shape:
             continue
-        if gelu.attributes["approximate"].as_string() != "none":
+        if gelu.attributes.get_string("approximate", "none") != "none":
             continue
         return mul.outputs[0], _own("GatedGelu", value, gelu.inputs[0])
     return None
@@ -144,12 +140,11 @@ def _narrow_conv(conv: ir.Node) -> Fused | None:
     if len(conv.inputs) != 3 or x is None or weight is None or x.shape is None or weight.shape is None or len(x.shape) != 4:
         return None
     row, (channels_out, channels_in, *taps) = x.shape[3], weight.shape
-    asked = {name: tuple(conv.attributes[name].as_ints()) for name in ("pads", "strides", "dilations") if name in conv.attributes}
-    plain = asked.get("strides", (1, 1)) == asked.get("dilations", (1, 1)) == (1, 1) and asked.get("pads") == (1, 1, 1, 1)
-    grouped = "group" in conv.attributes and conv.attributes["group"].as_int() != 1
-    padded = "auto_pad" in conv.attributes and conv.attributes["auto_pad"].as_string() != "NOTSET"
+    asked = conv.attributes
+    padded = asked.get_string("auto_pad", "NOTSET") == "NOTSET" and tuple(asked.get_ints("pads", ())) == (1, 1, 1, 1)
+    plain = all(tuple(asked.get_ints(name, (1, 1))) == (1, 1) for name in ("strides", "dilations")) and asked.get_int("group", 1) == 1
     few = isinstance(channels_out, int) and isinstance(channels_in, int) and channels_out <= MOST_CHANNELS_OUT and channels_in <= MOST_CHANNELS_IN
-    if taps != [3, 3] or not plain or grouped or padded or not few or not isinstance(row, int) or not _LEAST_ROW <= row <= MOST_ROW:
+    if taps != [3, 3] or not padded or not plain or not few or not isinstance(row, int) or not _LEAST_ROW <= row <= MOST_ROW:
         return None
     return conv.outputs[0], _own("NarrowConv", *conv.inputs)
 
@@ -160,13 +155,13 @@ def _few_keys(product: ir.Node) -> Fused | None:
     scaled = scores and _made_by("Mul", scores.inputs[0])
     query = scaled and _made_by("Transpose", scaled.inputs[0])
     turned = scores and _made_by("Transpose", scores.inputs[1])
-    if not (softmax and scores and scaled and query and turned and _swap(query)) or softmax.attributes["axis"].as_int() != -1:
+    if not (softmax and scores and scaled and query and turned and _swap(query)) or softmax.attributes.get_int("axis", -1) != -1:
         return None
     users, scale = _used_by(product.outputs[0]), _constant(scaled.inputs[1])
     if len(users) != 1 or users[0].op_type != "Transpose" or not _swap(users[0]) or scale is None or scale.size != 1:
         return None
     q, k, v = query.inputs[0], turned.inputs[0], product.inputs[1]
-    if q is None or k is None or v is None or tuple(turned.attributes["perm"].as_ints()) != (0, 1, 3, 2) or not _fits(q, k, v):
+    if q is None or k is None or v is None or tuple(turned.attributes.get_ints("perm", ())) != (0, 1, 3, 2) or not _fits(q, k, v):
         return None
     rows_first = [_made_by("Transpose", one) for one in (k, v)]
     heads_first = not all(_swap(one) for one in rows_first)

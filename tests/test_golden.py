@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mutation import mutate
 from safetensors.torch import load_file, save_file
 
 from tests.golden import __main__ as runner
@@ -38,22 +38,6 @@ def test_golden(name: str) -> None:
 def test_every_kind_has_a_case() -> None:
     kinds = {json.loads((CASES / name / "case.json").read_text())["kind"] for name in case_names()}
     assert kinds == runner.KINDS.keys()
-
-
-def mutate(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, old: str, new: str) -> None:
-    """Replace `old` by `new` in the source of `owner.name`, which must hold it once."""
-    function = inspect.getattr_static(owner, name)
-    function = function.__func__ if isinstance(function, classmethod) else function
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, source
-    module = inspect.getmodule(function)
-    assert module is not None
-    # The class body's own name lets a bare super() work outside of it.
-    source = source.replace(old, new).replace("super()", f"super({owner.__name__}, self)")
-    scope = dict(vars(module))
-    exec(source, scope)
-    made = scope[name]
-    monkeypatch.setattr(owner, name, classmethod(made.__func__) if isinstance(made, classmethod) else made)
 
 
 WRONG: dict[str, tuple[str, Any, str, str, str]] = {

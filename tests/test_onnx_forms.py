@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mutation import mutate
 from torch import nn
 
 from worldenv.engines import export, onnx_forms, onnxruntime
@@ -123,13 +123,8 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str, str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_form_is_seen(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, function, old, new = WRONG[wrong]
-    source = inspect.getsource(function)
-    assert old in source
-    scope = dict(vars(onnx_forms))
-    exec(source.replace(old, new), scope)
-    monkeypatch.setattr(onnx_forms, "_repeated", scope["_repeated"])
-    if function is not onnx_forms._repeated:  # which the others look up where they are
-        monkeypatch.setattr(export, "FORMS", {operator: scope[form.__name__] for operator, form in onnx_forms.FORMS.items()})
+    mutate(monkeypatch, onnx_forms, function.__name__, old, new)
+    monkeypatch.setattr(export, "FORMS", {operator: getattr(onnx_forms, form.__name__) for operator, form in onnx_forms.FORMS.items()})
     with contextlib.suppress(EngineError):  # a graph that does not run is seen as well
         assert not error(case, tmp_path) < TOLERANCE
 

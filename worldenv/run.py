@@ -136,8 +136,10 @@ class Run:
             self.keep_settings()
 
     def keep_settings(self) -> None:
-        """Store the settings, which may have the networks on other GPUs than what is stored."""
-        checkpoint.write_text(self.out / "run.json", json.dumps({"settings": config.to_dict(self.settings)}, indent=1))
+        """Store the settings, where what is stored has the networks on other GPUs, or nothing is stored."""
+        known = self.out / "run.json"
+        if not known.is_file() or settings_of(self.out) != self.settings:
+            checkpoint.write_text(known, json.dumps({"settings": config.to_dict(self.settings)}, indent=1))
 
     def folder(self, stage: str) -> Path:
         """Where `stage` writes."""

@@ -47,7 +47,6 @@ constexpr int kRequired = 0;  // INPUT_OUTPUT_REQUIRED
 
 // Numbers of entries in OrtApi.
 enum Entry : std::size_t {
-  kCreateStatus = 0,
   kGetErrorMessage = 2,
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,

@@ -15,7 +15,10 @@ using namespace ort;
 
 const Kernels& kHere = kernels(widest());
 
-void check(const OrtApi* api, OrtStatus* status) {
+// Calls an entry of the table that gives a status; throws what that says.
+template <typename... Given>
+void ask(const OrtApi* api, Entry entry, Given... given) {
+  OrtStatus* status = call<OrtStatus*>(api, entry, given...);
   if (!status) return;
   const std::string said = call<const char*>(api, kGetErrorMessage, static_cast<const OrtStatus*>(status));
   call<void>(api, kReleaseStatus, status);
@@ -41,29 +44,27 @@ class Call {
 
   Tensor input(std::size_t index) const {
     const OrtValue* value = nullptr;
-    check(api_, call<OrtStatus*>(api_, kGetInput, static_cast<const OrtKernelContext*>(context_), index, &value));
+    ask(api_, kGetInput, static_cast<const OrtKernelContext*>(context_), index, &value);
     OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(api_, call<OrtStatus*>(api_, kGetTensorTypeAndShape, value, &info));
+    ask(api_, kGetTensorTypeAndShape, value, &info);
     std::size_t axes = 0;
-    check(api_,
-          call<OrtStatus*>(api_, kGetDimensionsCount, static_cast<const OrtTensorTypeAndShapeInfo*>(info), &axes));
+    ask(api_, kGetDimensionsCount, static_cast<const OrtTensorTypeAndShapeInfo*>(info), &axes);
     std::vector<std::int64_t> shape(axes);
-    check(api_, call<OrtStatus*>(api_, kGetDimensions, static_cast<const OrtTensorTypeAndShapeInfo*>(info),
-                                 shape.data(), axes));
+    ask(api_, kGetDimensions, static_cast<const OrtTensorTypeAndShapeInfo*>(info), shape.data(), axes);
     call<void>(api_, kReleaseTensorTypeAndShapeInfo, info);
     return {data(const_cast<OrtValue*>(value)), shape};
   }
 
   float* output(const std::vector<std::int64_t>& shape) const {
     OrtValue* value = nullptr;
-    check(api_, call<OrtStatus*>(api_, kGetOutput, context_, std::size_t{0}, shape.data(), shape.size(), &value));
+    ask(api_, kGetOutput, context_, std::size_t{0}, shape.data(), shape.size(), &value);
     return data(value);
   }
 
  private:
   float* data(OrtValue* value) const {
     void* data = nullptr;
-    check(api_, call<OrtStatus*>(api_, kGetTensorMutableData, value, &data));
+    ask(api_, kGetTensorMutableData, value, &data);
     return static_cast<float*>(data);
   }
 
@@ -78,12 +79,12 @@ class Attributes {
 
   std::int64_t integer(const char* name) const {
     std::int64_t value = 0;
-    check(api_, call<OrtStatus*>(api_, kGetAttributeInt, info_, name, &value));
+    ask(api_, kGetAttributeInt, info_, name, &value);
     return value;
   }
   float number(const char* name) const {
     float value = 0;
-    check(api_, call<OrtStatus*>(api_, kGetAttributeFloat, info_, name, &value));
+    ask(api_, kGetAttributeFloat, info_, name, &value);
     return value;
   }
 

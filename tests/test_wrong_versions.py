@@ -16,7 +16,8 @@ import test_policy
 import test_policy_golden
 import test_policy_processing
 import test_reflector
-from test_golden import CASES, mutate
+from mutation import mutate
+from test_golden import CASES
 
 from tests.golden import __main__ as runner
 from tests.golden import oft as golden_oft

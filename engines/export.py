@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from worldenv import checkpoint
+from worldenv import __version__, checkpoint
 from worldenv.engines.onnx_forms import FORMS
 from worldenv.engines.recipe import EngineError, EngineRecipe, said, symbol
 from worldenv.engines.store import Store, Wanted
@@ -104,7 +104,7 @@ def architecture(module: nn.Module, recipe: EngineRecipe) -> str:
     digest = hashlib.sha256(json.dumps(recipe.plain(), sort_keys=True).encode())
     for name, tensor in sorted(state(module).items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-    digest.update(repr(module).encode())
+    digest.update(f"{module!r} {__version__}".encode())  # of an installed project, only some of the sources are looked at
     files = {inspect.getsourcefile(type(one)) for one in module.modules()} | {__file__}
     rooms = {Path(str(file)).parent for file in files if "worldenv" in str(file) and "site-packages" not in str(file)}
     sources = {Path(file) for file in files if file is not None} | {path for room in rooms for path in room.glob("*.py")}

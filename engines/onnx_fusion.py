@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from worldenv import _core
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "worldenv"
-MOST_KEYS, MOST_WIDTH, MOST_CHANNELS_IN, MOST_CHANNELS_OUT, MOST_ROW = 32, 128, 64, 8, 256
-"""What FewKeysAttention and NarrowConv take: csrc/onnxruntime/kernels.hpp."""
 _LEAST_ROW = 16
 """Pixels that NarrowConv computes at once: in shorter rows the runtime's own convolution is as fast."""
 _SWAPPED = (0, 2, 1, 3)
@@ -119,7 +119,10 @@ def _silu(y: ir.Value) -> tuple[ir.Value, ir.Node] | None:
 
 
 def _layer_norm(norm: ir.Node) -> Fused | None:
-    if len(norm.inputs) != 3 or None in norm.inputs or norm.attributes.get_int("axis", -1) != -1:
+    if len(norm.inputs) != 3 or norm.attributes.get_int("axis", -1) != -1:
+        return None
+    x, weight, bias = norm.inputs
+    if x is None or x.shape is None or any(one is None or one.shape != x.shape[-1:] for one in (weight, bias)):
         return None
     return norm.outputs[0], _own("LayerNorm", *norm.inputs, epsilon=norm.attributes.get_float("epsilon", 1e-5))
 
@@ -136,15 +139,18 @@ def _gated_gelu(mul: ir.Node) -> Fused | None:
 
 
 def _narrow_conv(conv: ir.Node) -> Fused | None:
-    x, weight = conv.inputs[:2]
-    if len(conv.inputs) != 3 or x is None or weight is None or x.shape is None or weight.shape is None or len(x.shape) != 4:
+    if len(conv.inputs) != 3:
+        return None
+    x, weight, bias = conv.inputs
+    if x is None or weight is None or bias is None or x.shape is None or weight.shape is None or len(x.shape) != 4:
         return None
     row, (channels_out, channels_in, *taps) = x.shape[3], weight.shape
     asked = conv.attributes
     padded = asked.get_string("auto_pad", "NOTSET") == "NOTSET" and tuple(asked.get_ints("pads", ())) == (1, 1, 1, 1)
     plain = all(tuple(asked.get_ints(name, (1, 1))) == (1, 1) for name in ("strides", "dilations")) and asked.get_int("group", 1) == 1
-    few = isinstance(channels_out, int) and isinstance(channels_in, int) and channels_out <= MOST_CHANNELS_OUT and channels_in <= MOST_CHANNELS_IN
-    if taps != [3, 3] or not padded or not plain or not few or not isinstance(row, int) or not _LEAST_ROW <= row <= MOST_ROW:
+    known = isinstance(channels_out, int) and isinstance(channels_in, int) and isinstance(row, int)
+    few = known and channels_out <= _core.MOST_CHANNELS_OUT and channels_in <= _core.MOST_CHANNELS_IN and _LEAST_ROW <= row <= _core.MOST_ROW
+    if taps != [3, 3] or not padded or not plain or not few:
         return None
     return conv.outputs[0], _own("NarrowConv", *conv.inputs)
 
@@ -176,7 +182,7 @@ def _fits(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
         return False
     batch, _, heads, width = q.shape
     keys, wide = k.shape[2], k.shape[3]
-    counted = isinstance(keys, int) and isinstance(wide, int) and keys <= MOST_KEYS and wide <= MOST_WIDTH
+    counted = isinstance(keys, int) and isinstance(wide, int) and 0 < keys <= _core.MOST_KEYS and wide <= _core.MOST_WIDTH
     return counted and (k.shape[0], k.shape[1], wide) == (batch, heads, width)
 
 

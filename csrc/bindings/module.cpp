@@ -1,4 +1,5 @@
 #include "bindings.hpp"
+#include "onnxruntime/kernels.hpp"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() =
@@ -6,4 +7,9 @@ PYBIND11_MODULE(_core, m) {
   worldenv::bind_philox(m);
   worldenv::bind_kinematics(m);
   worldenv::bind_scheduler(m);
+  m.attr("MOST_KEYS") = worldenv::kMostKeys;
+  m.attr("MOST_WIDTH") = worldenv::kMostWidth;
+  m.attr("MOST_CHANNELS_IN") = worldenv::kMostChannelsIn;
+  m.attr("MOST_CHANNELS_OUT") = worldenv::kMostChannelsOut;
+  m.attr("MOST_ROW") = worldenv::kMostRow;
 }

@@ -1,6 +1,7 @@
 // The kernels as operators of ONNX Runtime, in domain "worldenv": a session loads this library by
 // SessionOptions.register_custom_ops_library. What a graph must hold for each is said in engines/onnx_fusion.py, which
 // writes it. An operator whose tensors do not fit throws: the runtime catches that and fails the run by its message.
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -230,13 +231,16 @@ extern "C" [[gnu::visibility("default")]] OrtStatus* RegisterCustomOps(OrtSessio
   using namespace worldenv;
   using namespace worldenv::ort;
   const OrtApi* api = base->get_api(kVersion);
-  static OrtCustomOpDomain* domain = nullptr;
-  static OrtStatus* const failed = [api] {
+  static std::mutex one_at_a_time;
+  static OrtCustomOpDomain* whole = nullptr;
+  const std::lock_guard lock(one_at_a_time);
+  if (!whole) {
+    OrtCustomOpDomain* domain = nullptr;
     if (OrtStatus* status = call<OrtStatus*>(api, kCreateCustomOpDomain, "worldenv", &domain)) return status;
     for (const auto one : {add<GroupNormOperator>, add<LayerNormOperator>, add<GatedGeluOperator>,
                            add<NarrowConvOperator>, add<FewKeysOperator>})
       if (OrtStatus* status = one(api, domain)) return status;
-    return static_cast<OrtStatus*>(nullptr);
-  }();
-  return failed ? failed : call<OrtStatus*>(api, kAddCustomOpDomain, options, domain);
+    whole = domain;
+  }
+  return call<OrtStatus*>(api, kAddCustomOpDomain, options, whole);
 }

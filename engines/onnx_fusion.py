@@ -4,6 +4,7 @@
     LayerNorm          LayerNormalization over the last axis
     GatedGelu          value * Gelu(gate)
     NarrowConv         a 3x3 convolution to so few channels that the runtime's blocks of 16 are half empty
+    WinogradConv       a convolution of three rows and one or three columns, by half of the products (csrc/onnxruntime/winograd.hpp)
     FewKeysAttention   softmax(scale q k^T) v for few keys, with the transposes around it
 
 All are of domain "worldenv", take float32, and give what they stand for to rounding.
@@ -14,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from worldenv import _core
 
 if TYPE_CHECKING:
@@ -22,10 +25,16 @@ if TYPE_CHECKING:
 DOMAIN = "worldenv"
 _LEAST_ROW = 16
 """Pixels that NarrowConv computes at once: in shorter rows the runtime's own convolution is as fast."""
+_LEAST_CHANNELS_IN, _MOST_CHANNELS_IN = 16, 256
+"""Of WinogradConv: with fewer, what it does beside products costs what it saves; with more, weights leave the cache."""
+_POINTS = np.array(
+    [[1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24, 0], [0, -1 / 6, 1 / 6, 1 / 12, -1 / 12, 0], [0, -1 / 6, -1 / 6, 1 / 6, 1 / 6, 1]], np.float32
+)
+"""G of Winograd's F(4, 3), turned: three rows of a weight at the points 0, 1, -1, 2, -2 and infinity."""
 _SWAPPED = (0, 2, 1, 3)
 """Heads before rows, or behind them again."""
-Fused = tuple["ir.Value", "ir.Node"]
-"""What is replaced, and the operator that gives it."""
+Fused = tuple["ir.Value", "list[ir.Node]"]
+"""What is replaced, and the nodes that give it, the last of which is the operator."""
 
 
 def fuse(model: ir.Model) -> None:
@@ -38,9 +47,9 @@ def fuse(model: ir.Model) -> None:
         fused = _RULES[node.op_type](node) if float32 and node.domain == "" and node.op_type in _RULES else None
         if fused is None:
             continue
-        replaced, own = fused
-        node.append(own)
-        (made,) = own.outputs
+        replaced, nodes = fused
+        node.append(nodes)
+        (made,) = nodes[-1].outputs
         made.shape, made.type = replaced.shape, replaced.type
         if replaced.is_graph_output():  # it keeps its name there
             made.name, replaced.name = replaced.name, f"{replaced.name}_unfused"
@@ -49,10 +58,10 @@ def fuse(model: ir.Model) -> None:
     optimizer.remove_unused_nodes(model)
 
 
-def _own(name: str, *inputs: ir.Value | None, **attributes: float) -> ir.Node:
+def _own(name: str, *inputs: ir.Value | None, **attributes: float) -> list[ir.Node]:
     import onnx_ir as ir
 
-    return ir.node(name, inputs, attributes, domain=DOMAIN)
+    return [ir.node(name, inputs, attributes, domain=DOMAIN)]
 
 
 def _made_by(kind: str, value: ir.Value | None) -> ir.Node | None:
@@ -138,21 +147,47 @@ def _gated_gelu(mul: ir.Node) -> Fused | None:
     return None
 
 
-def _narrow_conv(conv: ir.Node) -> Fused | None:
+def _conv(conv: ir.Node) -> Fused | None:
+    """By `_narrow_conv` or `_winograd_conv`, where one fits: plain ones, with weights and rows of a known size."""
     if len(conv.inputs) != 3:
         return None
     x, weight, bias = conv.inputs
-    if x is None or weight is None or bias is None or x.shape is None or weight.shape is None or len(x.shape) != 4:
-        return None
-    row, (channels_out, channels_in, *taps) = x.shape[3], weight.shape
     asked = conv.attributes
-    padded = asked.get_string("auto_pad", "NOTSET") == "NOTSET" and tuple(asked.get_ints("pads", ())) == (1, 1, 1, 1)
     plain = all(tuple(asked.get_ints(name, (1, 1))) == (1, 1) for name in ("strides", "dilations")) and asked.get_int("group", 1) == 1
-    known = isinstance(channels_out, int) and isinstance(channels_in, int) and isinstance(row, int)
-    few = known and channels_out <= _core.MOST_CHANNELS_OUT and channels_in <= _core.MOST_CHANNELS_IN and _LEAST_ROW <= row <= _core.MOST_ROW
-    if taps != [3, 3] or not padded or not plain or not few:
+    if x is None or weight is None or bias is None or not plain or asked.get_string("auto_pad", "NOTSET") != "NOTSET":
         return None
-    return conv.outputs[0], _own("NarrowConv", *conv.inputs)
+    if x.shape is None or len(x.shape) != 4 or weight.shape is None or not weight.shape.is_static() or not isinstance(row := x.shape[3], int):
+        return None
+    pads, shape = tuple(asked.get_ints("pads", (0, 0, 0, 0))), weight.shape.numpy()
+    own = _narrow_conv(conv, row, shape, pads) or _winograd_conv(conv, row, shape, pads)
+    return None if own is None else (conv.outputs[0], own)
+
+
+def _narrow_conv(conv: ir.Node, row: int, shape: tuple[int, ...], pads: tuple[int, ...]) -> list[ir.Node] | None:
+    channels_out, channels_in, *taps = shape
+    few = channels_out <= _core.MOST_CHANNELS_OUT and channels_in <= _core.MOST_CHANNELS_IN
+    if taps != [3, 3] or pads != (1, 1, 1, 1) or not few or not _LEAST_ROW <= row <= _core.MOST_ROW:
+        return None
+    return _own("NarrowConv", *conv.inputs)
+
+
+def _winograd_conv(conv: ir.Node, row: int, shape: tuple[int, ...], pads: tuple[int, ...]) -> list[ir.Node] | None:
+    import onnx_ir as ir
+
+    (x, weight, bias), (channels_out, channels_in, *taps) = conv.inputs, shape
+    zeros = {(3, 1): [(0, 0, 0, 0), (1, 0, 1, 0)], (3, 3): [(0, 1, 0, 1), (1, 1, 1, 1)]}  # above, left, below, right
+    if pads not in zeros.get((taps[0], taps[1]), []) or row % _core.QUAD or channels_out % _core.PANEL:
+        return None
+    if not _LEAST_CHANNELS_IN <= channels_in <= _MOST_CHANNELS_IN or weight is None or not weight.is_initializer():
+        return None
+    turned = ir.node("Transpose", [weight], {"perm": (0, 3, 1, 2)})
+    points = ir.node("Constant", [], {"value": ir.tensor(_POINTS)})
+    made = ir.node("MatMul", [turned.outputs[0], points.outputs[0]])
+    panels = ir.node("Constant", [], {"value": ir.tensor([channels_out // _core.PANEL, _core.PANEL, taps[1], channels_in, 6])})
+    cut = ir.node("Reshape", [made.outputs[0], panels.outputs[0]])
+    beside = ir.node("Transpose", [cut.outputs[0]], {"perm": (4, 0, 2, 3, 1)})
+    # Of a weight alone, all but the last: the runtime computes that once, when it loads the graph with whatever weights.
+    return [turned, points, made, panels, cut, beside, *_own("WinogradConv", x, beside.outputs[0], bias, above=pads[0])]
 
 
 def _few_keys(product: ir.Node) -> Fused | None:
@@ -187,7 +222,7 @@ def _fits(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
 
 
 _RULES: dict[str, Callable[[ir.Node], Fused | None]] = {
-    "BatchNormalization": _group_norm, "LayerNormalization": _layer_norm, "Mul": _gated_gelu, "Conv": _narrow_conv,
+    "BatchNormalization": _group_norm, "LayerNormalization": _layer_norm, "Mul": _gated_gelu, "Conv": _conv,
     "MatMul": _few_keys,
 }  # fmt: skip
 """By the kind of a pattern's last node of its own."""

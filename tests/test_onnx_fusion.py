@@ -76,9 +76,9 @@ def attends(keys: int, **more: Any) -> tuple[nn.Module, tuple[Binding, ...]]:
     return module, (tokens("q", 19), tokens("k", keys), tokens("v", keys))
 
 
-def convolves(row: int = 20, channels: int = 7, **more: Any) -> tuple[nn.Module, tuple[Binding, ...]]:
+def convolves(row: int = 20, channels: int = 7, channels_in: int = 6, **more: Any) -> tuple[nn.Module, tuple[Binding, ...]]:
     given = {"kernel_size": 3, "padding": 1, **more}
-    return Made(lambda m, x: m.conv(x), conv=nn.Conv2d(6, channels, **given)), pictures(6, row)
+    return Made(lambda m, x: m.conv(x), conv=nn.Conv2d(channels_in, channels, **given)), pictures(channels_in, row)
 
 
 def _learned(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -122,6 +122,19 @@ CASES: dict[str, tuple[tuple[nn.Module, tuple[Binding, ...]], dict[str, int]]] =
     "two taps": (convolves(kernel_size=2), {}),
     "in groups": (convolves(channels=6, groups=2), {}),
     "without bias": (convolves(bias=False), {"NarrowConv": 1}),
+    "three rows": (convolves(channels=32, channels_in=16), {"WinogradConv": 1}),
+    "three rows, nothing above": (convolves(channels=16, channels_in=17, padding=(0, 1)), {"WinogradConv": 1}),
+    "three rows of one column": (convolves(channels=48, channels_in=16, kernel_size=(3, 1), padding=0), {"WinogradConv": 1}),
+    "three rows of one column, one above": (convolves(channels=16, channels_in=16, kernel_size=(3, 1), padding=(1, 0)), {"WinogradConv": 1}),
+    "every other of three rows": (convolves(channels=16, channels_in=16, stride=2), {}),
+    "three columns": (convolves(channels=16, channels_in=16, kernel_size=(1, 3), padding=(0, 1)), {}),
+    "rows of 18": (convolves(row=18, channels=16, channels_in=16), {}),
+    "24 channels": (convolves(channels=24, channels_in=16), {}),
+    "from few channels": (convolves(channels=16, channels_in=15), {}),
+    "a weight that is given": (
+        (Made(lambda m, x, w: F.conv2d(x, w, padding=1)), (*pictures(16), Binding("w", {"out": 16, "in": 16, "row": 3, "column": 3}))), {},
+    ),
+    "columns without zeros": (convolves(channels=16, channels_in=16, padding=(1, 0)), {}),
 }  # fmt: skip
 
 
@@ -182,11 +195,18 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str, str]] = {
     "heads behind rows": ("keys of a context", onnx_fusion._few_keys, "heads_first=int(heads_first)", "heads_first=0"),
     "values for keys": ("own keys", onnx_fusion._few_keys, '"FewKeysAttention", q, k, v', '"FewKeysAttention", q, v, k'),
     "any number of keys": ("many keys", onnx_fusion._fits, "keys <= _core.MOST_KEYS", "keys"),
-    "any stride": ("every other", onnx_fusion._narrow_conv, '("strides", "dilations")', '("dilations",)'),
-    "any dilation": ("spread", onnx_fusion._narrow_conv, '("strides", "dilations")', '("strides",)'),
-    "any padding": ("not padded", onnx_fusion._narrow_conv, 'and tuple(asked.get_ints("pads", ())) == (1, 1, 1, 1)', ""),
-    "any groups": ("in groups", onnx_fusion._narrow_conv, 'and asked.get_int("group", 1) == 1', ""),
+    "any stride": ("every other", onnx_fusion._conv, '("strides", "dilations")', '("dilations",)'),
+    "any dilation": ("spread", onnx_fusion._conv, '("strides", "dilations")', '("strides",)'),
+    "any padding": ("not padded", onnx_fusion._narrow_conv, "or pads != (1, 1, 1, 1) ", ""),
+    "any groups": ("in groups", onnx_fusion._conv, 'and asked.get_int("group", 1) == 1', ""),
     "any channels": ("wide", onnx_fusion._narrow_conv, "channels_out <= _core.MOST_CHANNELS_OUT and ", ""),
+    "other points": ("three rows", onnx_fusion._winograd_conv, "ir.tensor(_POINTS)", "ir.tensor(abs(_POINTS))"),
+    "rows for columns": ("three rows", onnx_fusion._winograd_conv, '{"perm": (0, 3, 1, 2)}', '{"perm": (0, 2, 1, 3)}'),
+    "channels in another order": ("three rows", onnx_fusion._winograd_conv, '{"perm": (4, 0, 2, 3, 1)}', '{"perm": (4, 1, 2, 3, 0)}'),
+    "zeros above always": ("three rows, nothing above", onnx_fusion._winograd_conv, "above=pads[0]", "above=1"),
+    "zeros above never": ("three rows", onnx_fusion._winograd_conv, "above=pads[0]", "above=0"),
+    "zeros beside or not": ("columns without zeros", onnx_fusion._winograd_conv, "pads not in zeros.get((taps[0], taps[1]), []) or ", ""),
+    "any row of quads": ("rows of 18", onnx_fusion._winograd_conv, "row % _core.QUAD or ", ""),
     "any row": ("long rows", onnx_fusion._narrow_conv, "<= row <= _core.MOST_ROW", "<= row"),
 }
 
@@ -242,10 +262,10 @@ NEARLY: dict[str, tuple[str, str, str, str, str, str]] = {
     "rows of one weight": ("LayerNorm", "float[6] w", "float[1] w", "_layer_norm", "one is None or one.shape != x.shape[-1:]", "False"),
     "other rows": ("LayerNorm", "axis = -1", "axis = 1", "_layer_norm", ' or norm.attributes.get_int("axis", -1) != -1', ""),
     "channels in": ("NarrowConv", "64,", "65,", "_narrow_conv", " and channels_in <= _core.MOST_CHANNELS_IN", ""),
-    "no bias": ("NarrowConv", "(x, w, b)", '(x, w, "")', "_narrow_conv", " or bias is None", ""),
+    "no bias": ("NarrowConv", "(x, w, b)", '(x, w, "")', "_conv", " or bias is None", ""),
     "padding by a name": (
         "NarrowConv", "pads", 'auto_pad = "VALID", pads',
-        "_narrow_conv", 'asked.get_string("auto_pad", "NOTSET") == "NOTSET" and ', "",
+        "_conv", ' or asked.get_string("auto_pad", "NOTSET") != "NOTSET"', "",
     ),
     "another axis": ("FewKeysAttention", "axis = -1", "axis = 2", "_few_keys", ' or softmax.attributes.get_int("axis", -1) != -1', ""),
     "a scale that is given": ("FewKeysAttention", "(heads, scale)", "(heads, other)", "_few_keys", "scale is None or scale.size != 1", "False"),
@@ -325,6 +345,11 @@ KEYED = {"heads_first": 0, "scale": 1.0}
         ("GatedGelu", [[2, 6], [2, 6]], [[2, 6], [1, 6]], {}),
         ("NarrowConv", [[2, 6, 4, 5], [8, 6, 3, 3], [8]], [[2, 6, 4, 5], [9, 6, 3, 3], [9]], {}),
         ("NarrowConv", [[2, 6, 4, 5], [8, 6, 3, 3], [8]], [[2, 6, 4, 5], [8, 6, 3, 2], [8]], {}),
+        ("WinogradConv", [[2, 6, 4, 8], [6, 2, 3, 6, 16], [32]], [[2, 6, 4, 8], [6, 2, 2, 6, 16], [32]], {"above": 1}),
+        ("WinogradConv", [[2, 6, 4, 8], [6, 2, 3, 6, 16], [32]], [[2, 6, 4, 8], [6, 2, 3, 5, 16], [32]], {"above": 1}),
+        ("WinogradConv", [[2, 6, 4, 8], [6, 2, 1, 6, 16], [32]], [[2, 6, 4, 9], [6, 2, 1, 6, 16], [32]], {"above": 0}),
+        ("WinogradConv", [[2, 6, 3, 8], [6, 2, 1, 6, 16], [32]], [[2, 6, 2, 8], [6, 2, 1, 6, 16], [32]], {"above": 0}),
+        ("WinogradConv", [[2, 6, 4, 8], [6, 2, 3, 6, 16], [32]], [[2, 6, 4, 8], [6, 2, 3, 6, 16], [16]], {"above": 1}),
         ("FewKeysAttention", [[2, 9, 3, 8], [2, 4, 3, 8], [2, 4, 3, 8]], [[2, 9, 3, 8], [2, 33, 3, 8], [2, 33, 3, 8]], KEYED),
         ("FewKeysAttention", [[2, 9, 3, 8], [2, 4, 3, 8], [2, 4, 3, 8]], [[2, 9, 3, 8], [1, 4, 3, 8], [1, 4, 3, 8]], KEYED),
     ],

@@ -14,7 +14,9 @@ MOST_WIDTH: int
 MOST_CHANNELS_IN: int
 MOST_CHANNELS_OUT: int
 MOST_ROW: int
-"""What the operators FewKeysAttention and NarrowConv for ONNX Runtime take (csrc/onnxruntime/kernels.hpp)."""
+PANEL: int
+QUAD: int
+"""What the operators FewKeysAttention, NarrowConv and WinogradConv for ONNX Runtime take (csrc/onnxruntime/kernels.hpp)."""
 
 def philox_bits(seed: int, rollout: _Words, chunk: _Words, step: _Words, stream: int, count: int) -> _Words:
     """Words (B, count) of rollout, chunk, step (B,); else TypeError, ValueError."""

@@ -12,4 +12,6 @@ PYBIND11_MODULE(_core, m) {
   m.attr("MOST_CHANNELS_IN") = worldenv::kMostChannelsIn;
   m.attr("MOST_CHANNELS_OUT") = worldenv::kMostChannelsOut;
   m.attr("MOST_ROW") = worldenv::kMostRow;
+  m.attr("PANEL") = worldenv::kPanel;
+  m.attr("QUAD") = worldenv::kQuad;
 }

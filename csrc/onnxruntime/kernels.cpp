@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "onnxruntime/lanes.hpp"
+#include "onnxruntime/winograd.hpp"
 
 namespace worldenv {
 namespace {
@@ -241,6 +242,7 @@ WORLDENV_INLINE void convolve(const NarrowConv& work) {
     instructions static void gated_gelu(const GatedGelu& work) { gate<Lanes<lanes>>(work); }             \
     instructions static void narrow_conv(const NarrowConv& work) { convolve<Lanes<lanes>>(work); }       \
     instructions static void few_keys(const FewKeys& work) { attend<Lanes<lanes>>(work); }               \
+    instructions static void winograd_conv(const WinogradConv& work) { convolve<Lanes<lanes>>(work); }   \
   };
 
 WORLDENV_KERNELS(Any, 4, )
@@ -253,7 +255,8 @@ using Avx512 = Any;
 #endif
 
 template <typename Table>
-constexpr Kernels kTable{Table::group_norm, Table::layer_norm, Table::gated_gelu, Table::narrow_conv, Table::few_keys};
+constexpr Kernels kTable{Table::group_norm,  Table::layer_norm, Table::gated_gelu,
+                         Table::narrow_conv, Table::few_keys,   Table::winograd_conv};
 
 }  // namespace
 

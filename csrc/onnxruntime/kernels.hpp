@@ -50,6 +50,23 @@ struct NarrowConv {
   std::size_t pictures, channels_in, channels_out, height, width;
 };
 
+constexpr std::size_t kPanel = 16;  // output channels whose weights lie beside each other
+constexpr std::size_t kQuad = 4;    // columns that are computed together
+
+// A convolution of three rows and one or three columns, four rows of results at a time (`winograd.hpp`). What is not a
+// number at one point of a tile makes none of the tile's four rows one.
+struct WinogradConv {
+  const float* x;       // (pictures, channels_in, height + 2 - 2 * above, width)
+  const float* weight;  // (6, channels_out / kPanel, taps, channels_in, kPanel): G times the rows of the weight
+  const float* bias;    // (channels_out)
+  float* y;             // (pictures, channels_out, height, width)
+  std::size_t pictures, channels_in;
+  std::size_t channels_out;   // a multiple of kPanel
+  std::size_t height, width;  // width a multiple of kQuad
+  std::size_t taps;           // columns: 1, or 3 with one zero on each side of a row
+  std::size_t above;          // rows of zeros above a picture, and below: 0 or 1
+};
+
 constexpr std::size_t kMostKeys = 32, kMostWidth = 128;
 
 // softmax(scale q k^T) v of each head, without a mask, for at most kMostKeys keys of at most kMostWidth numbers.
@@ -70,6 +87,7 @@ struct Kernels {
   void (*gated_gelu)(const GatedGelu&);
   void (*narrow_conv)(const NarrowConv&);
   void (*few_keys)(const FewKeys&);
+  void (*winograd_conv)(const WinogradConv&);
 };
 
 enum class Machine { kAny, kAvx2, kAvx512 };

@@ -167,6 +167,29 @@ struct NarrowConvOperator {
   }
 };
 
+struct WinogradConvOperator {
+  static constexpr const char* kName = "WinogradConv";
+  static constexpr std::size_t kInputs = 3;
+  std::int64_t above;
+
+  explicit WinogradConvOperator(const Attributes& of) : above(of.integer("above")) {}
+
+  void run(const Call& call) const {
+    const Tensor x = call.input(0), weight = call.input(1), bias = call.input(2);
+    const std::vector<std::int64_t>& panels = weight.shape;
+    const std::int64_t one = static_cast<std::int64_t>(kPanel);
+    if (x.shape.size() != 4 || panels.size() != 5 || panels[0] != 6 || (panels[2] != 1 && panels[2] != 3) ||
+        panels[3] != x.shape[1] || panels[4] != one || bias.count(0) != weight.length(1) * kPanel || x.shape[3] % 4 ||
+        (above != 0 && above != 1) || x.shape[2] + 2 * above < 3)
+      unfit(kName,
+            "(N, C, H, W), weight (6, O / 16, 1 or 3, C, 16), bias (O), W a multiple of 4, above 0 or 1, three rows");
+    const std::vector<std::int64_t> shape{x.shape[0], panels[1] * one, x.shape[2] - 2 + 2 * above, x.shape[3]};
+    kHere.winograd_conv({x.data, weight.data, bias.data, call.output(shape), x.length(0), x.length(1), bias.count(0),
+                         static_cast<std::size_t>(shape[2]), x.length(3), weight.length(2),
+                         static_cast<std::size_t>(above)});
+  }
+};
+
 struct FewKeysOperator {
   static constexpr const char* kName = "FewKeysAttention";
   static constexpr std::size_t kInputs = 3;
@@ -238,7 +261,7 @@ extern "C" [[gnu::visibility("default")]] OrtStatus* RegisterCustomOps(OrtSessio
     OrtCustomOpDomain* domain = nullptr;
     if (OrtStatus* status = call<OrtStatus*>(api, kCreateCustomOpDomain, "worldenv", &domain)) return status;
     for (const auto one : {add<GroupNormOperator>, add<LayerNormOperator>, add<GatedGeluOperator>,
-                           add<NarrowConvOperator>, add<FewKeysOperator>})
+                           add<NarrowConvOperator>, add<WinogradConvOperator>, add<FewKeysOperator>})
       if (OrtStatus* status = one(api, domain)) return status;
     whole = domain;
   }

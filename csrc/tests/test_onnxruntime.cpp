@@ -166,6 +166,69 @@ void attention() {
       }
 }
 
+// A convolution of three rows in double, from weights (channels_out, channels_in, 3, taps).
+std::vector<double> convolved(const WinogradConv& work, const Floats& weight) {
+  const std::size_t rows = work.height + 2 - 2 * work.above;
+  std::vector<double> y;
+  for (std::size_t n = 0; n < work.pictures; ++n)
+    for (std::size_t o = 0; o < work.channels_out; ++o)
+      for (std::size_t row = 0; row < work.height; ++row)
+        for (std::size_t column = 0; column < work.width; ++column) {
+          double one = work.bias[o];
+          for (std::size_t c = 0; c < work.channels_in; ++c)
+            for (std::size_t k = 0; k < 3 * work.taps; ++k) {
+              const std::size_t i = row + k / work.taps - work.above;  // wraps round above and on the left
+              const std::size_t j = column + k % work.taps - (work.taps - 1) / 2;
+              if (i < rows && j < work.width)
+                one += static_cast<double>(weight[(o * work.channels_in + c) * 3 * work.taps + k]) *
+                       work.x[((n * work.channels_in + c) * rows + i) * work.width + j];
+            }
+          y.push_back(one);
+        }
+  return y;
+}
+
+Floats panels(const Floats& weight, std::size_t channels_out, std::size_t channels_in, std::size_t taps) {
+  constexpr double kAt[6][3] = {{1 / 4.0, 0, 0},
+                                {-1 / 6.0, -1 / 6.0, -1 / 6.0},
+                                {-1 / 6.0, 1 / 6.0, -1 / 6.0},
+                                {1 / 24.0, 1 / 12.0, 1 / 6.0},
+                                {1 / 24.0, -1 / 12.0, 1 / 6.0},
+                                {0, 0, 1}};
+  Floats out;
+  for (const auto& at : kAt)
+    for (std::size_t o = 0; o < channels_out; o += kPanel)
+      for (std::size_t tap = 0; tap < taps; ++tap)
+        for (std::size_t c = 0; c < channels_in; ++c)
+          for (std::size_t i = 0; i < kPanel; ++i) {
+            double one = 0;
+            for (std::size_t row = 0; row < 3; ++row)
+              one += at[row] * weight[(((o + i) * channels_in + c) * 3 + row) * taps + tap];
+            out.push_back(static_cast<float>(one));
+          }
+  return out;
+}
+
+void winograd_convolutions() {
+  struct Size {
+    std::size_t pictures, channels_in, channels_out, height, width;
+  };
+  for (const Machine machine : machines())
+    for (const Size size : {Size{2, 40, 32, 6, 64}, Size{1, 1, 16, 1, 4}, Size{3, 5, 48, 5, 8}, Size{13, 3, 16, 4, 4},
+                            Size{2, 7, 64, 7, 20}, Size{1, 2, 80, 8, 52}})
+      for (const std::size_t taps : {1, 3})
+        for (const std::size_t above : {0, 1}) {
+          const auto [pictures, in, out, height, width] = size;
+          const Floats x = normal(pictures * in * (height + 2 - 2 * above) * width),
+                       weight = normal(out * in * 3 * taps), bias = normal(out), made = panels(weight, out, in, taps);
+          Floats y = room(pictures * out * height * width);
+          const WinogradConv work{x.data(), made.data(), bias.data(), y.data(), pictures, in,
+                                  out,      height,      width,       taps,     above};
+          kernels(machine).winograd_conv(work);
+          require_close(y, convolved(work, weight), 4e-6);  // points weigh rows up to five times
+        }
+}
+
 void narrow_convolutions() {
   struct Size {
     std::size_t pictures, channels_in, channels_out, height, width;
@@ -219,6 +282,11 @@ void a_nan_is_seen_where_it_was() {
     const Floats taps = normal(9);
     here.narrow_conv({x.data(), taps.data(), weight.data(), y.data(), 1, 1, 1, 8, 8});  // the NaN is in row 1, column 3
     for (std::size_t i = 0; i < 64; ++i) REQUIRE(std::isnan(y[i]) == (i / 8 <= 2 && i % 8 >= 2 && i % 8 <= 4));
+    const Floats sixteen(16, 1.0F), rows = panels(normal(16 * 9), 16, 1, 3);
+    Floats more = room(16 * 64);
+    here.winograd_conv({x.data(), rows.data(), sixteen.data(), more.data(), 1, 1, 16, 8, 8, 3, 1});
+    for (std::size_t i = 0; i < 16 * 64; ++i)  // in all rows of its tile
+      REQUIRE(std::isnan(more[i]) == (i % 64 / 8 <= 3 && i % 8 >= 2 && i % 8 <= 4));
   }
 }
 
@@ -230,6 +298,7 @@ int main() {
                     {"gated GELUs", gated_gelus},
                     {"far out", far_out},
                     {"narrow convolutions", narrow_convolutions},
+                    {"Winograd convolutions", winograd_convolutions},
                     {"attention to few keys", attention},
                     {"a NaN is seen where it was", a_nan_is_seen_where_it_was}});
 }

@@ -80,7 +80,7 @@ class Row:
     ceiling: float | None = None
     """The best value that this machine's measured rates allow, same unit."""
     share_of_ceiling: float | None = None
-    """1 is the ceiling."""
+    """1 is the ceiling; above it is what computes fewer operations than its definition has."""
     parity: Parity = "none"
     spread: float | None = field(default=None, metadata={"table": True})
     """Half the distance between the quartiles, as a share of the median; for people only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -177,6 +178,19 @@ def is_wrong(case: str, folder: Path) -> bool:
 def test_takes_the_place_of_a_pattern(case: str, tmp_path: Path) -> None:
     assert built(case, tmp_path)[1] == CASES[case][1]
     assert error(case, tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["norm", "layer norm", "narrow", "three rows"])
+def test_a_refit_reaches_its_weights(case: str, tmp_path: Path) -> None:
+    module, (recipe, _) = CASES[case][0][0], built(case, tmp_path)
+    engine = onnxruntime.load(tmp_path, recipe, torch.device("cpu"))
+    given, other = recipe.example({"batch": 2}, seed=2), copy.deepcopy(module)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.flip(0) - 0.5
+    engine.refit(export.state(other))
+    with torch.no_grad():
+        assert relative_error(engine(*given), other(*given)) < TOLERANCE
+        assert not relative_error(engine(*given), module(*given)) < 0.1
 
 
 WRONG: dict[str, tuple[str, Callable[..., Any], str, str]] = {

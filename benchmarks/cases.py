@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from worldenv.benchmarks.bench_ceilings import copy, matmul
 from worldenv.benchmarks.bench_chunk_loop import chunk_loop
@@ -28,8 +28,8 @@ CASES: dict[str, Case] = {
 }
 
 
-def run(names: Sequence[str], setting: Setting, only: Sequence[str] = ()) -> Iterator[Row]:
-    """Rows of the cases `names`, as they are measured; of their variants those whose name contains a word of `only`, all without one.
+def chosen(names: Sequence[str], setting: Setting, only: Sequence[str] = ()) -> dict[tuple[str, str], Callable[[], Row]]:
+    """What measures each row of the cases `names`; of their variants those whose name contains a word of `only`, all without one.
 
     Raises ValueError, before anything is measured, for a case that there is not or where `only` leaves nothing.
     """
@@ -37,8 +37,13 @@ def run(names: Sequence[str], setting: Setting, only: Sequence[str] = ()) -> Ite
         if name not in CASES:
             raise ValueError(f"no case {name!r}; there are {', '.join(CASES)}")
     variants = {(name, variant): measure for name in names for variant, measure in CASES[name](setting).items()}
-    chosen = {key: measure for key, measure in variants.items() if not only or key[1].startswith("needs ") or any(word in key[1] for word in only)}
-    if not chosen:
+    found = {key: measure for key, measure in variants.items() if not only or key[1].startswith("needs ") or any(word in key[1] for word in only)}
+    if not found:
         raise ValueError(f"--only {','.join(only)}: there are {', '.join(variant for _, variant in variants)}")
-    for measure in chosen.values():
+    return found
+
+
+def run(names: Sequence[str], setting: Setting, only: Sequence[str] = ()) -> Iterator[Row]:
+    """Rows of `chosen`, as they are measured. Raises what that does, and what a measurement raises."""
+    for measure in chosen(names, setting, only).values():
         yield measure()

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from worldenv import compiled, config, noise
-from worldenv.benchmarks import bench_rollout, networks
+from worldenv.benchmarks import networks
 from worldenv.benchmarks.harness import Row, Setting, Variants, Work, ceilings, count_flops, measure, spread
 from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT
 from worldenv.engines import backend
@@ -32,6 +32,9 @@ from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.judge import LlavaReflector
 from worldenv.simulator.evac import Evac
+
+if TYPE_CHECKING:
+    from worldenv.benchmarks import bench_rollout
 
 NARROW_EVAC = dataclasses.replace(
     EVAC, unet=dataclasses.replace(EVAC.unet, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2, 1)),
@@ -66,6 +69,8 @@ def subject(
     """What the arguments of `worldenv-engine build` name; inputs of `rows` rollouts at once. ValueError for a preset or a run that there is not."""
     if size != "preset":
         return _published(size == "narrow", device, precision)
+    from worldenv.benchmarks import bench_rollout  # asks for an environment's packages, which the published sizes do without
+
     config.preset(preset)
     if of_run is not None and not (of_run / "run.json").is_file():
         raise ValueError(f"--run {of_run}: no run there (no run.json)")
@@ -110,7 +115,7 @@ def _fixed(network: compiled.Network, lengths: Mapping[str, int]) -> compiled.Ne
         )
         for one in network.recipe.inputs
     )  # fmt: skip
-    return dataclasses.replace(network, recipe=dataclasses.replace(network.recipe, inputs=inputs))
+    return dataclasses.replace(network, recipe=dataclasses.replace(network.recipe, inputs=inputs, cpu_rows=None))
 
 
 def _evac(setting: Setting, precision: Precision, which: int, size: tuple[int, int]) -> compiled.Network:
@@ -118,12 +123,22 @@ def _evac(setting: Setting, precision: Precision, which: int, size: tuple[int, i
     return compiled.of_simulator(simulator, precision)[which]
 
 
+_OFT_HEADS = dataclasses.replace(NARROW_OFT, head_blocks=OPENVLA_OFT.head_blocks)
+_LLAVA_EYES, _LLAVA_WORDS = dataclasses.replace(LLAVA_ONEVISION, layers=1), dataclasses.replace(LLAVA_ONEVISION, vision_layers=1)
+"""One network at its published size and the others narrow: random weights of billions of parameters take minutes."""
+
+
 def _oft(setting: Setting, precision: Precision, which: int) -> compiled.Network:
-    return compiled.of_policy(random_policy(OPENVLA_OFT, setting), precision)[which]
+    return compiled.of_policy(random_policy((OPENVLA_OFT, _OFT_HEADS)[which], setting), precision)[which]
 
 
 def _llava(setting: Setting, precision: Precision, which: int) -> compiled.Network:
-    return compiled.of_reflector(random_reflector(LLAVA_ONEVISION, setting), precision)[which]
+    return compiled.of_reflector(_kept_reflector((_LLAVA_EYES, _LLAVA_WORDS)[which], setting), precision)[which]
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_reflector(size: config.ReflectorConfig, setting: Setting) -> LlavaReflector:
+    return random_reflector(size, setting)
 
 
 _FRAME, _WORDS = 196, 40
@@ -208,6 +223,8 @@ def _engine_row(network: compiled.Network, name: str, setting: Setting, recorded
 
 def _rollout_row(setting: Setting, rows: int) -> Row:
     """Whole rollouts of the tiny preset on the scheduler, `rows` in a batch, each network by what `auto` takes here, against eager: CPU seconds."""
+    from worldenv.benchmarks import bench_rollout  # as in `subject`
+
     count, group = (4, 4) if setting.brief else (16, 8)
     bench = bench_rollout.prepared(bench_rollout.RolloutArgs(rollouts=count, group=group, slots=4 * rows if rows > 1 else 1, bucket=rows))
     choices, eager = bench_rollout.engines(bench, "auto", _store(setting))

@@ -86,7 +86,8 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
     device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
     only_here("inductor", arch, device)
     program = export.traced(module, recipe)
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    # of which torch sets the second to a folder in the first
+    before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     with tempfile.TemporaryDirectory(dir=folder) as cache:  # what is left of a build elsewhere would be found by the next one, whatever made it
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
@@ -96,9 +97,10 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
         except Exception as error:  # a compiler's errors have no base
             raise EngineError(f"{recipe.name}: AOTInductor does not compile it: {said(error)[-1][:300]}") from error
         finally:
-            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-            if before is not None:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def load(folder: Path, recipe: EngineRecipe, device: torch.device) -> Engine:

@@ -6,8 +6,9 @@ from worldenv.config import SimulatorConfig
 from worldenv.engines.recipe import Binding, EngineRecipe, Precision, Range
 
 ENCODER, DECODER = "simulator_vae_encoder", "simulator_vae_decoder"
-TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2, "fp8": 3e-2}
-"""Of FP8 recipes only the U-Net is quantised: the autoencoder then stays in bfloat16."""
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2, "fp8": 5e-2}
+"""Of FP8 recipes only the U-Net is quantised: the autoencoder then stays in bfloat16. At the published widths two ways to compute it in
+bfloat16 are 0.029 apart, each 0.027 from float32."""
 _CPU_PIXELS = 2**15
 """Of the pictures that a CPU's engine takes at once (docs/performance.md)."""
 LOOP_TOLERANCE = {"fp32": 1e-2, "bf16": 0.5, "fp8": 0.7}

@@ -62,24 +62,50 @@ def test_rows_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def broken() -> Row:
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    monkeypatch.setitem(cases.CASES, "x", lambda setting: {"1": lambda: Row("x 1", "eager", 2.0, "ms"), "2": broken})
+    monkeypatch.setitem(cases.CASES, "x", lambda setting: {"2": broken, "3": lambda: Row("x 3", "eager", 2.0, "ms")})
     monkeypatch.setattr(gpu, "PARTS", (Part("x", 60.0, ("x",)),))
     results = tmp_path / "results"
-    for lines in (1, 2):
+    for lines in (2, 4):
         assert gpu.main(["--part", "x", "--device", "cpu", "--small", "--results", str(results)]) == 1
         kept = [json.loads(line) for line in (results / "cpu.jsonl").read_text().splitlines()]
         assert len(kept) == lines, "appended"
-        assert kept[-1]["rows"][0]["case"] == "x 1"
-        assert {"rows", "machine", "versions", "commit", "part", "date"} == kept[-1].keys()
+        assert [one["rows"][0]["case"] for one in kept[-2:]] == ["x 2", "x 3"]
+        assert [one["note"] for one in kept[-2:]] == ["OutOfMemoryError: out of memory", ""]
+        assert {"rows", "machine", "versions", "commit", "part", "note", "date"} == kept[-1].keys()
 
 
 def test_wrong_numbers_fail_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from worldenv.benchmarks import cases
 
     monkeypatch.setitem(cases.CASES, "x", lambda setting: {"1": lambda: Row("x 1", "eager", None, "ms", parity="fail")})
-    with pytest.raises(RuntimeError, match="wrong numbers: x 1"):
+    with pytest.raises(RuntimeError, match="wrong numbers, or none: x 1"):
         gpu.run_part(Part("x", 60.0, ("x",)), BRIEF, tmp_path / "cpu.jsonl")
     assert json.loads((tmp_path / "cpu.jsonl").read_text())["rows"][0]["value"] is None
+
+
+def test_an_engine_that_cannot_be_built_fails_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from worldenv.benchmarks import cases
+
+    rows = {"1": lambda: Row("x 1", "inductor", None, "ms", note="AOTInductor does not compile it", engine="policy_heads")}
+    monkeypatch.setitem(cases.CASES, "x", lambda setting: rows)
+    with pytest.raises(RuntimeError, match="wrong numbers, or none: x 1"):
+        gpu.run_part(Part("x", 60.0, ("x",)), BRIEF, tmp_path / "cpu.jsonl")
+    assert json.loads((tmp_path / "cpu.jsonl").read_text())["note"] == "AOTInductor does not compile it"
+
+
+def test_engines_at_published_sizes_ask_for_no_environment() -> None:
+    """A machine with torch, transformers and onnx alone measures them."""
+    code = (
+        "import sys\n"
+        "for name in ('av', 'mujoco', 'gymnasium', 'tyro', 'diffusers', 'peft'): sys.modules[name] = None\n"
+        "import torch\n"
+        "from worldenv.benchmarks import cases\n"
+        "from worldenv.benchmarks.harness import Setting\n"
+        "print(*cases.CASES['engines'](Setting(torch.device('cpu'), torch.float32, 'published')), sep=';')\n"
+    )
+    done = subprocess.run(says(code), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "simulator_unet 320x512 inductor" in done.stdout.split(";")
 
 
 def test_the_whole_command_on_a_cpu(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import contextlib
 
 import torch
 
+torch.backends.cudnn.allow_tf32 = False
+"""Float32 is float32: by default cuDNN rounds what convolutions read to 10 bits, which parity and LOOP's check of its ratio would see."""
+
 
 def device_of(name: str) -> torch.device:
     """What `--device` names: auto is cuda where there is one, else cpu. Raises ValueError for one that is not there."""

@@ -5,10 +5,12 @@ A plan is machine code for one kind of machine. Its weights are exchanged in pla
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +88,42 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
     device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
     only_here("inductor", arch, device)
     program = export.traced(module, recipe)
-    # of which torch sets the second to a folder in the first
-    before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     with tempfile.TemporaryDirectory(dir=folder) as cache:  # what is left of a build elsewhere would be found by the next one, whatever made it
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PLAN))
-            shapes = {name: list(tensor.shape) for name, tensor in export.state(module).items()}
-            (folder / _SHAPES).write_text(json.dumps(shapes), encoding="utf-8")
-        except Exception as error:  # a compiler's errors have no base
-            raise EngineError(f"{recipe.name}: AOTInductor does not compile it: {said(error)[-1][:300]}") from error
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+        found = _libraries(Path(cache)) if device.type == "cuda" else {}
+        with _environment({"TORCHINDUCTOR_CACHE_DIR": cache, **found}):
+            try:
+                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PLAN))
+                shapes = {name: list(tensor.shape) for name, tensor in export.state(module).items()}
+                (folder / _SHAPES).write_text(json.dumps(shapes), encoding="utf-8")
+            except Exception as error:  # a compiler's errors have no base
+                raise EngineError(f"{recipe.name}: AOTInductor does not compile it: {said(error)[-1][:300]}") from error
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """With `changes`; afterwards as before, also what torch sets to a folder in its cache."""
+    before = {name: os.environ.get(name) for name in (*changes, "TRITON_CACHE_DIR")}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _libraries(folder: Path) -> dict[str, str]:
+    """Where a linker finds CUDA's: torch names the toolkit's folders only where CUDA_HOME is set, and many a driver comes without libcuda.so."""
+    from torch.utils.cpp_extension import CUDA_HOME
+    from triton.backends.nvidia.driver import libcuda_dirs
+
+    found = {} if CUDA_HOME is None else {"CUDA_HOME": CUDA_HOME}
+    with contextlib.suppress(AssertionError, OSError, subprocess.SubprocessError):  # Triton finds no driver: the linker says so itself
+        driver = next(path for one in libcuda_dirs() if (path := Path(one) / "libcuda.so.1").exists())
+        (folder / "libcuda.so").symlink_to(driver)
+        found["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("LIBRARY_PATH")]))
+    return found
 
 
 def load(folder: Path, recipe: EngineRecipe, device: torch.device) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,25 @@ def test_a_recorder_keeps_calls_of_different_shapes() -> None:
 
 
 @pytest.mark.slow
+def test_a_linker_is_shown_the_driver_and_the_environment_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, driver, cache = (tmp_path / name for name in ("other", "driver", "cache"))
+    for folder in (other, driver, cache):
+        folder.mkdir()
+    (driver / "libcuda.so.1").write_text("the driver")
+    monkeypatch.setattr("triton.backends.nvidia.driver.libcuda_dirs", lambda: [str(other), str(driver)])
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/a/toolkit")
+    monkeypatch.setenv("LIBRARY_PATH", "/before")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    found = inductor._libraries(cache)
+    assert found == {"CUDA_HOME": "/a/toolkit", "LIBRARY_PATH": f"{cache}:/before"}
+    assert (cache / "libcuda.so").read_text() == "the driver"
+    before = dict(os.environ)
+    with inductor._environment(found):
+        assert os.environ["CUDA_HOME"] == "/a/toolkit"
+        os.environ["TRITON_CACHE_DIR"] = str(cache)  # as torch does
+    assert dict(os.environ) == before
+
+
 def test_inductor_builds_passes_and_is_refitted_in_place(store: Store) -> None:
     """AOTInductor's machine code for the policy's heads: parity, and A -> B -> A to the same bits."""
     network = heads()

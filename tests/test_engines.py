@@ -355,7 +355,6 @@ def test_a_recorder_keeps_calls_of_different_shapes() -> None:
     assert len(recorder.recorded) == 3
 
 
-@pytest.mark.slow
 def test_a_linker_is_shown_the_driver_and_the_environment_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, driver, cache = (tmp_path / name for name in ("other", "driver", "cache"))
     for folder in (other, driver, cache):
@@ -375,6 +374,7 @@ def test_a_linker_is_shown_the_driver_and_the_environment_is_left_as_it_was(tmp_
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_inductor_builds_passes_and_is_refitted_in_place(store: Store) -> None:
     """AOTInductor's machine code for the policy's heads: parity, and A -> B -> A to the same bits."""
     network = heads()

@@ -225,11 +225,16 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str, str]] = {
 }
 
 
+def break_rule(monkeypatch: pytest.MonkeyPatch, name: str, old: str, new: str) -> None:
+    """Change the source of a rule, or of what it calls."""
+    mutate(monkeypatch, onnx_fusion, name, old, new)
+    monkeypatch.setattr(onnx_fusion, "_RULES", {kind: getattr(onnx_fusion, one.__name__) for kind, one in onnx_fusion._RULES.items()})
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_rule_is_seen(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, rule, old, new = WRONG[wrong]
-    mutate(monkeypatch, onnx_fusion, rule.__name__, old, new)
-    monkeypatch.setattr(onnx_fusion, "_RULES", {kind: getattr(onnx_fusion, one.__name__) for kind, one in onnx_fusion._RULES.items()})
+    break_rule(monkeypatch, rule.__name__, old, new)
     assert is_wrong(case, tmp_path)
 
 
@@ -319,8 +324,7 @@ def test_what_is_nearly_a_pattern_stays(case: str, monkeypatch: pytest.MonkeyPat
     assert [one.op_type for one in fused(GRAPHS[name])] == [name]
     nearly = GRAPHS[name].replace(old, new)
     assert fused(nearly) == []
-    mutate(monkeypatch, onnx_fusion, rule, guard, without)
-    monkeypatch.setattr(onnx_fusion, "_RULES", {kind: getattr(onnx_fusion, one.__name__) for kind, one in onnx_fusion._RULES.items()})
+    break_rule(monkeypatch, rule, guard, without)
     with contextlib.suppress(AttributeError, ValueError):  # the rule cannot go on without it
         assert [one.op_type for one in fused(nearly)] == [name]
 

@@ -216,7 +216,8 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
         scheduled(dataclasses.replace(bench, replicas=[whole]), bench.schedule(), bench.jobs[:4])
     settings = config.EnginesConfig(back_end=back_end)
     recorded = {name: one.recorded for name, one in recorders.items()}
-    choices = [compiled.choose(one, settings, store, device, recorded[one.name]) for one in networks]
+    told = set[str]()
+    choices = [compiled.choose(one, settings, store, device, recorded[one.name], told) for one in networks]
     choices = compiled.checked_loop(simulator, choices, store, torch.from_numpy(bench.jobs[0].context.frame).to(device))
     first = compiled.Fitted(choices, recorded)
     copies = [compiled.alike(first, some, store, replica.device) for some, replica in zip(others, bench.replicas[1:], strict=True)]

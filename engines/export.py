@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from worldenv import __version__, checkpoint
@@ -128,8 +127,7 @@ def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
 
 def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write `weights` as safetensors, whole or not at all."""
-    with checkpoint.atomic(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}, temporary)
+    checkpoint.write_tensors(path, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()})
 
 
 def offsets(path: Path) -> dict[str, tuple[int, int]]:

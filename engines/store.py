@@ -30,6 +30,7 @@ DEFAULT_STORE = Path("runs/engines")
 """Of plans that belong to no run."""
 FORMAT = "worldenv-plan-1"
 MANIFEST, PARITY = "manifest.json", "parity.json"
+_NAMED = ("engine", "back_end", "arch", "precision")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,15 +68,6 @@ class Plan:
     seconds: float
     """That building it took."""
 
-    @property
-    def parity(self) -> dict[str, Any] | None:
-        """What `parity` wrote beside it; None where it was never compared, as of plans for other machines."""
-        path = self.folder / PARITY
-        if not path.is_file():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-
 
 class Store:
     """A folder of plans."""
@@ -83,7 +75,6 @@ class Store:
     def __init__(self, root: Path, limit_bytes: int = 20 * 2**30) -> None:
         """`limit_bytes`: after a build, plans used longest ago are removed until the rest fit [bytes]."""
         self.root, self.limit = root, limit_bytes
-        self._said = False
 
     def folder(self, key: str) -> Path:
         """Of a plan."""
@@ -160,24 +151,37 @@ class Store:
         """Keep beside plan `key` how it compared."""
         checkpoint.write_text(self.folder(key) / PARITY, json.dumps(found, indent=1, allow_nan=False))
 
+    def parity(self, key: str) -> dict[str, Any] | None:
+        """How plan `key` compared; None where it never was, as of plans for other machines. EngineError where what was kept is damaged."""
+        path = self.folder(key) / PARITY
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            _ = found["passed"], found["max_rel_error"], found["tolerance"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{path}: damaged ({error}); delete it, the plan is compared again where it is used") from error
+        return found
+
     def keys(self) -> list[str]:
         """Of all plans, whole or not."""
         plans = self.root / "plans"
         return sorted(path.name for path in plans.iterdir() if path.is_dir() and not path.name.startswith(".")) if plans.is_dir() else []
 
     def index(self) -> dict[str, dict[str, Any]]:
-        """By key: engine, back_end, arch, bytes, used [s since 1970]. A damaged index is said once and made anew from the plans."""
-        path = self.root / "index.json"
+        """By key: engine, back_end, arch, bytes, used [s since 1970]. A damaged index is said, and made anew from the plans."""
+        path, damaged = self.root / "index.json", False
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            known = {str(key): {"bytes": int(one["bytes"]), "used": float(one["used"]), **one} for key, one in found["plans"].items()}
+            known = {
+                str(key): {**{name: str(one[name]) for name in _NAMED}, "bytes": int(one["bytes"]), "used": float(one["used"])}
+                for key, one in found["plans"].items()
+            }
         except FileNotFoundError:
             known = {}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if not self._said:
-                console.say(f"engines: {path}: damaged ({error}); it is made anew from the plans that are there")
-                self._said = True
-            known = {}
+            console.say(f"engines: {path}: damaged ({error}); it is made anew from the plans that are there")
+            known, damaged = {}, True
         entries = {}
         for key in self.keys():
             if key in known:
@@ -187,13 +191,17 @@ class Store:
                 manifest = json.loads((self.folder(key) / MANIFEST).read_text(encoding="utf-8"))
                 entries[key] = self._entry(Wanted(**manifest["wanted"]), self._size(key), (self.folder(key) / MANIFEST).stat().st_mtime)
             except (OSError, ValueError, KeyError, TypeError):
-                entries[key] = {"engine": "?", "back_end": "?", "arch": "?", "precision": "?", "bytes": self._size(key), "used": 0.0}
+                entries[key] = {**dict.fromkeys(_NAMED, "?"), "bytes": self._size(key), "used": 0.0}
+        if damaged:
+            self._write_index(entries)
         return entries
+
+    def _write_index(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        checkpoint.write_text(self.root / "index.json", json.dumps({"plans": entries}, indent=1))
 
     @staticmethod
     def _entry(wanted: Wanted, size: int, used: float) -> dict[str, Any]:
-        named = {name: getattr(wanted, name) for name in ("engine", "back_end", "arch", "precision")}
-        return {**named, "bytes": size, "used": used}
+        return {**{name: getattr(wanted, name) for name in _NAMED}, "bytes": size, "used": used}
 
     def _size(self, key: str) -> int:
         return sum(path.stat().st_size for path in self.folder(key).rglob("*") if path.is_file())
@@ -202,7 +210,7 @@ class Store:
         with self._locked("index.lock"):
             entries = self.index()
             entries[plan.key] = self._entry(plan.wanted, plan.bytes, time.time())
-            checkpoint.write_text(self.root / "index.json", json.dumps({"plans": entries}, indent=1))
+            self._write_index(entries)
 
     def gc(self, keep: str = "", limit_bytes: int | None = None) -> list[str]:
         """Remove plans used longest ago, all but `keep`, until the rest fit, and whatever a killed build left. Returns the keys of what went."""
@@ -221,8 +229,7 @@ class Store:
                 shutil.rmtree(self.folder(key))
                 total -= int(one["bytes"])
                 gone.append(key)
-            left = {key: one for key, one in entries.items() if key not in gone}
-            checkpoint.write_text(self.root / "index.json", json.dumps({"plans": left}, indent=1))
+            self._write_index({key: one for key, one in entries.items() if key not in gone})
         return gone
 
     def remove(self, key: str) -> None:

@@ -44,7 +44,7 @@ def test_what_may_be_below_zero_or_nothing_still_may() -> None:
 
 def test_a_device_that_is_not_here_is_one_line() -> None:
     assert device_of("cpu") == torch.device("cpu")
-    for name in ("cuda:99", "cupid"):
+    for name in ("cuda:99", "cupid", "meta", "cpu:x"):
         with pytest.raises(ValueError, match=f"--device {name}: ") as said:
             device_of(name)
         assert "\n" not in str(said.value)

@@ -1,6 +1,8 @@
 """Files that are whole or not there."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,6 +43,14 @@ def test_round_trip_by_file_and_by_bytes(tmp_path):
     checkpoint.save(tmp_path / "x.safetensors", TREE)
     assert_same(checkpoint.load(tmp_path / "x.safetensors"), TREE)
     assert_same(checkpoint.from_bytes(checkpoint.to_bytes(TREE), "x"), TREE)
+
+
+def test_equal_trees_are_equal_bytes(tmp_path):
+    """Or a stage that is done again would send all that follow it after it."""
+    first = checkpoint.to_bytes(TREE)
+    for n in range(12):
+        checkpoint.save(tmp_path / str(n), TREE)
+        assert (tmp_path / str(n)).read_bytes() == first == checkpoint.to_bytes(TREE)
 
 
 def test_every_truncation_and_every_flipped_byte_is_named(tmp_path):
@@ -98,6 +108,20 @@ def test_a_full_disk_is_an_oserror_that_says_so():
         pytest.skip("/dev/full: Linux only")
     with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb", buffering=0) as full:
         full.write(checkpoint.to_bytes({"a": torch.zeros(9)}))
+
+
+def test_a_file_that_cannot_be_written_is_an_oserror_with_its_number_and_name(tmp_path):
+    """The writer of tensors raises an error of its own, with the disk's as text."""
+    code = (
+        "import errno, resource, signal, sys, torch; from pathlib import Path; from worldenv import checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
+        "try: checkpoint.write_tensors(Path(sys.argv[1]), {'a': torch.zeros(99999)})\n"
+        "except OSError as error: assert (error.errno, error.filename) == (errno.EFBIG, sys.argv[1]), repr(error)\n"
+        "else: raise SystemExit('written')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_savepoint_keeps_the_last_tree(tmp_path):

@@ -44,6 +44,14 @@ def test_build_list_verify_and_gc(store: Path, capsys: pytest.CaptureFixture[str
     assert "passed" in text
     assert said(capsys, "verify", *where)[:2] == (0, {"plans": 2, "damaged": []})
     plan = next(one for one in found["plans"] if one["back_end"] == "onnxruntime")
+    kept = store / "plans" / plan["key"] / "parity.json"
+    whole = kept.read_text()
+    for damage in ("{", "{}", "[]"):
+        kept.write_text(damage)
+        code, found, text = said(capsys, "list", *where)
+        assert (code, next(one["parity"] for one in found["plans"] if one["key"] == plan["key"])) == (0, None)
+        assert "parity.json: damaged" in text
+    kept.write_text(whole)
     path = store / "plans" / plan["key"] / export.WEIGHTS
     path.write_bytes(path.read_bytes()[:-8])
     code, found, text = said(capsys, "verify", *where)
@@ -68,12 +76,23 @@ def test_build_list_verify_and_gc(store: Path, capsys: pytest.CaptureFixture[str
         (["build", "--only", "heads", "--back-end", "inductor", "--arch", "sm_100"], 1, "compute capability 10.0"),
         (["build", "--only", "heads", "--arch", "hopper"], 1, "want sm_80"),
         (["list", "--store"], 2, "store"),
+        (["list", "--limit-gb", "nan"], 2, "--limit-gb nan: want a size above 0"),
+        (["gc", "--limit-gb", "0"], 2, "--limit-gb 0.0: want a size above 0"),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*argv, *(["--store", str(tmp_path)] if argv and argv[0] == "build" else [])]) == code
     out, err = capsys.readouterr()
     assert words in out + err
+
+
+def test_a_build_that_is_stopped_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiled, "built", stopped)
+    assert command.main(["build", "--only", "heads", "--store", str(tmp_path)]) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_rows_have_what_engines_add_to_the_schema() -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from worldenv import compiled
 from worldenv.benchmarks.bench_rollout import inside
+from worldenv.checkpoint import CheckpointError
 from worldenv.config import EnginesConfig, LoopConfig
 from worldenv.engines import backend, export, inductor, onnxruntime, parity, policy_heads
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
@@ -218,6 +219,24 @@ def test_an_engine_that_computes_something_else_is_not_used_and_the_run_says_so_
     assert "FAILED" in said
     assert "eager is used" in said
     assert "FAILED" in choice.plain["why"]
+
+
+def test_a_back_end_that_is_not_here_is_said_once_for_all_networks(
+    eager: Plant, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxruntime, "requires", lambda: "onnxruntime is not installed")
+    replica = networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy)
+    fitted = compiled.fitted(compiled.of_policy(replica.policy), rollouts_of(eager, replica), ONNX, store, tmp_path / "engines.json")
+    assert [one.why for one in fitted.choices] == ["onnxruntime is not installed"] * 2
+    assert capsys.readouterr().err.count("onnxruntime is not installed") == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"policy_heads": "onnx"}', '{"policy_heads": []}'])
+def test_a_damaged_choice_of_engines_is_named(content: str, eager: Plant, store: Store, tmp_path: Path) -> None:
+    kept = tmp_path / "engines.json"
+    kept.write_text(content)
+    with pytest.raises(CheckpointError, match=r"engines\.json: damaged .*begin the stage anew"):
+        compiled.fitted(compiled.of_policy(eager.replica.policy), rollouts_of(eager, eager.replica), ONNX, store, kept)
 
 
 def test_auto_takes_an_engine_only_where_it_is_faster(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

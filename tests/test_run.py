@@ -1,7 +1,9 @@
 """The folder of a run: what is skipped, what is refused, and that nothing is overwritten."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 
@@ -90,12 +92,75 @@ def test_damaged_output_is_named_and_left_alone(run, damage):
     assert (path.read_text() if path.exists() else None) == before
 
 
-def test_a_damaged_record_is_named(run):
+@pytest.mark.parametrize("left", ['{"stage": "demos", "fing', "{}", "[]", '{"fingerprint": "f", "output": 3}', "\x00"])
+def test_a_damaged_record_is_named(run, left):
+    work(run, "demos", "f")
+    (run.folder("demos") / RECORD).write_text(left)
+    for look in (lambda: run.check("demos", "f"), lambda: run.record("demos"), lambda: run.fingerprint("sft", [], ["demos"])):
+        with pytest.raises(CheckpointError, match=r"stage\.json: (truncated|damaged|not a record).*--from demos"):
+            look()
+
+
+@pytest.mark.parametrize("field", ["stage", "fingerprint", "output", "seconds", "peak_rss_mb", "metrics", "timings", "files", "beside"])
+def test_a_record_without_a_field_is_named(run, field):
     work(run, "demos", "f")
     path = run.folder("demos") / RECORD
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(CheckpointError, match=r"stage\.json: truncated or damaged"):
-        run.check("demos", "f")
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: None}))
+    with pytest.raises(CheckpointError, match=rf"stage\.json: damaged, or of another version \({field} is None\)"):
+        run.record("demos")
+
+
+@pytest.mark.parametrize("left", ['{"settings', "{}", '{"settings": []}', '{"settings": {}}', "null"])
+def test_damaged_settings_are_named(run, left):
+    (run.out / "run.json").write_text(left)
+    with pytest.raises(CheckpointError, match=r"run\.json: "):
+        settings_of(run.out)
+
+
+@pytest.mark.parametrize("left", ["{", "{}", '{"fingerprint": "f"}'])
+def test_half_a_stage_that_does_not_say_whose_it_is_is_named(run, left):
+    fail(run, "demos")
+    (run.folder("demos") / "begun.json").write_text(left)
+    with pytest.raises(CheckpointError, match=r"begun\.json: .*delete it"):
+        fail(run, "demos")
+
+
+def test_what_lies_beside_a_stage_is_made_again_where_it_is_gone(run):
+    with run.at_work("report", "f") as current:
+        (run.out / "report.html").write_text("page")
+        current.beside.append("report.html")
+    assert run.check("report", "f")
+    (run.out / "report.html").unlink()
+    assert not run.check("report", "f")
+
+
+def changed(settings, path, value):
+    section, _, rest = path.partition(".")
+    return dataclasses.replace(settings, **{section: changed(getattr(settings, section), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "made_again"),
+    [
+        ("seed", 1, {"demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"}),
+        ("env.jitter_m", 0.01, {"demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"}),
+        ("explore.held_out", 0.2, {"explore", "world", "reward", "loop", "eval", "report"}),  # who is held out is chosen when they are read
+        ("loop.slots", 8, {"reward", "loop", "eval", "report"}),  # how many are imagined side by side
+        ("loop.scale_factor", 2.0, {"loop", "eval", "report"}),
+        ("report.replays", 12, {"eval", "report"}),
+        ("report.videos", 1, {"report"}),
+        ("loop.streams", 2, {"report"}),
+        ("engines.limit_gb", 1.0, {"loop", "eval", "report"}),
+    ],
+)
+def test_a_stage_is_done_again_where_a_setting_that_it_reads_is_another(path, value, made_again):
+    """Of its own settings; what comes by its inputs comes by theirs."""
+    other = changed(config.TINY, path, value)
+
+    def reads(plan, settings):
+        return config.fingerprint(*plan.settings(settings))
+
+    assert {name for name, plan in train.STAGES.items() if reads(plan, config.TINY) != reads(plan, other)} == made_again
 
 
 def test_two_processes_do_not_share_a_folder(run):
@@ -174,6 +239,39 @@ def test_a_stage_is_taken_from_another_run_and_neither_can_harm_the_other(run, t
     assert (other.folder("demos") / "data.txt").read_text() == "theirs"
 
 
+def test_a_stage_is_taken_from_a_run_that_may_only_be_read(run, tmp_path):
+    other = Run(tmp_path / "other", config.TINY)
+    work(other, "demos", "f")
+    other.folder("demos").chmod(0o555)
+    assert run.borrow("demos", "f", [other.out])
+    assert run.folder("demos").stat().st_mode & 0o200
+    other.folder("demos").chmod(0o755)
+
+
+def test_a_report_is_not_taken_since_it_lies_in_the_other_run(run, tmp_path):
+    other = Run(tmp_path / "other", config.TINY)
+    with other.at_work("report", "f") as current:
+        current.beside.append("report.html")
+    assert not run.borrow("report", "f", [other.out])
+
+
+def test_a_disk_that_is_full_while_a_stage_is_taken_says_so(run, tmp_path, monkeypatch):
+    other = Run(tmp_path / "other", config.TINY)
+    work(other, "demos", "f")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        run.borrow("demos", "f", [other.out])
+    assert raised.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert not run.check("demos", "f")
+    assert run.borrow("demos", "f", [other.out])
+
+
 def test_an_unfinished_or_damaged_stage_is_not_taken(run, tmp_path):
     other = Run(tmp_path / "other", config.TINY)
     fail(other, "demos")
@@ -181,4 +279,7 @@ def test_an_unfinished_or_damaged_stage_is_not_taken(run, tmp_path):
     work(other, "sft", "f")
     (other.folder("sft") / "data.txt").write_text("outpux")
     with pytest.raises(CheckpointError, match="damaged"):
+        run.borrow("sft", "f", [other.out])
+    (other.folder("sft") / "data.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"other/stages/sft/data\.txt: missing .* leave --reuse"):
         run.borrow("sft", "f", [other.out])

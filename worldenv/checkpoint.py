@@ -1,7 +1,7 @@
 """Files that are whole or not there: trees of tensors as safetensors, written atomically, checked when they are read.
 
 A tree is made of dict, list, tuple (read back as list), str, int, float, bool, None, torch tensors and numpy arrays. Tensors lie in the
-safetensors body; the rest is a JSON skeleton in its header, beside the SHA-256 of all of it. Nothing is ever pickled.
+safetensors body; the rest is a JSON skeleton in its header, beside the SHA-256 of all of it. Nothing is ever pickled. Equal trees are equal bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from safetensors.torch import save_file
 
-FORMAT = "worldenv-tree-1"
+FORMAT = "worldenv-tree-2"
 _MARK = "$"
 
 
@@ -69,6 +70,18 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors, no two of which share memory, as safetensors, atomically. Raises OSError as the disk does."""
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # the writer wraps the disk's own error, and keeps of it the text alone
+            if number := re.search(r"os error (\d+)", str(error)):
+                code = int(number.group(1))
+                raise OSError(code, os.strerror(code), str(path)) from error
+            raise
+
+
 def _pack(node: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
     if isinstance(node, torch.Tensor | np.ndarray):
         name = str(len(tensors))
@@ -111,23 +124,31 @@ def _digest(skeleton: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _header(tree: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _header(tree: Any) -> tuple[dict[str, torch.Tensor], dict[str, str], str]:
+    """Tensors by name, the header's entries, and the SHA-256 of both."""
     tensors: dict[str, torch.Tensor] = {}
     skeleton = json.dumps(_pack(tree, tensors, "tree"))
-    return tensors, {"format": FORMAT, "tree": skeleton, "sha256": _digest(skeleton, tensors)}
+    digest = _digest(skeleton, tensors)
+    # one entry: of several, safetensors writes now this and now that one first
+    return tensors, {FORMAT: json.dumps({"sha256": digest, "tree": skeleton})}, digest
 
 
 def _tree(header: dict[str, str], tensors: dict[str, torch.Tensor], name: str) -> Any:
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{name}: not a {FORMAT} file; was it written by another program?")
-    if _digest(header.get("tree", ""), tensors) != header.get("sha256"):
+    if FORMAT not in header:
+        raise CheckpointError(f"{name}: not a {FORMAT} file; was it written by another program or version?")
+    try:
+        kept = json.loads(header[FORMAT])
+        whole = _digest(kept["tree"], tensors) == kept["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise CheckpointError(f"{name}: damaged, its content does not match its checksum; delete it and run its stage again")
-    return _unpack(json.loads(header["tree"]), tensors)
+    return _unpack(json.loads(kept["tree"]), tensors)
 
 
 def to_bytes(tree: Any) -> bytes:
     """`tree` as the bytes that `save` would write."""
-    tensors, header = _header(tree)
+    tensors, header, _ = _header(tree)
     return tensors_to_bytes(tensors, metadata=header)
 
 
@@ -144,15 +165,9 @@ def from_bytes(blob: bytes, name: str) -> Any:
 
 def save(path: Path, tree: Any) -> str:
     """Write `tree` to `path` and return its SHA-256. Raises TypeError for what cannot be stored, OSError as the disk does."""
-    tensors, header = _header(tree)
-    with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:  # the writer wraps the disk's own error
-            if "No space left" in str(error):
-                raise OSError(28, "No space left on device", str(path)) from error
-            raise
-    return header["sha256"]
+    tensors, header, digest = _header(tree)
+    write_tensors(path, tensors, header)
+    return digest
 
 
 def load(path: Path) -> Any:

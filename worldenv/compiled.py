@@ -175,8 +175,14 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
     return Choice(network, engine, found, plan)
 
 
-def choose(network: Network, settings: EnginesConfig, store: Store, device: torch.device, recorded: Sequence[Any]) -> Choice:
-    """The back end that `settings` name, or of `auto` the first that passed and is `FASTER` than eager; else eager. What is not taken is said."""
+def choose(
+    network: Network, settings: EnginesConfig, store: Store, device: torch.device, recorded: Sequence[Any], told: set[str] | None = None
+) -> Choice:
+    """The back end that `settings` name, or of `auto` the first that passed and is `FASTER` than eager; else eager. What is not taken is said.
+
+    `told`: reasons that were said before, of other networks, and are not said again; the present ones are added.
+    """
+    told = set() if told is None else told
     names = AUTOMATIC.get(device.type, ()) if settings.back_end == "auto" else (settings.back_end,)
     why: list[str] = []
     for name in names:
@@ -195,7 +201,8 @@ def choose(network: Network, settings: EnginesConfig, store: Store, device: torc
                 return dataclasses.replace(made, why="; ".join(why))
             reason = f"{network.name}: {name}: {made.parity.said}{f', auto wants {FASTER}x eager' if made.parity.passed else ''}"
         why.append(reason)
-        if back_end(name).requires() is None or settings.back_end != "auto":
+        if reason not in told and (back_end(name).requires() is None or settings.back_end != "auto"):
+            told.add(reason)
             console.say(f"engines: {reason}; {'the next back end' if name != names[-1] else 'eager'} is used")
     return Choice.eager(network, "; ".join(why))
 
@@ -373,6 +380,19 @@ def precision_of(settings: EnginesConfig, device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
+def _kept(path: Path) -> dict[str, Any]:
+    """Back ends by network, as `fitted` wrote them; none where it did not yet. CheckpointError where they are damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name in found.values():
+            back_end(name)
+    except (ValueError, TypeError, AttributeError, EngineError) as error:
+        raise checkpoint.CheckpointError(f"{path}: damaged ({error}); begin the stage anew (--from)") from error
+    return found
+
+
 def fitted(
     networks: Sequence[Network], rollouts: Callable[[], object], settings: EnginesConfig, store: Store, kept: Path, simulator: Evac | None = None
 ) -> Fitted:
@@ -384,17 +404,17 @@ def fitted(
     """
     if settings.back_end == "eager" or not networks:
         return Fitted([Choice.eager(one) for one in networks], {})
-    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    before, told = _kept(kept), set[str]()
     with recording(networks) as recorders:
         rollouts()
     recorded = {name: one.recorded for name, one in recorders.items()}
     choices = []
     for network in networks:
         if network.name not in before:
-            choices.append(choose(network, settings, store, network.device, recorded[network.name]))
+            choices.append(choose(network, settings, store, network.device, recorded[network.name], told))
             continue
         name = before[network.name]
-        again = choose(network, dataclasses.replace(settings, back_end=name), store, network.device, recorded[network.name])
+        again = choose(network, dataclasses.replace(settings, back_end=name), store, network.device, recorded[network.name], told)
         if again.engine.back_end != name:
             raise EngineError(f"{kept}: {network.name} was begun with {name}, which is not to be had now ({again.why}); begin the stage anew")
         choices.append(again)

@@ -12,6 +12,8 @@ torch.backends.cudnn.allow_tf32 = False
 
 def device_of(name: str) -> torch.device:
     """What `--device` names: auto is cuda where there is one, else cpu. Raises ValueError for one that is not there."""
+    if name != "auto" and name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: want auto, cpu, cuda, or one GPU as cuda:0")
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=found)

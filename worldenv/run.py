@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,11 @@ from worldenv.report import PeakMemory
 RECORD = "stage.json"
 BEGUN = "begun.json"
 _SAVEPOINT = ".savepoint"
+_BEGUN = {"fingerprint": str, "seconds": float}
+_RECORD = {
+    "stage": str, "fingerprint": str, "output": str, "seconds": float, "peak_rss_mb": float,
+    "metrics": dict, "timings": dict, "files": dict, "beside": list,
+}  # fmt: skip
 
 
 class RunError(ValueError):
@@ -52,9 +57,11 @@ class Stage:
         """Results: equal for equal seeds."""
         self.timings: dict[str, Any] = {}
         """Seconds and rates: never equal."""
+        self.beside: list[str] = []
+        """What it wrote elsewhere in the run's folder, for people: paths from there. Gone, they are made again."""
         self._fingerprint, self._began, self._before_s = fingerprint, time.monotonic(), 0.0
         if folder.exists():
-            begun = _read_json(folder / BEGUN, "delete it") if (folder / BEGUN).is_file() else {}
+            begun = _read_json(folder / BEGUN, "delete it", _BEGUN) if (folder / BEGUN).is_file() else {}
             if begun.get("fingerprint") == fingerprint:
                 self._before_s = float(begun["seconds"])
             else:
@@ -91,13 +98,17 @@ def snapshots(out: Path) -> list[tuple[int, Path]]:
     return [(0, out / "stages" / "scale" / "policy.safetensors"), *((int(path.stem.rpartition("-")[2]), path) for path in kept)]
 
 
-def _read_json(path: Path, cure: str) -> dict[str, Any]:
+def _read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, Any]:
+    """An object with `fields` of these types. CheckpointError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: truncated or damaged ({error}); {cure}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a record; {cure}")
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), (int, float) if kind is float else kind):
+            raise CheckpointError(f"{path}: damaged, or of another version ({name} is {value.get(name)!r}); {cure}")
     return value
 
 
@@ -106,7 +117,11 @@ def settings_of(out: Path) -> RunConfig:
     path = out / "run.json"
     if not path.is_file():
         raise RunError(f"{out}: no run there (no run.json); start one with --out {out}")
-    return config.from_dict(RunConfig, _read_json(path, "restore it, or start again in a new --out")["settings"])
+    stored = _read_json(path, "restore it, or start again in a new --out", {"settings": dict})["settings"]
+    try:
+        return config.from_dict(RunConfig, stored)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 class Run:
@@ -150,18 +165,21 @@ class Run:
         path = self.folder(stage) / RECORD
         if not path.is_file():
             raise RunError(f"stage {stage} has no output in {self.out}; run it first (--from {stage})")
-        return _read_json(path, f"run the stage again (--from {stage})")
+        return _read_json(path, f"run the stage again (--from {stage})", _RECORD)
 
     def fingerprint(self, stage: str, sections: list[Any], inputs: list[str]) -> str:
         """Of a stage's own settings and of what its inputs put out. Raises RunError where an input has no output yet."""
         return config.fingerprint(stage, *sections, *(self.record(name)["output"] for name in inputs))
 
     def check(self, stage: str, fingerprint: str) -> bool:
-        """Whether `stage` is done with this fingerprint; every file is hashed. Raises CheckpointError for a missing or damaged file."""
+        """Whether `stage` is done with this fingerprint; every file is hashed. Raises CheckpointError for a missing or damaged file.
+
+        It is not done where something that it wrote beside its folder is gone: a page that was deleted is written again.
+        """
         if not (self.folder(stage) / RECORD).is_file():
             return False
         record = self.record(stage)
-        if record["fingerprint"] != fingerprint:
+        if record["fingerprint"] != fingerprint or not all((self.out / name).exists() for name in record["beside"]):
             return False
         for name, digest in record["files"].items():
             path = self.folder(stage) / name
@@ -173,21 +191,31 @@ class Run:
     def borrow(self, stage: str, fingerprint: str, others: Sequence[Path]) -> bool:
         """Take `stage` from the first run folder of `others` that has done it with this fingerprint: hard links where the disk has them.
 
-        Files are never changed in place, so neither run can harm the other. Raises CheckpointError as `check` does.
+        Files are never changed in place, so neither run can harm the other. What wrote beside its folder, the report, is not taken: it is the other
+        run's. Raises CheckpointError as `check` does, OSError as the disk does.
         """
         for other in others:
-            theirs = other / "stages" / stage
-            if (theirs / RECORD).is_file() and _read_json(theirs / RECORD, f"delete {theirs}").get("fingerprint") == fingerprint:
-                self.forget(stage)
-                record = self.folder(stage) / RECORD
-                shutil.copytree(theirs, self.folder(stage), copy_function=_link, ignore=shutil.ignore_patterns(RECORD))
-                checkpoint.write_text(record, (theirs / RECORD).read_text(encoding="utf-8"))  # last, as at the end of a stage
-                return self.check(stage, fingerprint)
+            theirs, ours = other / "stages" / stage, self.folder(stage)
+            if not (theirs / RECORD).is_file():
+                continue
+            record = _read_json(theirs / RECORD, f"delete {theirs}", _RECORD)
+            if record["fingerprint"] != fingerprint or record["beside"]:
+                continue
+            self.forget(stage)
+            for name in record["files"]:
+                (ours / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    _link(theirs / name, ours / name)
+                except FileNotFoundError as error:
+                    raise CheckpointError(f"{theirs / name}: missing since stage {stage} wrote it; leave --reuse {other} out") from error
+            checkpoint.write_text(ours / RECORD, json.dumps(record, indent=1))  # last, as at the end of a stage
+            return self.check(stage, fingerprint)
         return False
 
     def forget(self, stage: str) -> None:
-        """Remove what `stage` left."""
-        shutil.rmtree(self.folder(stage), ignore_errors=True)
+        """Remove what `stage` left. Raises OSError where that cannot be."""
+        if self.folder(stage).exists():
+            shutil.rmtree(self.folder(stage))
 
     @contextlib.contextmanager
     def at_work(self, stage: str, fingerprint: str) -> Iterator[Stage]:
@@ -208,13 +236,14 @@ class Run:
             "metrics": current.metrics,
             "timings": current.timings,
             "files": files,
+            "beside": current.beside,
         }
         checkpoint.write_text(folder / RECORD, json.dumps(record, indent=1))
         (folder / BEGUN).unlink()
         console.say(f"{stage:>7}: {record['seconds']:8.1f} s  {record['peak_rss_mb']:7.0f} MB  {_headline(current.metrics)}")
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links

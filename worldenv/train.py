@@ -37,13 +37,25 @@ class Plan:
 
 STAGES: dict[str, Plan] = {
     "demos": Plan(demos, (), lambda c: [c.seed, c.env, c.demos]),
-    "sft": Plan(fine_tune, ("demos",), lambda c: [c.seed, c.policy, c.sft]),
-    "scale": Plan(scale, ("demos", "sft"), lambda c: [c.seed, c.scale]),
+    "sft": Plan(fine_tune, ("demos",), lambda c: [c.seed, c.env, c.policy, c.sft]),
+    "scale": Plan(scale, ("demos", "sft"), lambda c: [c.seed, c.env, c.scale]),
     "explore": Plan(explore, ("scale",), lambda c: [c.seed, c.env, c.explore]),
-    "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.simulator, c.world]),
-    "reward": Plan(reward, ("demos", "explore", "world"), lambda c: [c.seed, c.reflector, c.reward]),
-    "loop": Plan(loop, ("demos", "scale", "explore", "world", "reward"), lambda c: [c.seed, c.env, c.loop.placed_as(LoopConfig()), c.engines]),
-    "eval": Plan(evaluate, ("scale", "explore", "world", "reward", "loop"), lambda c: [c.seed, c.env, c.eval, c.report, c.engines]),
+    "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.env, c.explore.held_out, c.simulator, c.world]),
+    "reward": Plan(
+        reward,
+        ("demos", "explore", "world"),
+        lambda c: [c.seed, c.env, c.explore.held_out, c.policy.chunk, c.loop.slots, c.reflector, c.reward],
+    ),
+    "loop": Plan(
+        loop,
+        ("demos", "scale", "explore", "world", "reward"),
+        lambda c: [c.seed, c.env, c.explore, c.loop.placed_as(LoopConfig()), c.engines],
+    ),
+    "eval": Plan(
+        evaluate,
+        ("scale", "explore", "world", "reward", "loop"),
+        lambda c: [c.seed, c.env, c.explore.held_out, c.policy.chunk, c.loop.placed_as(LoopConfig()), c.eval, c.report.replays, c.engines],
+    ),
     "report": Plan(write_report, RECORDED, lambda c: [c]),
 }
 

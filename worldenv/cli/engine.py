@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class _Where:
 
     def open(self) -> Store:
         """The store."""
+        if not 0 < self.limit_gb < math.inf:
+            raise ValueError(f"--limit-gb {self.limit_gb}: want a size above 0")
         return Store(self.store, int(self.limit_gb * 1e9))
 
 
@@ -140,12 +143,14 @@ def listed(args: ListArgs) -> int:
     store = args.open()
     rows = []
     for key, one in store.index().items():
-        path = store.folder(key) / "parity.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if found is not None:
-            state = f"{'passed' if found['passed'] else 'FAILED'}, error {found['max_rel_error']}, limit {found['tolerance']}"
+        try:
+            found = store.parity(key)
+        except EngineError as error:
+            found, state = None, str(error)
         else:
             state = "" if one["back_end"] in ("graph", "?") else NEVER_RUN
+        if found is not None:
+            state = f"{'passed' if found['passed'] else 'FAILED'}, error {found['max_rel_error']}, limit {found['tolerance']}"
         print(f"{key[:12]}  {one['engine']:22} {one['back_end']:13} {one['arch']:18} {one['bytes'] / 1e6:9.1f} MB  {state}".rstrip())
         rows.append({"key": key, **one, "parity": found})
     print(json.dumps({"store": str(args.store), "plans": rows}))
@@ -197,8 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, EngineError) as error:
         print(f"worldenv-engine: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("worldenv-engine: stopped; plans that were built whole are kept", file=sys.stderr)
+        return 130
     except OSError as error:
-        print(f"worldenv-engine: {error}", file=sys.stderr)
+        print(f"worldenv-engine: {error}; make room, or choose another --store", file=sys.stderr)
         return 1
 
 

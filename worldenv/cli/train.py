@@ -17,6 +17,7 @@ from worldenv import config, distributed, run, train
 from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
 from worldenv.devices import device_of
+from worldenv.engines.recipe import EngineError
 from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.learning import processes
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError) as error:
         if args.debug:
             raise
         if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from worldenv import checkpoint
@@ -98,8 +98,7 @@ class Adapter:
             for name, factors in self.factors.items()
             for which, factor in zip("AB", factors, strict=True)
         }
-        with checkpoint.atomic(directory / _WEIGHTS) as file:
-            save_file(weights, file, metadata={"format": "pt"})
+        checkpoint.write_tensors(directory / _WEIGHTS, weights, {"format": "pt"})
         plain = _peft_config(self.rank, int(self.alpha), sorted(self.factors)).to_dict()
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
         checkpoint.write_text(directory / _CONFIG, json.dumps(plain, indent=1, sort_keys=True))

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from worldenv import checkpoint, noise
@@ -320,8 +319,7 @@ def _write_shards(directory: Path, state: Mapping[str, torch.Tensor]) -> None:
         shards[-1][name] = state[name].contiguous()
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        with checkpoint.atomic(directory / name) as file:
-            save_file(shard, file, metadata={"format": "pt"})
+        checkpoint.write_tensors(directory / name, shard, {"format": "pt"})
     place = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
     checkpoint.write_text(directory / "model.safetensors.index.json", json.dumps({"metadata": total, "weight_map": place}, indent=2))

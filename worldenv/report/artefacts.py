@@ -76,8 +76,8 @@ def _clip_files(clips: Sequence[Clip]) -> dict[Path, bytes]:
     return {**files, _INDEX: (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()}
 
 
-def write(out: Path, report: Mapping[str, Any], figures: Figures | None = None, videos: Sequence[Video] = ()) -> tuple[Path, Path]:
-    """Write report.json, report.html, figures and videos below `out`; returns the paths of the first two.
+def write(out: Path, report: Mapping[str, Any], figures: Figures | None = None, videos: Sequence[Video] = ()) -> list[Path]:
+    """Write report.json, report.html, figures and videos below `out`; returns the paths of all, from there.
 
     Everything is checked and drawn before the first byte is written. Videos of an earlier report that this one has no more are removed.
     Raises ValueError naming a field that is missing or wrong (see `fields.FIELDS`), ReportError where the disk refuses.
@@ -99,7 +99,7 @@ def write(out: Path, report: Mapping[str, Any], figures: Figures | None = None, 
     for stale in (out / "videos").glob("[0-9][0-9]-*.mp4"):
         if stale.relative_to(out) not in files:
             stale.unlink()
-    return out / "report.json", out / "report.html"
+    return list(files)
 
 
 def read(run: Path) -> dict[str, Any]:

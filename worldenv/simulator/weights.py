@@ -208,7 +208,7 @@ def is_ours(path: Path) -> bool:
     """Whether `path` is a file of `worldenv.checkpoint`, by its header."""
     try:
         with safe_open(path, framework="pt") as opened:
-            return (opened.metadata() or {}).get("format") == checkpoint.FORMAT
+            return checkpoint.FORMAT in (opened.metadata() or {})
     except (SafetensorError, OSError):
         return False
 

@@ -52,8 +52,8 @@ def write_report(desk: Desk, stage: Stage) -> None:
     pairs = replayed_pairs(desk.run.folder("eval") / "replays-loop.safetensors")
     scores = checkpoint.load(desk.run.folder("reward") / "held-out.safetensors")
     figures = report.Figures(score=scores["score"], success=scores["success"])
-    report.write(desk.run.out, written, figures, _videos(pairs, desk.reflector().config.threshold, settings.report.videos))
-    checkpoint.write_text(stage.folder / "written", "report.json, report.html, figures, videos\n")
+    made = report.write(desk.run.out, written, figures, _videos(pairs, desk.reflector().config.threshold, settings.report.videos))
+    stage.beside += [str(path) for path in made]
 
 
 def _run_by(engines: dict[str, dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from worldenv.engines.backend import Engine, only_here
 from worldenv.engines.recipe import EngineError, EngineRecipe
 from worldenv.engines.refit import check_shapes
 from worldenv.engines.store import Store
+
+# before it is imported: else it puts an id of this machine into the home and sends usage events from then on
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _FEW = 64
 """Where no axis is longer, each shape that comes up gets a session of its own; else, as in a language model, one session takes all."""

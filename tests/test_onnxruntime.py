@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,6 +22,13 @@ def engine(folder: Path) -> onnxruntime.OnnxRuntime:
     made = onnxruntime.load(folder, exported(*CASES["plain"], folder), torch.device("cpu"))
     assert isinstance(made, onnxruntime.OnnxRuntime)
     return made
+
+
+def test_it_sends_nothing_home_and_writes_no_id_of_the_machine(tmp_path: Path) -> None:
+    code = "from worldenv.engines import onnxruntime as ours; import onnxruntime; onnxruntime.get_all_providers()"
+    kept = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI")}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**kept, "HOME": str(tmp_path)})
+    assert not [path for path in tmp_path.rglob("*") if "icrosoft" in str(path)]
 
 
 @pytest.mark.parametrize("flushed", [False, True])

@@ -74,6 +74,15 @@ def _parsed(trt: Any, builder: Any, logger: Any, graph: Path, recipe: EngineReci
     return network, parser
 
 
+def _configured(trt: Any, builder: Any) -> Any:
+    """Float32 is float32 here too (worldenv/devices.py): TF32, which is on by default, rounds what products read to 10 bits."""
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(config, "set_memory_pool_limit"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
+    return config
+
+
 def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
     """Write a plan for `arch` into `folder`. EngineError: what the library says."""
     trt = library(name)
@@ -84,9 +93,7 @@ def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path,
     logger = _logger(trt, said)
     builder = trt.Builder(logger)
     network, _parser = _parsed(trt, builder, logger, folder / export.GRAPH, recipe)
-    config = builder.create_builder_config()
-    if hasattr(config, "set_memory_pool_limit"):
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
+    config = _configured(trt, builder)
     profile = builder.create_optimization_profile()
     for binding in recipe.inputs:
         profile.set_shape(binding.name, *(recipe.shape(binding, at) for at in range(3)))

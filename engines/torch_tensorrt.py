@@ -85,7 +85,7 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
         )
         for one in recipe.inputs
     ]
-    compiled = made.dynamo.compile(program, inputs=inputs, use_explicit_typing=True, immutable_weights=not recipe.refit)
+    compiled = made.dynamo.compile(program, inputs=inputs, use_explicit_typing=True, immutable_weights=not recipe.refit, disable_tf32=True)
     made.save(compiled, str(folder / _PLAN), inputs=inputs)
     if recipe.refit:
         torch.export.save(program, folder / _PROGRAM)

@@ -56,6 +56,15 @@ def test_a_network_parses_and_builds_for_every_architecture(name: str, tiny: dic
 
 @rtx
 @pytest.mark.slow
+def test_float32_is_not_rounded_to_tf32() -> None:
+    trt = tensorrt.library("tensorrt_rtx")
+    builder = trt.Builder(trt.Logger())
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    assert not tensorrt._configured(trt, builder).get_flag(trt.BuilderFlag.TF32)
+
+
+@rtx
+@pytest.mark.slow
 def test_the_command_builds_for_other_machines_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also that an architecture which no library here builds for names who can; exit code 1 then."""
     store = str(tmp_path / "store")

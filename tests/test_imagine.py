@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,8 @@ TO_WORLD = np.array([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 0.8], [0, 0, 0, 1
 INTRINSICS = np.array([[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]])
 DOWN = [1.0, 0.0, 0.0, 0.0]
 STATE = np.array([0.05, 0.0, 0.1, *DOWN, 1.0])
+
+COMMANDS = {"actions": "c.npy", "robot": "panda", "state": "s.npy"}
 
 
 def poses(count: int = 8) -> NDArray[np.float64]:
@@ -219,6 +223,26 @@ def test_an_existing_video_is_kept(call: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.EACCES, "Permission denied; choose another --out, that can be written to"),
+        (errno.ENOSPC, "No space left on device; free space there, or choose another --out"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line_with_the_cure(number: int, cure: str, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: Any) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(imagine.videos, "write_mp4", refuse)
+    code, out, err = call()
+    assert (code, out, err) == (1, "", f"worldenv-imagine: --out {tmp_path / 'v.mp4'}: {cure}\n")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    code, out, err = call()
+    assert (code, out) == (2, "")
+    assert err == f"worldenv-imagine: --out {tmp_path / 'v.mp4'}: {tmp_path} is no folder that can be written to; choose another --out\n"
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"frame": "gone.png"}, "--frame .*gone.png: no such file"),
@@ -255,6 +279,9 @@ def test_an_existing_video_is_kept(call: Any, tmp_path: Path) -> None:
         ({"device": "abacus"}, "--device abacus"),
         ({"episode": "000000.npz"}, "leave --frame, --actions"),
         ({"out": "v.gif"}, "ends in .mp4"),
+        ({"out": "f.png/v.mp4"}, "f.png is no folder that can be written to; choose another --out"),
+        ({**COMMANDS, "controller": "gone.json"}, r"--controller \S*gone.json: no readable JSON \(No such file or directory\)$"),
+        ({**COMMANDS, "controller": "k.json"}, r"--controller \S*k.json: controller model: fields"),
         ({"actons": "p.npy"}, "did you mean '--actions'"),
     ],
     ids=str,

@@ -7,7 +7,9 @@ at the limit read at any time; a half-written line taken for an episode; an epis
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from small_policy import SMALL, statistics
 
 from worldenv import checkpoint, evaluation
 from worldenv.cli import eval as command_line
+from worldenv.cli import files
 from worldenv.config import EnvConfig, preset, to_dict
 from worldenv.data.collect import Start
 from worldenv.envs.contract import Snapshot
@@ -489,13 +492,19 @@ def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
     asked_for = command_line.RunArgs(str(tmp_path), "tabletop", "reflector")
     with pytest.raises(ValueError, match="--episodes 150: there are 9 test states"):
         command_line._evaluation(asked_for)
-    found, judge = command_line._evaluation(dataclasses.replace(asked_for, episodes=27, demonstrations=50))
+    with pytest.raises(ValueError, match=r"--demonstrations 50: the run of .* knows its own"):
+        command_line._evaluation(dataclasses.replace(asked_for, episodes=27, demonstrations=50))
+    found, judge = command_line._evaluation(dataclasses.replace(asked_for, episodes=27))
     assert (found.image, found.limit, found.demonstrations, found.env) == (48, 24, 4, env)
     assert found.identity == checkpoint.file_hash(tmp_path / "stages" / "loop" / "policy.safetensors")
     assert judge == tmp_path / "stages" / "reward" / "reflector.safetensors"
     assert found.reflector == checkpoint.file_hash(judge)
     elsewhere, _ = command_line._evaluation(command_line.RunArgs(str(tmp_path), "libero_goal"))
     assert (elsewhere.image, elsewhere.limit, elsewhere.episodes, elsewhere.env) == (256, 300, 500, None)
+
+
+EXPERT = ["run", "--policy", "expert", "--suite", "tabletop"]
+INSPECT = ["inspect", "--suite", "tabletop", "--task", "0", "--out", "x.npz"]
 
 
 @pytest.mark.parametrize(
@@ -521,15 +530,76 @@ def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
         (["curve"], "run"),
         (["curve", "nowhere", "--episode", "2"], "did you mean '--episodes'"),
         (["inspect", "--suite", "tabletop", "--task", "one", "--actions", "a.npy", "--out", "x.npz"], "--task: invalid literal for int"),
+        ([*EXPERT, "--python", "/usr/bin/python3"], "--python /usr/bin/python3: is for lerobot:PATH"),
+        ([*EXPERT, "--views", "2"], "--views 2: is for an OpenVLA-OFT directory"),
+        ([*EXPERT, "--demonstrations", "50"], "--demonstrations 50: an expert is trained on none"),
+        ([*EXPERT, "--reflector", "r.safetensors"], "--reflector r.safetensors: is for --mode reflector"),
+        (["run", "--policy", "a.npy", "--suite", "tabletop", "--views", "1"], "--views 1: is for an OpenVLA-OFT directory; a.npy knows its own"),
+        (["run", "--policy", "a.npy", "--suite", "tabletop", "--python", "p"], "--python p: is for lerobot:PATH"),
+        (["run", "--policy", "a.npy", "--suite", "tabletop", "--demonstrations", "-1"], "--demonstrations -1: want a count"),
+        (["run", "--policy", "lerobot:x", "--suite", "tabletop", "--views", "1"], "--views 1: is for an OpenVLA-OFT directory"),
+        (["run", "--policy", "oft", "--suite", "tabletop", "--views", "3"], "--views 3: want 1, or 2"),
+        ([*INSPECT, "--actions", "gone.npy"], "--actions gone.npy: no such file"),
+        ([*INSPECT, "--actions", "nan.npy"], "--actions nan.npy: value at (1, 3) is not finite"),
+        ([*INSPECT, "--actions", "four.npy"], "--actions four.npy: row 2, column 6 is 4, want commands in -1 .. 1"),
+        ([*INSPECT, "--actions", "none.npy"], "--actions none.npy: (0, 7), want at least one command"),
+        ([*INSPECT, "--actions", "empty.npy"], "--actions empty.npy: not an .npy file"),
+        ([*INSPECT, "--actions", "several.npz"], "--actions several.npz: want one array"),
+        ([*INSPECT, "--actions", "a.npy", "--image", "0"], "--image 0: want at least 1 px"),
+        ([*INSPECT, "--actions", "a.npy", "--image", "-1"], "--image -1: want at least 1 px"),
+        ([*INSPECT[:-1], "mine.npz", "--actions", "a.npy"], "--out mine.npz exists; --force overwrites it"),
+        ([*INSPECT[:-1], "oft.npz", "--actions", "a.npy"], "--out oft.npz: a folder"),
+        ([*INSPECT[:-1], "a.npy/x.npz", "--actions", "a.npy"], "a.npy is no folder that can be written to"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(argv, why, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    actions = {name: np.zeros((4, 7), np.float32) for name in ("a", "nan", "four")}
+    actions["nan"][1, 3], actions["four"][2, 6], actions["none"] = np.nan, 4, np.zeros((0, 7))
+    for name, array in actions.items():
+        np.save(f"{name}.npy", array)
+    np.savez("several.npz", **actions)
+    Path("empty.npy").touch()
+    Path("mine.npz").write_text("mine")
+    for name in ("oft", "oft.npz"):
+        Path(name).mkdir()
     assert command_line.main(argv) in (1, 2)
     said = capsys.readouterr().err.strip()
     assert why in said
     assert "\n" not in said
     assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "x.npz").exists()
+    assert (tmp_path / "mine.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "No space left on device; free space there; the same command then goes on from here"),
+        (errno.EACCES, "Permission denied; choose another --out, that can be written to"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line_with_the_cure(number, cure, capsys, tmp_path, monkeypatch):
+    """After the first episode; what is finished stays."""
+    out, opened = tmp_path / "e", Path.open
+
+    def refusing(path, mode="r", *args, **more):
+        if mode == "a" and len(runner.read_trials(out)) == 1:
+            raise OSError(number, os.strerror(number), *([str(path)] if number == errno.EACCES else []))
+        return opened(path, mode, *args, **more)
+
+    run = [*EXPERT, "--episodes", "3", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refusing)
+        assert command_line.main(run) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"worldenv-eval: --out {out}: {cure}"
+    assert len(runner.read_trials(out)) == 1
+    assert command_line.main(run) == 0
+
+
+def test_a_file_that_is_not_the_evaluations_is_not_blamed_on_it(tmp_path):
+    with pytest.raises(PermissionError, match="policy"), files.written(tmp_path / "runs" / "e"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/models/policy")
 
 
 def test_inspect_of_the_tabletop(tmp_path, capsys):
@@ -545,5 +615,7 @@ def test_inspect_of_the_tabletop(tmp_path, capsys):
     assert found["state_path"].shape[0] == found["gripper_uv"].shape[0] == len(found["success"]) == 6
     assert str(found["state_hash"]) == json.loads(capsys.readouterr().out.splitlines()[-1])["state"] == env.state_hash(1, "test", 2)
     assert command_line.main([*run[:-1], str(tmp_path / "x.txt")]) == 2
-    np.save(tmp_path / "a.npy", np.zeros((5, 6), np.float32))
     assert command_line.main(run) == 2
+    assert command_line.main([*run, "--force"]) == 0
+    np.save(tmp_path / "a.npy", np.zeros((5, 6), np.float32))
+    assert command_line.main([*run, "--force"]) == 2

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from worldenv import checkpoint
+from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.config import EnginesConfig, EnvConfig
 from worldenv.devices import device_of
@@ -23,6 +25,7 @@ from worldenv.envs.libero import TEST_STATES
 from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.evaluation import Protocol
+from worldenv.nouns import ACTION_DIM
 from worldenv.policy.lerobot import LeRobotError
 from worldenv.run import snapshots
 from worldenv.trials import actors, inspection, runner
@@ -121,6 +124,8 @@ class InspectArgs:
     """Published states are "test"."""
     image: int | None = None
     """Side of the pictures [px]; LIBERO: 256."""
+    force: bool = False
+    """Overwrite --out where it exists."""
 
 
 def _tasks(asked: tuple[int, ...], suite: str, who: actors.Description) -> tuple[int, ...]:
@@ -134,15 +139,39 @@ def _tasks(asked: tuple[int, ...], suite: str, who: actors.Description) -> tuple
     return tuple(sorted(set(asked))) or trained or able
 
 
+def _image(asked: int | None) -> None:
+    if asked is not None and asked < 1:
+        raise ValueError(f"--image {asked}: want at least 1 px")
+
+
+def _mean_something(args: RunArgs, who: actors.Description) -> None:
+    """ValueError with one line for a flag that means nothing to the policy, or in the mode, that is asked for."""
+    path = Path(args.policy)
+    published = args.policy != "expert" and path.is_dir() and not (path / "run.json").is_file()
+    if args.python is not None and not args.policy.startswith("lerobot:"):
+        raise ValueError(f"--python {args.python}: is for lerobot:PATH, whose process it runs; leave it out for {args.policy}")
+    if args.views is not None and not published:
+        raise ValueError(f"--views {args.views}: is for an OpenVLA-OFT directory; {args.policy} knows its own, leave it out")
+    if args.views not in (None, 1, 2):
+        raise ValueError(f"--views {args.views}: want 1, or 2 with the camera on the hand")
+    if args.demonstrations is not None and (args.policy == "expert" or who.env is not None):
+        known = "an expert is trained on none" if args.policy == "expert" else f"the run of {args.policy} knows its own"
+        raise ValueError(f"--demonstrations {args.demonstrations}: {known}; leave it out")
+    if args.demonstrations is not None and args.demonstrations < 0:
+        raise ValueError(f"--demonstrations {args.demonstrations}: want a count, 0 or more")
+    if args.reflector is not None and args.mode != "reflector":
+        raise ValueError(f"--reflector {args.reflector}: is for --mode reflector; {args.mode} asks none, leave it out")
+
+
 def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     """What is asked for, and the reflector's file. ValueError with one line for what does not fit."""
     if not args.policy:
         raise ValueError("--policy: say whom to evaluate: expert, a checkpoint, lerobot:PATH")
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: want at least 1")
-    if args.image is not None and args.image < 1:
-        raise ValueError(f"--image {args.image}: want at least 1 px")
+    _image(args.image)
     who = actors.describe(args.policy, args.demonstrations)
+    _mean_something(args, who)
     if args.policy == "expert" and (args.mode == "reflector" or args.sample):
         raise ValueError("--policy expert: it is neither watched nor sampled; modes oracle and limit")
     engines = None if args.engines.back_end == "eager" else args.engines
@@ -174,11 +203,13 @@ def _name(text: str) -> str:
 def _evaluate(args: RunArgs) -> dict[str, Any]:
     asked, judge = _evaluation(args)
     out = args.out or Path("runs/eval") / f"{args.suite}-{_name(args.policy)}-{args.mode}"
+    goes_on = "; the same command then goes on from here"
     if args.policy == "expert":
-        return runner.evaluate(asked, out, args.processes, None)
+        with files.written(out, goes_on):
+            return runner.evaluate(asked, out, args.processes, None)
     robot = suites.robot(args.suite)
     seed = args.seed if args.sample else None
-    with actors.open_bench(args.policy, robot, device_of(args.device), args.python, seed, args.views, judge) as bench:
+    with actors.open_bench(args.policy, robot, device_of(args.device), args.python, seed, args.views, judge) as bench, files.written(out, goes_on):
         return runner.evaluate(runner.seen_by(asked, bench.actor.views), out, args.processes, bench)
 
 
@@ -239,16 +270,24 @@ def _compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def _commands(path: Path) -> NDArray[np.floating[Any]]:
+    """The commands (T, 7) in a file. ValueError with one line for what is none."""
+    name, commands = f"--actions {path}", files.numbers(path, "--actions")
+    if commands.ndim != 2 or commands.shape[1] != ACTION_DIM or not len(commands):
+        raise ValueError(f"{name}: {commands.shape}, want at least one command, (T, {ACTION_DIM})")
+    files.in_range(commands, name)
+    return commands if np.issubdtype(commands.dtype, np.floating) else commands.astype(np.float64)
+
+
 def _inspect(argv: Sequence[str]) -> int:
     args = parse("worldenv-eval inspect", InspectArgs, None, argv)
-    try:
-        command = np.load(args.actions, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--actions {args.actions}: {error}; want a .npy file (T, 7)") from error
     if args.out.suffix != ".npz":
         raise ValueError(f"--out {args.out}: want a name that ends in .npz")
+    files.vacant(args.out, args.force)
+    _image(args.image)
+    command = _commands(args.actions)
     found = inspection.inspect(args.suite, args.task, args.split, args.init, command, args.image or suites.picture(args.suite))
-    with checkpoint.atomic(args.out) as temporary, temporary.open("wb") as file:
+    with files.written(args.out), checkpoint.atomic(args.out) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **found)  # type: ignore[arg-type]
     held = [int(t) for t in np.flatnonzero(found["success"])[:1]]
     print(*(f"{name:18} {array.dtype!s:8} {array.shape}" for name, array in found.items()), sep="\n")

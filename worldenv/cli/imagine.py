@@ -17,6 +17,7 @@ import tyro
 from numpy.typing import NDArray
 
 from worldenv import action_map, checkpoint, config, console, kinematics, noise
+from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.data import episode as episodes
 from worldenv.devices import device_of
@@ -107,25 +108,7 @@ class Motion:
 
 
 def _array(path: Path, flag: str) -> Doubles:
-    """The numbers in an .npy file. Raises ValueError that names `flag` and the file."""
-    if not path.is_file():
-        raise ValueError(f"{flag} {path}: no such file")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{flag} {path}: not an .npy file of numbers ({str(error).splitlines()[0]})") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise ValueError(f"{flag} {path}: want one array of numbers")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{flag} {path}: value at {tuple(np.argwhere(~np.isfinite(array))[0].tolist())} is not finite")
-    return array.astype(np.float64)
-
-
-def _json(path: Path, flag: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: no readable JSON ({error})") from error
+    return files.numbers(path, flag).astype(np.float64)
 
 
 def _picture(path: Path) -> NDArray[np.uint8]:
@@ -140,7 +123,7 @@ def _picture(path: Path) -> NDArray[np.uint8]:
 def intrinsics(path: Path) -> Doubles:
     """(3, 3) of an .npy file, or of EVAC's JSON. Raises ValueError where that is no camera matrix."""
     if path.suffix == ".json":
-        given = _json(path, "--intrinsics")
+        given = files.plain(path, "--intrinsics")
         try:
             fx, fy, cx, cy = (float(given[name]) for name in ("fx", "fy", "ppx", "ppy"))
         except (KeyError, TypeError, ValueError) as error:
@@ -159,7 +142,7 @@ def extrinsics(path: Path) -> Doubles:
     """(4, 4) camera to world of an .npy file, or of EVAC's JSON. Raises ValueError where that is no rigid motion."""
     matrix: Doubles
     if path.suffix == ".json":
-        given = _json(path, "--extrinsics")
+        given = files.plain(path, "--extrinsics")
         try:
             given = (given[0] if isinstance(given, list) else given)["extrinsic"]
             matrix = np.eye(4)
@@ -183,8 +166,9 @@ def extrinsics(path: Path) -> Doubles:
 def _controller(path: Path | None, robot: Robot) -> kinematics.ControllerModel:
     if path is None:
         return kinematics.ControllerModel.of(robot)
+    stored = files.plain(path, "--controller")
     try:
-        return kinematics.ControllerModel.from_dict(_json(path, "--controller"))
+        return kinematics.ControllerModel.from_dict(stored)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"--controller {path}: {error}") from error
 
@@ -230,9 +214,7 @@ def motion(args: ImagineArgs) -> Motion:
     if actions.shape[1] == 16 or robot is AGIBOT_G1:
         kind, fits = ("poses (T, 16)", "agibot_g1") if actions.shape[1] == 16 else ("commands (T, 7)", "panda or tabletop")
         raise ValueError(f"{name}: {kind} are no actions of --robot {args.robot}; give --robot {fits}")
-    if np.abs(actions).max() > 1.0:
-        row, column = np.unravel_index(np.abs(actions).argmax(), actions.shape)
-        raise ValueError(f"{name}: row {row}, column {column} is {actions[row, column]:.4g}, want commands in -1 .. 1")
+    files.in_range(actions, name)
     if state is None:
         raise ValueError("commands (T, 7) start somewhere: give --state, .npy (8,) of x y z, quaternion x y z w, gripper 0 .. 1")
     if state.shape != (8,) or abs(float(np.linalg.norm(state[3:7])) - 1.0) > _TURN_TOLERANCE or not 0.0 <= state[7] <= 1.0:
@@ -292,8 +274,7 @@ def _shown(chunks: Iterator[torch.Tensor], maps: list[NDArray[np.uint8]], total:
 
 def imagine(args: ImagineArgs) -> dict[str, Any]:
     """Write the video that `args` ask for; returns what there is to say of it, JSON-ready."""
-    if args.out.exists() and not args.force:
-        raise ValueError(f"--out {args.out} exists; --force overwrites it")
+    files.vacant(args.out, args.force)
     if args.out.suffix != ".mp4" or args.fps < 1:
         raise ValueError(f"--out {args.out} --fps {args.fps}: want a name that ends in .mp4, and at least 1 picture per second")
     if (args.checkpoint is None) != args.random_weights:
@@ -324,7 +305,8 @@ def imagine(args: ImagineArgs) -> dict[str, Any]:
     rays = action_map.rays(camera, settings.latent).to(device)
     chunks = -(-len(deltas) // settings.chunk)
     began = time.monotonic()
-    with checkpoint.atomic(args.out) as temporary, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
+    with files.written(args.out), checkpoint.atomic(args.out) as temporary, autocast:
         frames = simulator.imagine_path(torch.from_numpy(seen.frame).to(device), maps, rays, deltas.to(device), noises)
         count, width, height = videos.write_mp4(temporary, _shown(frames, drawn, chunks, args.random_weights), args.fps)
     seconds = time.monotonic() - began

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from worldenv import checkpoint, console, kinematics, noise
 from worldenv.envs import suites
 from worldenv.envs.libero import Libero
+from worldenv.envs.libero_install import LiberoMissing
+from worldenv.envs.offscreen import NoOpenGL
 from worldenv.kinematics import ControllerModel
 from worldenv.robots.panda import PANDA
 
@@ -159,7 +161,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where the stored constants stay below every limit, 1 where not, 2 for a bad command line."""
+    """0 where the stored constants stay below every limit, 1 where not, 2 for a bad command line or where LIBERO is not there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.controller", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--record", type=Path, metavar="FOLDER")
     parser.add_argument("--each", type=int, default=4, help="paths of each kind in each scene (default 4)")
@@ -168,12 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.record is None) == (args.measure is None):
         print("benchmarks.controller: want --record FOLDER or --measure FOLDER", file=sys.stderr)
         return 2
-    if args.record is not None:
-        record(args.record, args.each)
-        return 0
     try:
+        if args.record is not None:
+            record(args.record, args.each)
+            return 0
         found = measure(args.measure)
-    except checkpoint.CheckpointError as error:
+    except (checkpoint.CheckpointError, LiberoMissing, NoOpenGL) as error:
         print(f"benchmarks.controller: {error}", file=sys.stderr)
         return 2
     for name, row in found["rows"].items():

@@ -12,14 +12,15 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from worldenv import report
 from worldenv.envs.libero import SUITES, Libero
-from worldenv.envs.offscreen import mujoco
+from worldenv.envs.libero_install import LiberoMissing
+from worldenv.envs.offscreen import NoOpenGL, mujoco
 
 STEPS = 20
 SUBSTEPS = 25
@@ -55,14 +56,20 @@ def rows(suite: str) -> list[dict[str, object]]:
     return found
 
 
-def main() -> int:
-    """Exit code 0."""
-    suites = sys.argv[1:] or list(SUITES)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 for a suite that there is not, or where LIBERO is not there."""
+    suites = list(sys.argv[1:] if argv is None else argv) or list(SUITES)
     everything = []
-    for suite in suites:
-        for row in rows(suite):
-            everything.append(row)
-            print(f"{row['suite']:15}  {row['what']:22}  {row['steps_per_s']:7} steps/s  {row['steps_per_cpu_s']:7} per CPU second", flush=True)
+    try:
+        if unknown := [suite for suite in suites if suite not in SUITES]:
+            raise ValueError(f"suite {unknown[0]!r}: want some of {', '.join(SUITES)}, or none for all")
+        for suite in suites:
+            for row in rows(suite):
+                everything.append(row)
+                print(f"{row['suite']:15}  {row['what']:22}  {row['steps_per_s']:7} steps/s  {row['steps_per_cpu_s']:7} per CPU second", flush=True)
+    except (ValueError, LiberoMissing, NoOpenGL) as error:
+        print(f"benchmarks.libero_steps: {error}", file=sys.stderr)
+        return 2
     print(json.dumps({"machine": report.versions(), "rows": everything}))
     return 0
 

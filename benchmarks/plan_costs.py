@@ -7,6 +7,7 @@ A batch of b items takes fixed + per_item b: the weights are read once, the FLOP
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def on_gpu(stage: StageWork, gpu: Gpu, efficiency: float) -> Affine:
 
 def fitted(seconds: dict[int, float]) -> Affine:
     """The affine law nearest to measured `seconds` by batch size, in relative terms; no part of it is below 0. ValueError: nothing measured."""
-    if not seconds or min(seconds) < 1 or min(seconds.values()) <= 0:
+    if not seconds or min(seconds) < 1 or not all(0 < one < math.inf for one in seconds.values()):
         raise ValueError(f"profile {seconds}: want at least one batch size of 1 or more with its seconds")
     b, t = np.array(list(seconds), dtype=np.float64), np.array(list(seconds.values()))
     if len(seconds) > 1:
@@ -140,13 +141,17 @@ class Profile:
 def read_profile(path: Path) -> Profile:
     """A JSON file {"chunk", "limit", "stages": [{"name", "steps", "buckets", "seconds": {batch: seconds}}, ...]}; ValueError names what is wrong."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         stages = found["stages"]
         works = tuple(StageWork(str(one["name"]), "all", 0.0, 0.0, 0.0, int(one["steps"])) for one in stages)
         costs = tuple(fitted({int(b): float(t) for b, t in one["seconds"].items()}) for one in stages)
         buckets = tuple(tuple(int(b) for b in one["buckets"]) for one in stages)
-        return Profile(Workload(works, {"all": 0.0}, {"all": 0.0}, int(found["chunk"]), int(found["limit"]), 0.0), costs, buckets)
+        chunk, limit = int(found["chunk"]), int(found["limit"])
+        counts = [chunk, limit, len(works), *(work.steps for work in works), *(min(sizes, default=0) for sizes in buckets)]
+        if min(counts) < 1 or any(sizes != tuple(sorted(set(sizes))) for sizes in buckets):
+            raise ValueError("want a chunk, a limit, stages, steps and buckets of at least 1, buckets ascending")
+        return Profile(Workload(works, {"all": 0.0}, {"all": 0.0}, chunk, limit, 0.0), costs, buckets)
     except OSError as error:
         raise ValueError(f"--profile {path}: {error.strerror}") from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no profile of stages ({type(error).__name__}: {error}); see docs/scheduler.md") from None
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ValueError(f"--profile {path}: no profile of stages ({type(error).__name__}: {error}); see docs/scheduler.md") from None

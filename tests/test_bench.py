@@ -128,6 +128,9 @@ def test_the_command_prints_a_table_and_one_line(capsys: pytest.CaptureFixture[s
         (["copy", "--only", "1x1"], "--only 1x1: there are copy"),
         (["copy", "--device", "tpu9"], "--device tpu9"),
         (["copy", "--threads", "0"], "--threads 0"),
+        (["copy", "--pairs", "0"], "--pairs 0: want at least 1"),
+        (["copy", "--seconds", "nan"], "--seconds nan: want 0 or more"),
+        (["copy", "--seconds", "-1"], "--seconds -1.0: want 0 or more"),
         (["copy", "--pears", "3"], "did you mean '--pairs'"),
     ],
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from worldenv import doctor
+from worldenv.benchmarks import controller, libero_steps
 from worldenv.cli import doctor as command_line
 from worldenv.doctor import Finding
 from worldenv.envs import libero_install
@@ -132,6 +133,21 @@ def test_without_libero_the_cure_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LiberoMissing, match=r"--no-deps robosuite==1.4.0 bddl==1.0.1 hf-libero"):
         libero_install.package()
+
+
+@pytest.mark.parametrize(("benchmark", "words"), [(libero_steps, []), (controller, ["--record", "paths"])], ids=["steps", "controller"])
+def test_a_benchmark_without_libero_says_the_cure_in_one_line(benchmark, words, monkeypatch, capsys, tmp_path):
+    def missing():
+        raise LiberoMissing("LIBERO is not here; run `make libero`")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(libero_install, "load", missing)
+    assert benchmark.main(words) == 2
+    name = benchmark.__name__.removeprefix("worldenv.")
+    assert capsys.readouterr().err == f"{name}: LIBERO is not here; run `make libero`\n"
+    if benchmark is libero_steps:
+        assert benchmark.main(["libero_90"]) == 2
+        assert "'libero_90': want some of libero_spatial" in capsys.readouterr().err
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -131,9 +131,13 @@ def test_a_profile_replaces_flops(tmp_path: Path) -> None:
     assert row["peak_memory_gb"] is None
     assert row["gpu"] is None
     assert row["share_of_bound"] > 0.95
-    for text in ("{", '{"chunk": 8}', json.dumps({"chunk": 8, "limit": 32, "stages": [{"name": "policy"}]})):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"profile\.json: no profile of stages"):
+    whole = {"chunk": 8, "limit": 32, "stages": stages}
+    wrong = [{"chunk": 8}, {**whole, "stages": [{"name": "policy"}]}, {**whole, "chunk": 0}, {**whole, "limit": "x"}, {**whole, "stages": []}]
+    wrong += [{**whole, "stages": [{**stages[0], **change}]} for change in ({"buckets": []}, {"buckets": [0]}, {"buckets": [4, 1]}, {"steps": 0})]
+    wrong += [{**whole, "stages": [{**stages[0], "seconds": seconds}]} for seconds in ({"1": math.nan}, {"1": math.inf}, {"x": 1.0}, {})]
+    for content in (b"{", b"\x93NUMPY\x01", *(json.dumps(one).encode() for one in wrong)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"--profile \S*profile\.json: no profile of stages"):
             read_profile(path)
 
 
@@ -143,7 +147,7 @@ def test_costs_are_fitted_and_never_negative() -> None:
     assert per_item == 0.0
     assert 2.0 <= fixed <= 4.0
     assert fitted({1: 0.5, 4: 4.0})[0] == 0.0
-    for wrong in ({}, {0: 1.0}, {1: 0.0}):
+    for wrong in ({}, {0: 1.0}, {1: 0.0}, {1: math.nan}, {1: math.inf}):
         with pytest.raises(ValueError, match="profile"):
             fitted(wrong)
 

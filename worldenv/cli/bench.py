@@ -79,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"no case {name!r}; did you mean {near!r}? There are: {', '.join(known)}")
         if args.compile_only:
             return _compile_only(args)
+        if args.pairs < 1:
+            raise ValueError(f"--pairs {args.pairs}: want at least 1")
+        if not args.seconds >= 0.0:  # what is no number is refused too
+            raise ValueError(f"--seconds {args.seconds}: want 0 or more")
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads {args.threads}: want at least 1")

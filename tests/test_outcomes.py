@@ -64,11 +64,16 @@ def test_the_command_draws_any_folder_of_episodes(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"statistics.json", *(f"{n}.{kind}" for n in names for kind in ("svg", "png"))}
     kept = json.loads((tmp_path / "out/statistics.json").read_text())
     assert kept["lengths"] == {'push the "größte" puck': {"successes": [3, 3], "failures": [6, 6]}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "file").touch()
     for wrong, why in (
         ([str(tmp_path), "--episodes", str(tmp_path)], "--episodes FOLDER"),
         (["--episodes", str(tmp_path / "none")], "no such folder"),
         (["--out", str(tmp_path)], "give the folder"),
-        (["--episodes", str(tmp_path / "out")], "no episodes"),
+        (["--episodes", str(tmp_path / "out")], f"--episodes {tmp_path / 'out'}: no episodes there"),
+        (["--episodes", str(tmp_path / "run")], f"--episodes {tmp_path / 'run'}: the folder of a run, not of episodes; they lie in RUN/stages/demos"),
+        (["--episodes", str(tmp_path / "explore"), "--out", str(tmp_path / "file")], f"report not written, {tmp_path / 'file'}: no folder"),
     ):
         assert command.main(wrong) == 2
         assert why in capsys.readouterr().err

@@ -598,9 +598,39 @@ def test_nothing_is_overwritten_when_the_disk_refuses(a_copy: Path) -> None:
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "figures").write_text("not a folder")
-    with pytest.raises(reports.ReportError, match="figures"):
+    with pytest.raises(reports.ReportError, match="figures: no folder; move it away"):
         reports.write(tmp_path, example())
     assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html", "figures/success.svg", "videos/index.json"])
+def test_a_folder_in_the_way_is_named_before_anything_is_overwritten(name: str, a_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (a_copy / name).unlink()
+    (a_copy / name).mkdir()
+    before = {path: path.read_bytes() for path in a_copy.rglob("*") if path.is_file()}
+    changed = example()
+    changed["seed"] = 8
+    with pytest.raises(reports.ReportError, match=f"report not written, .*{name}: a folder is in its place; move it away"):
+        reports.write(a_copy, changed, example_figures(), example_videos())
+    assert main([str(a_copy)]) == 2
+    said = capsys.readouterr().err
+    assert f"{a_copy / name}: " in said
+    assert said.count("\n") == 1
+    assert {path: path.read_bytes() for path in a_copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_name_that_cannot_be_taken_is_named(a_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of all files is not the one to blame."""
+    replace = Path.replace
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target.name == "report.html":
+            raise PermissionError(1, "Operation not permitted", str(path), None, str(target))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(reports.ReportError, match=r"report not written, .*/report\.html: Operation not permitted"):
+        reports.write(a_copy, example(), example_figures(), example_videos())
 
 
 def test_an_invalid_report_writes_nothing(tmp_path: Path) -> None:

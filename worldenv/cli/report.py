@@ -33,6 +33,9 @@ class ReportArgs:
     """With --episodes: where to write; if not given, FOLDER/statistics."""
 
 
+_THERE = "they lie in RUN/stages/demos and RUN/stages/explore"
+
+
 def _compare(left: Path, right: Path) -> int:
     found = list(report.differences(report.comparable(report.read(left)), report.comparable(report.read(right))))
     print(*found, sep="\n", end="\n" if found else "")
@@ -42,8 +45,11 @@ def _compare(left: Path, right: Path) -> int:
 
 def _episodes(folder: Path, out: Path) -> int:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; episodes lie in RUN/stages/demos and RUN/stages/explore")
-    told = report.write_outcomes(out, report.lengths_by_outcome(EpisodeSet(folder).entries))
+        raise ValueError(f"--episodes {folder}: no such folder; {_THERE}")
+    if not (entries := EpisodeSet(folder).entries):
+        kind = "the folder of a run, not of episodes" if (folder / "run.json").is_file() else "no episodes there (000000.npz and so on)"
+        raise ValueError(f"--episodes {folder}: {kind}; {_THERE}")
+    told = report.write_outcomes(out, report.lengths_by_outcome(entries))
     for outcome in ("successes", "failures"):
         lengths = told[outcome]
         words = "" if not lengths["episodes"] else ", {mean:.1f} steps on average (10 % {p10:.0f}, half {p50:.0f}, 90 % {p90:.0f})".format(**lengths)
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.episodes is not None:
             return _episodes(args.episodes, args.out or args.episodes / "statistics")
         raise AssertionError("one of the three is given")
-    except (ValueError, report.ReportError) as error:
+    except (ValueError, OSError) as error:
         print(f"worldenv-report: {error}", file=sys.stderr)
         return 2
 

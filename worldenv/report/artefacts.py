@@ -11,6 +11,7 @@ OUT/videos/index.json                their titles and captions
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -38,15 +39,21 @@ class ReportError(OSError):
 def _put(out: Path, files: Mapping[Path, bytes]) -> None:
     """Write all `files` below `out`, each beside its place; only when the last is on disk does the first take its name."""
     path = out
+    for name in files:
+        place = out / name
+        if place.is_dir():  # would be found only when others have taken their names
+            raise ReportError(errno.EISDIR, f"report not written, {place}: a folder is in its place; move it away")
+        nearest = next(folder for folder in place.parents if folder.exists())
+        if not nearest.is_dir():
+            raise ReportError(errno.ENOTDIR, f"report not written, {nearest}: no folder; move it away, or give another one")
     try:
         with ExitStack() as stack:
             for name, content in files.items():
                 path = out / name
                 stack.enter_context(checkpoint.atomic(path)).write_bytes(content)
     except OSError as error:
-        raise ReportError(
-            error.errno, f"report not written, {path}: {error.strerror or error}; free space there, or give a folder that can be written to"
-        ) from error
+        cure = "free space there, or give a folder that can be written to"
+        raise ReportError(error.errno, f"report not written, {error.filename2 or path}: {error.strerror or error}; {cure}") from error
 
 
 def _plots(report: Mapping[str, Any], figures: Figures) -> list[Plot]:
@@ -105,6 +112,8 @@ def write(out: Path, report: Mapping[str, Any], figures: Figures | None = None, 
 def read(run: Path) -> dict[str, Any]:
     """The report in `run`, a run's folder or a report.json. Raises ValueError where there is none, it is damaged or it lacks a field."""
     path = run / "report.json" if run.is_dir() else run
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, where a file was to be; move it away, and run the stage report again")
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the last stage of worldenv-train writes it")
     try:
@@ -119,12 +128,12 @@ def read(run: Path) -> dict[str, Any]:
 
 def _clips(run: Path) -> list[Clip]:
     path = run / _INDEX
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return [Clip(mp4=(path.parent / Path(row.pop("file")).name).read_bytes(), **{**row, "size": tuple(row["size"])}) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path}: damaged, or a video is gone ({error}); run the stage report again, or remove {path.parent}") from error
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+from worldenv import cli
 
 PROGRAM = "import os, sys, worldenv.cli; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -29,3 +32,11 @@ def test_help_may_be_cut_short() -> None:
         done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
         os.close(write)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_matplotlib_is_there_for_those_who_draw_alone() -> None:
+    """It is slow to import, and complains on stderr where it cannot write its cache: nothing that a command which draws nothing should show."""
+    names = sorted(path.stem for path in Path(cli.__file__).parent.glob("*.py") if path.stem != "__init__")
+    assert {"eval", "train", "report", "bench", "imagine", "engine", "doctor", "convert"} <= set(names)
+    program = f"import sys, {', '.join(f'worldenv.cli.{name}' for name in names)}; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -17,7 +17,8 @@ from test_episode import make
 from worldenv.cli import report as command
 from worldenv.data.episode import EpisodeSet
 from worldenv.report import lengths_by_outcome as gather
-from worldenv.report.outcomes import draw, summary
+from worldenv.report.outcome_figures import draw
+from worldenv.report.outcomes import summary
 
 
 def ended(instruction, steps, first):

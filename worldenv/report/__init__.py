@@ -2,8 +2,8 @@
 
 from worldenv.report.artefacts import ReportError, read, rebuild, write, write_outcomes
 from worldenv.report.fields import FIELDS, comparable, differences, validate
-from worldenv.report.figures import Figures
 from worldenv.report.outcomes import lengths_by_outcome
+from worldenv.report.plots import Figures
 from worldenv.report.record import PeakMemory, commit, versions
 from worldenv.report.videos import Video
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from worldenv import checkpoint
 from worldenv.report import fields, outcomes
-from worldenv.report.figures import Figures, Plot, draw
 from worldenv.report.page import page
+from worldenv.report.plots import Figures, Plot
 from worldenv.report.videos import Clip, Video, encode
 
 _ARRAYS = Path("figures/figures.safetensors")
@@ -58,15 +58,20 @@ def _put(out: Path, files: Mapping[Path, bytes]) -> None:
 
 def _plots(report: Mapping[str, Any], figures: Figures) -> list[Plot]:
     """Of the run, and of its exploration."""
+    from worldenv.report import figures as drawing  # brings Matplotlib, which only who draws should wait for, or hear of its cache
+    from worldenv.report import outcome_figures
+
     explored = report.get("explore", {}).get("outcomes")
-    return [*draw(report, figures), *(outcomes.draw(explored) if explored else ())]
+    return [*drawing.draw(report, figures), *(outcome_figures.draw(explored) if explored else ())]
 
 
 def write_outcomes(out: Path, found: outcomes.Outcomes) -> dict[str, Any]:
     """Write the three plots of `found` and statistics.json to folder `out`; returns the statistics. Raises ValueError, ReportError as `write`."""
+    from worldenv.report import outcome_figures
+
     told = outcomes.summary(found)
     text = json.dumps({**told, "lengths": found}, indent=1, ensure_ascii=False) + "\n"
-    files = {path.relative_to("figures"): content for path, content in _plot_files(outcomes.draw(found)).items()}
+    files = {path.relative_to("figures"): content for path, content in _plot_files(outcome_figures.draw(found)).items()}
     _put(out, {**files, Path("statistics.json"): text.encode()})
     return told
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from worldenv.report import findings, tables
-from worldenv.report.figures import Plot
+from worldenv.report.plots import Plot
 from worldenv.report.tables import Table
 from worldenv.report.videos import FPS, Clip
 

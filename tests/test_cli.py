@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from worldenv import cli
 
@@ -40,3 +43,32 @@ def test_matplotlib_is_there_for_those_who_draw_alone() -> None:
     assert {"eval", "train", "report", "bench", "imagine", "engine", "doctor", "convert"} <= set(names)
     program = f"import sys, {', '.join(f'worldenv.cli.{name}' for name in names)}; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+INTERRUPTED = """
+import multiprocessing, sys
+if __name__ == "__main__" and sys.argv[1:] == ["child"]:
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+else:
+    from worldenv.cli import eval
+"""
+
+
+@pytest.mark.parametrize("where", ["module", "script", "child"])
+def test_a_command_that_is_interrupted_while_it_is_imported_says_so_in_a_line(where: str, tmp_path: Path) -> None:
+    """As by Ctrl-C in the first seconds: no traceback, and the exit code that shells expect. Of several processes, one speaks."""
+    (tmp_path / "numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    script = tmp_path / "worldenv-eval"
+    script.write_text(INTERRUPTED)
+    words = {"module": ["-m", "worldenv.cli.convert"], "script": [str(script)], "child": [str(script), "child"]}[where]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == {"module": "worldenv: stopped\n", "script": "worldenv-eval: stopped\n", "child": ""}[where]
+    assert where == "child" or done.returncode == -signal.SIGINT
+
+
+def test_other_errors_are_shown_as_ever() -> None:
+    done = subprocess.run([sys.executable, "-c", "from worldenv import cli; 1 / 0"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")

@@ -8,6 +8,7 @@ frames taken by position in a video that several episodes share; the last frame 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -451,6 +452,26 @@ def test_the_command_goes_all_the_way_round(tmp_path, capsys):
     assert command_line.main([str(tmp_path / "empty"), "--out", str(tmp_path / "f")]) == 2
     assert "no episodes" in capsys.readouterr().err
     assert command_line.main(["--out", str(tmp_path / "f")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("bowl_demo.hdf5 --view observation.images.image", "--view: says how a LeRobot data set is read, and .*bowl_demo.hdf5 is none; leave it out"),
+        (". --gripper open+1", "--gripper: says how a LeRobot data set is read"),
+        ("bowl_demo.hdf5 --no-mirrored", "--no-mirrored: says how a LeRobot data set is read"),
+        ("bowl_demo.hdf5 --frames png", "--frames png: says how a LeRobot data set is written, not episodes; leave it out"),
+        ("set --frames png --to libero-hdf5", "--frames png: says how a LeRobot data set is written, not libero-hdf5"),
+    ],
+)
+def test_a_flag_that_means_nothing_is_refused(words, why, tmp_path, capsys):
+    published(tmp_path / "bowl_demo.hdf5")
+    lerobot.write(tmp_path / "set", EPISODES[:1])
+    source, *flags = words.split()
+    assert command_line.main([str(tmp_path / source), *flags, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"convert: {why.replace('+', '.')}.*\n", said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_noops_through_the_command(tmp_path):

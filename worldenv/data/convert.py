@@ -33,6 +33,21 @@ class Choices:
     """Leave out commands for no motion, as the published sets for OpenVLA-OFT do."""
 
 
+def _is_lerobot(source: Path) -> bool:
+    return (source / "meta" / "info.json").is_file()
+
+
+def _mean_something(source: Path, to: Format, choices: Choices) -> None:
+    """Raises ValueError for a choice, other than the default, that neither `source` nor `to` has a use for."""
+    usual = Choices()
+    reading = {"--view": choices.view is not None, "--gripper": choices.gripper != usual.gripper, "--no-mirrored": not choices.mirrored}
+    changed = [flag for flag, given in reading.items() if given]
+    if changed and source.exists() and not _is_lerobot(source):
+        raise ValueError(f"{changed[0]}: says how a LeRobot data set is read, and {source} is none; leave it out")
+    if choices.frames != usual.frames and not to.startswith("lerobot"):
+        raise ValueError(f"--frames {choices.frames}: says how a LeRobot data set is written, not {to}; leave it out, or --to lerobot-v3.0")
+
+
 def read(source: Path, choices: Choices) -> Iterator[Episode]:
     """The episodes in `source`: a folder of ours, a LeRobot data set, one of LIBERO's HDF5 files, or a folder of these.
 
@@ -46,7 +61,7 @@ def _read(source: Path, choices: Choices) -> Iterator[Episode]:
     files = sorted(source.glob("*.hdf5"))
     if source.is_file():
         yield from (episode for _, episode in libero_hdf5.read(source))
-    elif (source / "meta" / "info.json").is_file():
+    elif _is_lerobot(source):
         yield from (episode for _, episode in lerobot.read(source, view=choices.view, gripper=choices.gripper, mirrored=choices.mirrored))
     elif files:
         for task, file in enumerate(files):
@@ -60,14 +75,15 @@ def _read(source: Path, choices: Choices) -> Iterator[Episode]:
 def convert(source: Path, to: Format, out: Path, choices: Choices | None = None) -> dict[str, Any]:
     """Write the episodes in `source` to `out` in format `to`; returns counts. `out` is a folder; for libero-hdf5 one with a file per instruction.
 
-    Raises ValueError where `out` is there already, and as readers and writers do. On an error nothing is left but, of a folder of ours, the
-    episodes that were written whole.
+    Raises ValueError where `out` is there already, where a choice means nothing here, and as readers and writers do. On an error nothing is
+    left but, of a folder of ours, the episodes that were written whole.
     """
     choices = choices or Choices()
     if to not in get_args(Format):
         raise ValueError(f"--to {to!r}: want one of {', '.join(get_args(Format))}")
     if out.exists():
         raise ValueError(f"{out}: there already; nothing is overwritten: move it, or choose another --out")
+    _mean_something(source, to, choices)
     count = _Count()
     episodes = count.of(read(source, choices))
     if to == "lerobot-v2.1":

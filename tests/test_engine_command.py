@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,20 @@ def test_rows_have_what_engines_add_to_the_schema() -> None:
     assert set(row.plain()) - {"engine", "max_rel_error", "tolerance"} == {
         "case", "backend", "value", "unit", "baseline", "baseline_value", "speedup", "ceiling", "share_of_ceiling", "parity",
     }  # fmt: skip
+
+
+def test_a_row_says_what_ran_without_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = engine_rows.measure
+
+    def without(*given: Any) -> Any:
+        for _ in range(2):
+            warnings.warn("inputs (1, 8) run without a CUDA graph: operation not permitted", RuntimeWarning, stacklevel=2)
+        return measured(*given)
+
+    monkeypatch.setattr(engine_rows, "measure", without)
+    row = engine_rows.variants(BRIEF)["policy_heads onnxruntime"]()
+    assert row.value is not None
+    assert row.note.count("inputs (1, 8) run without a CUDA graph: operation not permitted") == 1
 
 
 def test_an_engine_that_fails_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from test_rollout_bits import CPU, GROUP, SEED, SMALL_SIMULATOR, Plant, assert_s
 from test_simulator import trained
 
 from worldenv import noise
+from worldenv.benchmarks import engine_rows
 from worldenv.config import TINY, LoopConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Rollout
@@ -111,6 +112,18 @@ def test_a_policy_acts_there_as_on_the_cpu() -> None:
         want, got = here.act(observation(3), uniform), there.act(observation(3), uniform)
     for field in dataclasses.fields(want):
         close(getattr(got, field.name), getattr(want, field.name), ATOL)
+
+
+def test_random_networks_of_benchmarks_are_drawn_where_they_run() -> None:
+    """Weights of billions take minutes on a CPU. What is no weight is float32 and right, as rotary frequencies are."""
+    there, here = (engine_rows.Setting(device, torch.bfloat16, "tiny") for device in (GPU, CPU))
+    for made in (engine_rows.random_policy(TINY.policy, there).network, engine_rows.random_reflector(TINY.reflector, there).llava):
+        assert {one.device.type for one in (*made.parameters(), *made.buffers())} == {"cuda"}
+        assert all(bool(torch.isfinite(one.float()).all()) and bool(one.any()) for one in made.parameters() if one.dim() > 1)
+    want = dict(engine_rows.random_reflector(TINY.reflector, here).llava.named_buffers())
+    for name, buffer in made.named_buffers():
+        assert buffer.dtype == want[name].dtype
+        close(buffer, want[name], 1e-6)
 
 
 def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from worldenv import cli
+from worldenv.cli import files
 
 PROGRAM = "import os, sys, worldenv.cli; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -72,3 +74,23 @@ def test_a_command_that_is_interrupted_while_it_is_imported_says_so_in_a_line(wh
 def test_other_errors_are_shown_as_ever() -> None:
     done = subprocess.run([sys.executable, "-c", "from worldenv import cli; 1 / 0"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), "--out {out}: No space left; free space there, or choose another --out"),
+        (OSError(errno.ENOSPC, "No space", "/elsewhere/a", None, "{out}/b"), "--out {out}: No space; free space there, or choose another --out"),
+        (OSError(errno.EROFS, "Read-only", "{out}/b"), "--out {out}: Read-only; choose another --out, that can be written to"),
+        (OSError(errno.ENOSPC, "No space left", "/elsewhere/a"), "[Errno 28] No space left: '/elsewhere/a'"),
+        (OSError(errno.ENOENT, "No such file", "{out}/b"), "[Errno 2] No such file: '{out}/b'"),
+    ],
+)
+def test_a_disk_is_blamed_for_its_own_place_alone(error: OSError, said: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for name in ("filename", "filename2"):
+        if getattr(error, name):
+            setattr(error, name, getattr(error, name).format(out=out))
+    with pytest.raises(OSError) as raised, files.written(out):
+        raise error
+    assert str(raised.value) == said.format(out=out)

@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     command = [sys.executable, "-c", code, *FAST, "--out", str(tmp_path / "x")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "File too large; make room" in done.stderr.splitlines()[-1]
+    assert "File too large; free space there, then give the same command again" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "x").rglob("*.part"))
 
 

@@ -15,6 +15,7 @@ import tyro
 
 from worldenv import compiled, console
 from worldenv.benchmarks import engine_rows
+from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.engines import backend, parity
 from worldenv.engines.recipe import EngineError
@@ -198,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind, command = COMMANDS[argv[0]]
     try:
         args = parse(f"worldenv-engine {argv[0]}", kind, kind(), argv[1:])
-        return command(args)
+        with files.written(args.store, flag="--store", then=", or choose another --store"):
+            return command(args)
     except (ValueError, EngineError) as error:
         print(f"worldenv-engine: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -206,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("worldenv-engine: stopped; plans that were built whole are kept", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"worldenv-engine: {error}; make room, or choose another --store", file=sys.stderr)
+        print(f"worldenv-engine: {error}", file=sys.stderr)
         return 1
 
 

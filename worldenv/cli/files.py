@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def numbers(path: Path, flag: str) -> NDArray[Any]:
@@ -59,14 +60,20 @@ def vacant(out: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def written(out: Path, then: str = ", or choose another --out") -> Iterator[None]:
-    """While `out` is written, what the disk refuses there is an OSError of one line: place, reason and cure, which is to free space, and `then`."""
+def written(out: Path, then: str = ", or choose another --out", flag: str = "--out") -> Iterator[None]:
+    """While `out` is written: that the disk is full, or may not be written, is an OSError of one line: place, reason and cure, which is to free
+    space, and `then`. Other errors, and those of other places, pass.
+    """
     try:
         yield
     except OSError as error:
-        place = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes | os.PathLike) else None
-        folder = out.absolute().parent
-        if not (error.errno in _NO_ROOM if place is None else folder in (place, *place.parents) or place in folder.parents):
+        full = error.errno in _NO_ROOM
+        if not full and error.errno not in _FORBIDDEN:
             raise
-        cure = f"free space there{then}" if error.errno in _NO_ROOM else "choose another --out, that can be written to"
-        raise OSError(f"--out {out}: {error.strerror or error}; {cure}") from error
+        # of a copy, from where and to where
+        named = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+        places, folder = [Path(os.fsdecode(name)).absolute() for name in named], out.absolute().parent
+        if not (any(folder in (place, *place.parents) or place in folder.parents for place in places) if places else full):
+            raise
+        cure = f"free space there{then}" if full else f"choose another {flag}, that can be written to"
+        raise OSError(f"{flag} {out}: {error.strerror or error}; {cure}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from worldenv import config, distributed, run, train
+from worldenv.cli import files
 from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
 from worldenv.devices import device_of
@@ -24,7 +24,6 @@ from worldenv.learning import processes
 from worldenv.rollout.collect import RolloutError
 from worldenv.stages.replay import replay
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 _STAGES = get_args(StageName)
 
@@ -108,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = replay(args.out, settings, args.replay)
             print(json.dumps(found, allow_nan=False))
             return 0 if found["bit_equal"] else 1
-        with distributed.joined():
+        with files.written(args.out, ", then give the same command again"), distributed.joined():
             train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
             speaks = processes.rank() == 0
     except KeyboardInterrupt:
@@ -117,10 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError) as error:
         if args.debug:
             raise
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            print(f"worldenv-train: cannot write below {args.out}: {error.strerror}; make room, then give the same command again", file=sys.stderr)
-        else:
-            print(f"worldenv-train: {error}", file=sys.stderr)
+        print(f"worldenv-train: {error}", file=sys.stderr)
         return 1
     if speaks and args.only in (None, "report") and args.until in (None, "report"):
         print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from worldenv.cli.arguments import parse
+from worldenv.cli.arguments import parse, value_of
 from worldenv.config import TINY, RunConfig
 from worldenv.devices import device_of
 
@@ -35,6 +35,12 @@ def test_a_mistake_is_one_line(argv: list[str], says: str) -> None:
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(ord(letter) < 128 for letter in str(caught.value)), "no rest of a box"
+
+
+def test_the_last_preset_counts() -> None:
+    assert value_of(["--preset", "tiny", "--preset=libero"], "--preset") == "libero"
+    assert value_of(["--preset=tiny", "--preset", "libero", "--preset"], "--preset") == "libero"
+    assert value_of(["--out", "x"], "--preset") is None
 
 
 def test_what_may_be_below_zero_or_nothing_still_may() -> None:

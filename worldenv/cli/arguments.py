@@ -17,13 +17,14 @@ T = TypeVar("T")
 
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:
-    """The value after `flag` in `argv` (`--flag value` or `--flag=value`), or None."""
+    """The value after the last `flag` in `argv` (`--flag value` or `--flag=value`), which is the one that counts in tyro too, or None."""
+    found = None
     for i, word in enumerate(argv):
         if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-    return None
+            found = argv[i + 1]
+        elif word.startswith(f"{flag}="):
+            found = word.removeprefix(f"{flag}=")
+    return found
 
 
 def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -> T:
@@ -50,11 +51,13 @@ def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -
 
 def _line(box: str, program: str) -> str:
     """tyro's message in one line, without the box around it; of an unknown flag or a wrong choice, with the nearest right one."""
-    words = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]+", " ", box)).strip()
+    words = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]+|-{5,}", " ", box)).strip()
     if unknown := re.search(r"Unrecognized options: ([^\s,=]+)", words):
         meant = re.search(r"Perhaps you meant: (--[^\s,]+)", words)
         cure = f"; did you mean {meant.group(1)!r}?" if meant else "."
         return f"unknown flag {unknown.group(1)!r}{cure} All flags: {program} --help"
+    if refused := re.fullmatch(r"Value error Error parsing [\w.]+: (.*) For full helptext, see .*", words):
+        return refused.group(1)
     choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)", words)
     if choice is None:
         return words

@@ -67,7 +67,7 @@ def test_episodes_carry_the_numbers_of_the_run(whole, tmp_path):
 
 def test_a_run_of_one_task_demonstrates_that_task_alone(tmp_path):
     settings = dataclasses.replace(
-        config.fast(config.TINY), env=EnvConfig(tasks=(2,), train_states=4, test_states=4), demos=DemosConfig(per_task=1, after_success=8)
+        config.fast(config.TINY), env=EnvConfig(tasks=(2,), train_states=4, test_states=30), demos=DemosConfig(per_task=1, after_success=8)
     )
     train.train(tmp_path, settings, only="demos")
     (entry,) = EpisodeSet(tmp_path / "stages/demos").entries

@@ -345,9 +345,9 @@ def test_exploration_does_not_depend_on_batches_and_goes_past_success(env, tmp_p
     assert {entry.source.split("x")[-1] for entry in entries} == {"1", "3"}
 
 
-def test_exploration_of_nothing_is_refused(env, tmp_path):
+def test_exploration_of_nothing_is_refused(env):
     with pytest.raises(ValueError, match=r"explore\.episodes=0"):
-        explored(env, tmp_path, episodes=0)
+        ExploreConfig(episodes=0)
     with pytest.raises(ValueError, match="multiple of the policy's chunk"):
         collect.act_out(env, Pusher(), [collect.Start(0, 0, "train", 0)], 12, None, render=False, device=CPU)
 

@@ -46,7 +46,7 @@ def test_it_keeps_the_contract_and_remembers_nothing() -> None:
     with pytest.raises(ValueError, match="instruction 'sing': the frame classifier knows only"):
         judge.begin(["sing", INSTRUCTIONS[0]], video[:, 0])
     with pytest.raises(ValueError, match="want a multiple of 4"):
-        ClassifierReflector.initialise(SMALL, 6, INSTRUCTIONS, 0)
+        RewardConfig(judge="classifier", classifier_width=6)
 
 
 def test_it_learns_and_is_measured_as_the_other_judge_is(tmp_path: Path) -> None:

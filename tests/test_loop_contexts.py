@@ -32,7 +32,8 @@ def entries(explore: config.ExploreConfig) -> list[Any]:
 def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> list[list[tuple[int, int]]]:
     settings = dataclasses.replace(
         config.TINY,
-        env=config.EnvConfig(train_states=12, test_states=3),
+        env=config.EnvConfig(train_states=12),
+        eval=config.EvalConfig(),
         explore=config.ExploreConfig(episodes=90, factors=(1.0, 4.0, 8.0)),
         loop=dataclasses.replace(config.TINY.loop, contexts=CONTEXTS, batch=8, hard_share=share, scale_factor=4.0),
     )

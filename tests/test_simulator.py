@@ -721,15 +721,15 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiples of 2"):
+    with pytest.raises(ValueError, match="multiples of 4"):
         dataclasses.replace(SMALL, height=15)
     with pytest.raises(ValueError, match="posterior"):
         dataclasses.replace(SMALL, posterior="sample", memory=5)
     with pytest.raises(ValueError, match="64 or more"):
         UNetConfig(32, (1,), 1, (1,), 32, 32)
-    with pytest.raises(ValueError, match="VAE"):
-        VAE(VAEConfig(8, (1,), 1, 4, norm_groups=3))
+    with pytest.raises(ValueError, match=r"vae\.channels=8: want a multiple of simulator\.vae\.norm_groups=3"):
+        VAEConfig(8, (1,), 1, 4, norm_groups=3)
     with pytest.raises(ValueError, match="num_head_channels"):
-        UNet(UNetConfig(64, (1,), 1, (1,), 48, 32), 4)
-    with pytest.raises(ValueError, match="tile"):
-        ClipTower(ClipConfig(image=16, patch=5, width=32, layers=1, heads=1))
+        UNetConfig(64, (1,), 1, (1,), 48, 32)
+    with pytest.raises(ValueError, match=r"clip\.image=16: want a multiple of simulator\.clip\.patch=5"):
+        ClipConfig(image=16, patch=5, width=32, layers=1, heads=1)

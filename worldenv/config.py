@@ -7,22 +7,49 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-_SIGNED = ("curriculum_begin", "curriculum_end")
-_COUNTS = ("batch", "vae_batch", "backbone_batch", "head_batch", "classifier_batch", "per_task", "contexts", "check_every", "image")
-_SHARES = ("held_out", "map_share", "sampled_levels", "aligned_starts", "ema", "positives", "beta2", "hard_share")
+
+@dataclass(frozen=True)
+class _Want:
+    """What a number must be."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+Count = Annotated[int, _Want("want at least 1", lambda n: n >= 1)]
+Positive = Annotated[float, _Want("want more than 0", lambda x: x > 0)]
+Share = Annotated[float, _Want("a share, want 0 .. 1", lambda x: 0 <= x <= 1)]
+Decay = Annotated[float, _Want("want at least 0 and less than 1", lambda x: 0 <= x < 1)]
+Signed = Annotated[float, _Want("want a number", lambda x: True)]
+_USUAL = _Want("want at least 0", lambda x: x >= 0)
+"""Of a number whose field says nothing else."""
+
+
+def _wanted(hint: Any) -> _Want:
+    """What the annotation `hint` of a field asks of each number in it."""
+    if typing.get_origin(hint) is Annotated:
+        return next(one for one in hint.__metadata__ if isinstance(one, _Want))
+    return next((found for part in typing.get_args(hint) if (found := _wanted(part)) is not _USUAL), _USUAL)
+
+
+@functools.cache
+def _wants(kind: type) -> dict[str, _Want]:
+    return {name: _wanted(hint) for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
 
 
 def _check_numbers(config: Any, path: str = "") -> None:
-    """Raise ValueError that names the first number anywhere in `config` that no stage could work with: not finite, below 0, a share above 1."""
+    """Raise ValueError that names the first number anywhere in `config`, the section at `path`, that is not finite or not what its field wants."""
     for entry in dataclasses.fields(config):
         name, given = f"{path}{entry.name}", getattr(config, entry.name)
         if dataclasses.is_dataclass(given):
@@ -30,13 +57,16 @@ def _check_numbers(config: Any, path: str = "") -> None:
         for value in given if isinstance(given, tuple) else (given,):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            least = 1 if entry.name in _COUNTS else 0
             if not math.isfinite(value):
                 raise ValueError(f"{name}={given}: want a finite number")
-            if value < least and entry.name not in _SIGNED:
-                raise ValueError(f"{name}={given}: want at least {least}")
-            if value > 1 and entry.name in _SHARES:
-                raise ValueError(f"{name}={given}: a share, want 0 .. 1")
+            if not (want := _wants(config.__class__)[entry.name]).holds(value):
+                raise ValueError(f"{name}={given}: {want.words}")
+
+
+def _want_multiple(name: str, given: int, of: str, part: int) -> None:
+    """ValueError that names both where `given`, the setting `name`, is no multiple of `part`, the setting `of`."""
+    if given % part:
+        raise ValueError(f"{name}={given}: want a multiple of {of}={part}")
 
 
 @dataclass(frozen=True)
@@ -47,31 +77,45 @@ class EnvConfig:
     """Which environment: the embedded one, or a suite of LIBERO (docs/libero.md)."""
     tasks: tuple[int, ...] = ()
     """Which of its tasks, by their numbers there; none: all. They must share a camera, as the tasks of libero_spatial do."""
-    image: int = 64
+    image: Count = 64
     """Side of the square camera picture [px]."""
-    steps: int = 32
+    steps: Count = 32
     """Step limit of an episode [control steps at 20 Hz]."""
     jitter_m: float = 0.03
     """Initial objects lie within this distance of their nominal places, per axis [m]."""
-    train_states: int = 50
+    train_states: Count = 50
     """Fixed initial states per task for demonstrations, exploration and LOOP."""
-    test_states: int = 200
+    test_states: Count = 200
     """Fixed initial states per task for evaluation only, disjoint from the others. LIBERO has the 50 that it publishes."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "env.")
+        if len(set(self.tasks)) < len(self.tasks) or max(self.tasks, default=0) >= self._there:
+            raise ValueError(f"env.tasks={self.tasks}: want different numbers, 0 .. {self._there - 1}: {self.name} has {self._there} tasks")
+
+    @property
+    def _there(self) -> int:
+        return 3 if self.name == "tabletop" else 10  # tasks of the tabletop, of each suite of LIBERO
+
+    @property
+    def test_starts(self) -> int:
+        """Test states of all its tasks."""
+        return (len(self.tasks) or self._there) * (self.test_states if self.name == "tabletop" else 50)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """One vision transformer tower."""
 
-    width: int
+    width: Count
     """Channels of a token."""
-    depth: int
+    depth: Count
     """Blocks in the checkpoint; the last is never run (features come from the second-to-last)."""
-    heads: int
+    heads: Count
     """Attention heads."""
-    mlp: int
+    mlp: Count
     """Hidden channels of a block's MLP."""
-    patch: int
+    patch: Count
     """Side of a patch [px]."""
     registers: int = 0
     """Register tokens after the class token (DINOv2); a tower with registers has LayerScale and a class token."""
@@ -81,29 +125,36 @@ class VisionConfig:
 class LlamaConfig:
     """The policy's language model."""
 
-    width: int
+    width: Count
     """Channels of a token."""
-    layers: int
+    layers: Count
     """Decoder layers."""
-    heads: int
+    heads: Count
     """Attention heads."""
-    ffn: int
+    ffn: Count
     """Hidden channels of the gated MLP."""
-    vocab: int
+    vocab: Count
     """Rows of the embedding table."""
-    kv_heads: int | None = None
+    kv_heads: Count | None = None
     """Key/value heads; None: as many as `heads` (Llama-2-7B)."""
     rms_eps: float = 1e-6
     """RMSNorm epsilon (OpenVLA's conversion: 1e-6, not Llama-2's 1e-5)."""
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "policy.llama.")
+        _want_multiple("policy.llama.width", self.width, "policy.llama.heads", self.heads)
+        _want_multiple("policy.llama.heads", self.heads, "policy.llama.kv_heads", self.kv_heads or self.heads)
+        if self.width // self.heads % 2:
+            raise ValueError(f"policy.llama.heads={self.heads} of {self.width // self.heads} channels each: want an even number of them")
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """OpenVLA-OFT: two vision towers, projector, Llama, and what reads actions off its hiddens."""
 
-    image: int
+    image: Count
     """Side of the picture that the towers see [px]."""
     dino: VisionConfig
     """First tower (DINOv2 with registers)."""
@@ -111,14 +162,14 @@ class PolicyConfig:
     """Second tower (SigLIP)."""
     llama: LlamaConfig
     """Language model."""
-    head_width: int
+    head_width: Count
     """Hidden channels of both MLPResNet heads."""
     head: Literal["laplace", "tokens"] = "laplace"
     """How actions are read off: L1 head and scale head, a Laplace density (the paper); or OpenVLA's tokens, 256 bins per dimension by the language
     model's output layer, fine-tuned by cross-entropy: a baseline, which ends with stage sft."""
-    chunk: int = 8
+    chunk: Count = 8
     """Actions per query (K), executed open loop."""
-    proprio: int = 8
+    proprio: Count = 8
     """Proprioceptive values (P)."""
     images: int = 1
     """Camera views per query."""
@@ -128,24 +179,35 @@ class PolicyConfig:
     """Scale head: the L1 head's architecture (paper), or RIPT-VLA's trunk with one more linear layer."""
     jpeg: bool = True
     """Send pictures through JPEG before resizing, as the published training data went; off where the policy is trained from scratch here."""
-    crop_area: float = 0.9
+    crop_area: Annotated[float, _Want("a share that is kept, want more than 0, at most 1", lambda x: 0 < x <= 1)] = 0.9
     """Share of the picture that the centre crop keeps (its counterpart in training: a random crop); 1 keeps all."""
     attention: Literal["full", "prefix_lm"] = "full"
     """Who sees the action slots: everyone (OpenVLA-OFT), or the slots alone (RIPT-VLA: cheaper gradients, another function)."""
-    scale_factor: float = 1.0
+    scale_factor: Positive = 1.0
     """Factor on the Laplace scale, inside the density (1 is the paper); of tokens, the softmax's temperature."""
     scale_floor: float = 0.02
     """Least Laplace scale before the factor [normalised action]; 0 is the paper. Idle dimensions fit a scale near 0."""
-    scale_ceiling: float | None = None
+    scale_ceiling: Positive | None = None
     """Greatest Laplace scale before the factor [normalised action]; None, no limit, is the paper."""
     dino_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """What DINOv2's pixels in [0, 1] are reduced by: ImageNet's means; published checkpoints have them rounded to bfloat16."""
-    dino_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    dino_std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """And then divided by."""
 
     def __post_init__(self) -> None:
-        if self.chunk < 1 or self.images not in (1, 2):
-            raise ValueError(f"policy.chunk={self.chunk}, policy.images={self.images}: want at least 1 action, and 1 or 2 views")
+        _check_numbers(self, "policy.")
+        if self.images not in (1, 2):
+            raise ValueError(f"policy.images={self.images}: want 1 or 2 views")
+        if self.scale_ceiling is not None and self.scale_ceiling <= self.scale_floor:
+            raise ValueError(f"policy.scale_ceiling={self.scale_ceiling}: want more than policy.scale_floor={self.scale_floor}")
+        for name, tower in (("policy.dino", self.dino), ("policy.siglip", self.siglip)):
+            _want_multiple(f"{name}.width", tower.width, f"{name}.heads", tower.heads)
+            _want_multiple("policy.image", self.image, f"{name}.patch", tower.patch)
+            if tower.depth < 2:
+                raise ValueError(f"{name}.depth={tower.depth}: want at least 2, since the last block is never run")
+        if self.dino.patch != self.siglip.patch:
+            given = f"policy.dino.patch={self.dino.patch}, policy.siglip.patch={self.siglip.patch}"
+            raise ValueError(f"{given}: features are joined by patch; make them equal")
 
     def want_laplace(self, who: str) -> None:
         """ValueError that names `who`, which works with the Laplace density, where there is none."""
@@ -160,44 +222,57 @@ class PolicyConfig:
 class UNetConfig:
     """EVAC's denoising network."""
 
-    model_channels: int
+    model_channels: Count
     """Base width; at least 64, since GroupNorm(32) over 32 channels cancels time and biases."""
-    channel_mult: tuple[int, ...]
+    channel_mult: tuple[Count, ...]
     """Width of each level, in units of `model_channels`."""
-    num_res_blocks: int
+    num_res_blocks: Count
     """Residual blocks per level."""
-    attention_resolutions: tuple[int, ...]
+    attention_resolutions: tuple[Count, ...]
     """Downsampling rates whose levels have attention."""
-    num_head_channels: int
+    num_head_channels: Count
     """Channels per attention head."""
-    context_dim: int
+    context_dim: Count
     """Channels of image and action tokens."""
-    init_heads: int = 8
+    init_heads: Count = 8
     """Heads of the temporal block behind the first convolution; it is `init_heads * num_head_channels` wide inside."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Share of channels dropped in residual blocks while training (the released model: 0.1)."""
-    domains: int = 30
+    domains: Count = 30
     """Rows of the domain embedding."""
 
     def __post_init__(self) -> None:
-        if self.model_channels < 64:
-            raise ValueError(f"model_channels={self.model_channels}: at 32 GroupNorm(32) cancels the time embedding; use 64 or more")
+        _check_numbers(self, "simulator.unet.")
+        if self.model_channels < 64 or self.model_channels % 32:
+            why = "at 32 GroupNorm(32) cancels the time embedding; use 64 or more, a multiple of 32"
+            raise ValueError(f"simulator.unet.model_channels={self.model_channels}: {why}")
+        if not self.channel_mult:
+            raise ValueError("simulator.unet.channel_mult=(): want at least one level")
+        for mult in self.channel_mult:
+            level = f"simulator.unet.channel_mult={self.channel_mult}: a level's channels"
+            _want_multiple(level, self.model_channels * mult, "simulator.unet.num_head_channels", self.num_head_channels)
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """The latent autoencoder (SD type, KL)."""
 
-    channels: int
+    channels: Count
     """Base width."""
-    channel_mult: tuple[int, ...]
+    channel_mult: tuple[Count, ...]
     """Width of each level, in units of `channels`; n levels shrink the picture by 2^(n-1)."""
-    num_res_blocks: int
+    num_res_blocks: Count
     """Residual blocks per level."""
-    z_channels: int
+    z_channels: Count
     """Latent channels."""
-    norm_groups: int = 32
+    norm_groups: Count = 32
     """Groups of its GroupNorms."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "simulator.vae.")
+        if not self.channel_mult:
+            raise ValueError("simulator.vae.channel_mult=(): want at least one level")
+        _want_multiple("simulator.vae.channels", self.channels, "simulator.vae.norm_groups", self.norm_groups)
 
     @property
     def factor(self) -> int:
@@ -209,31 +284,36 @@ class VAEConfig:
 class ClipConfig:
     """The CLIP image tower (all tokens of the last layer, no final norm)."""
 
-    image: int
+    image: Count
     """Side of its input [px]."""
-    patch: int
+    patch: Count
     """Side of a patch [px]."""
-    width: int
+    width: Count
     """Channels of a token."""
     layers: int
     """Transformer layers."""
-    heads: int
+    heads: Count
     """Attention heads."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "simulator.clip.")
+        _want_multiple("simulator.clip.image", self.image, "simulator.clip.patch", self.patch)
+        _want_multiple("simulator.clip.width", self.width, "simulator.clip.heads", self.heads)
 
 
 @dataclass(frozen=True)
 class ResamplerConfig:
     """A Perceiver resampler: learned queries attend to tokens."""
 
-    width: int
+    width: Count
     """Channels inside."""
-    depth: int
+    depth: Count
     """Layers."""
-    heads: int
+    heads: Count
     """Attention heads."""
-    head_channels: int
+    head_channels: Count
     """Channels per head."""
-    queries: int
+    queries: Count
     """Output tokens."""
 
 
@@ -251,13 +331,13 @@ class SimulatorConfig:
     """Image tokens."""
     action_resampler: ResamplerConfig
     """Action tokens."""
-    height: int
+    height: Count
     """Picture height [px]."""
-    width: int
+    width: Count
     """Picture width [px]."""
     memory: int = 4
     """Memory frames: first, n/3, 2n/3, last."""
-    chunk: int = 8
+    chunk: Count = 8
     """Frames imagined at once (the released model: 16)."""
     denoise_steps: int = 27
     """DDIM steps, trailing spacing."""
@@ -270,7 +350,7 @@ class SimulatorConfig:
     dynamic_rescale: bool = True
     """Scale latents by 1 .. 0.7 over the first 400 noise steps (DynamiCrafter). The sampler ends at the scale of its lowest level, so with few
     steps what it gives stays scaled (one step: by 0.7): then set this to False."""
-    latent_scale: float = 0.18215
+    latent_scale: Positive = 0.18215
     """Factor on VAE latents; the `world` stage replaces it by 1/std of its own autoencoder's."""
     fps_token: int = 2
     """Value of the fps condition (constant in the released model)."""
@@ -286,20 +366,25 @@ class SimulatorConfig:
     """Image tokens after the first chunk: those of the given picture, or of its decoded latent (the released sampler)."""
     delta_rows: Literal["aligned", "published"] = "aligned"
     """Deltas of chunk i of a known path: rows iK .. iK + K - 1, or iK + memory - 1 .. iK + K + memory - 1 (the released sampler, i > 0)."""
-    delta_stride: float = 1.0
+    delta_stride: Positive = 1.0
     """Deltas are normalised by this multiple of mean and deviation (the released training and command line: 3)."""
     action_maps: bool = True
     """Show the action maps; else their channels are zero, in training and in rollouts: what is left knows the motion from its tokens alone."""
 
     def __post_init__(self) -> None:
-        if self.height % self.vae.factor or self.width % self.vae.factor:
-            raise ValueError(f"height={self.height}, width={self.width}: want multiples of {self.vae.factor}, the side of a latent's patch")
-        if self.memory < 2 or self.chunk < 1:
-            raise ValueError(f"memory={self.memory}, chunk={self.chunk}: want at least 2, the first frame and the last, and at least 1")
-        if not (math.isfinite(self.guidance) and math.isfinite(self.guidance_rescale)):
-            raise ValueError(f"guidance={self.guidance}, guidance_rescale={self.guidance_rescale}: want finite numbers")
+        _check_numbers(self, "simulator.")
+        side = self.vae.factor << (len(self.unet.channel_mult) - 1)
+        if self.height % side or self.width % side:
+            why = f"{self.vae.factor} px are the side of a latent's patch, which is halved {len(self.unet.channel_mult) - 1} times"
+            raise ValueError(f"simulator.height={self.height}, simulator.width={self.width}: want multiples of {side}: {why}")
+        if self.memory < 2:
+            raise ValueError(f"simulator.memory={self.memory}: want at least 2, the first frame and the last")
+        if self.domain >= self.unet.domains:
+            raise ValueError(f"simulator.domain={self.domain}: want a row of the domain embedding, 0 .. {self.unet.domains - 1}")
         if self.posterior == "sample" and self.memory > self.chunk:
-            raise ValueError(f"posterior='sample', memory={self.memory} > chunk={self.chunk}: the first chunk's noise has no room for the memory's")
+            raise ValueError(
+                f"simulator.posterior=sample, memory={self.memory} > chunk={self.chunk}: the first chunk's noise has no room for the memory's"
+            )
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -311,33 +396,33 @@ class SimulatorConfig:
 class ReflectorConfig:
     """LLaVA-OneVision (SigLIP, Qwen2) with a reward head."""
 
-    image: int
+    image: Count
     """Side of its picture [px]."""
-    patch: int
+    patch: Count
     """Side of a patch [px]."""
-    vision_width: int
+    vision_width: Count
     """Channels of the vision tower."""
-    vision_layers: int
+    vision_layers: Count
     """Its layers."""
-    vision_heads: int
+    vision_heads: Count
     """Its attention heads."""
-    vision_mlp: int
+    vision_mlp: Count
     """Hidden channels of its MLPs."""
-    width: int
+    width: Count
     """Channels of the language model."""
-    layers: int
+    layers: Count
     """Its layers."""
-    heads: int
+    heads: Count
     """Its query heads."""
-    kv_heads: int
+    kv_heads: Count
     """Its key/value heads."""
-    ffn: int
+    ffn: Count
     """Hidden channels of its MLPs."""
     frames: int = 32
     """Frames shown at most, the first and the current one among them."""
     sampler: Literal["uniform", "stable_dyadic"] = "uniform"
     """Which frames of a longer video: spread evenly (the paper), or at a stride that doubles, so that more can be kept from frame to frame."""
-    head_width: int = 512
+    head_width: Count = 512
     """Hidden channels of the reward head."""
     pooling: Literal["last", "mean"] = "last"
     """Embedding of the video: the last token, or the mean of all."""
@@ -345,13 +430,16 @@ class ReflectorConfig:
     """eta: a score above it ends the rollout."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "reflector.")
         if self.frames < 2:
             raise ValueError(f"reflector.frames={self.frames}: want at least 2, the first frame and the current one")
-        if self.vision_width % self.vision_heads or self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
-            raise ValueError(
-                f"reflector: widths {self.vision_width}, {self.width}, heads {self.vision_heads}, {self.heads}, kv_heads {self.kv_heads}: "
-                "a width must be a multiple of its heads, heads of kv_heads, and a head of the language model have even width"
-            )
+        if self.patch > self.image:
+            raise ValueError(f"reflector.patch={self.patch}: want at most reflector.image={self.image}")
+        _want_multiple("reflector.vision_width", self.vision_width, "reflector.vision_heads", self.vision_heads)
+        _want_multiple("reflector.width", self.width, "reflector.heads", self.heads)
+        _want_multiple("reflector.heads", self.heads, "reflector.kv_heads", self.kv_heads)
+        if self.width // self.heads % 2:
+            raise ValueError(f"reflector.heads={self.heads} of {self.width // self.heads} channels each: want an even number of them")
         if not 0 < self.threshold < 1:
             raise ValueError(f"reflector.threshold={self.threshold}: want a probability between 0 and 1")
 
@@ -360,14 +448,13 @@ class ReflectorConfig:
 class DemosConfig:
     """Stage demos: scripted expert demonstrations."""
 
-    per_task: int = 5
+    per_task: Count = 5
     """Demonstrations per task."""
     after_success: int | None = None
     """Control steps that a demonstration goes on after the first success; None: to the step limit."""
 
     def __post_init__(self) -> None:
-        if self.per_task < 1 or (self.after_success is not None and self.after_success < 0):
-            raise ValueError(f"demos.per_task={self.per_task}, demos.after_success={self.after_success}: want at least 1 and 0")
+        _check_numbers(self, "demos.")
 
 
 @dataclass(frozen=True)
@@ -376,7 +463,7 @@ class SftConfig:
 
     steps: int = 1000
     """Optimiser steps."""
-    batch: int = 32
+    batch: Count = 32
     """Queries per step."""
     lr: float = 1e-3
     """Peak learning rate (one cycle)."""
@@ -403,24 +490,25 @@ class SftConfig:
     """With steps=0: whose statistics, where the directory has those of several data sets."""
     lora_rank: int = 0
     """Train LoRA of this rank on the backbone (published: 32); 0 trains everything."""
-    lora_alpha: int = 16
+    lora_alpha: Count = 16
     """LoRA's alpha; the update is scaled by alpha / rank."""
     augmentation: Literal["shift", "published"] = "shift"
     """How pictures are changed: shift_px and colour, or OpenVLA-OFT's random crop and colours."""
     schedule: Literal["one_cycle", "steps"] = "one_cycle"
     """Learning rate: up and down once, or constant and a tenth of it in the last third of the steps (published)."""
-    beta2: float = 0.95
+    beta2: Decay = 0.95
     """AdamW's second beta (published: 0.999)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the backbone's arithmetic; heads, LoRA and optimiser are float32."""
-    microbatch: int = 32
+    microbatch: Count = 32
     """Queries per forward and backward pass of a process: a step accumulates the gradients of as many as its batch needs."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, which saves memory and changes no result."""
 
     def __post_init__(self) -> None:
-        if self.microbatch < 1 or self.lora_rank < 0:
-            raise ValueError(f"sft.microbatch={self.microbatch}, sft.lora_rank={self.lora_rank}: want at least 1 and 0")
+        _check_numbers(self, "sft.")
+        if self.prior_steps and not self.prior_per_task and not self.start:
+            raise ValueError(f"sft.prior_per_task=0: sft.prior_steps={self.prior_steps} want episodes; give at least 1, or set sft.prior_steps to 0")
         if self.dataset and self.steps:
             raise ValueError(f"sft.dataset={self.dataset!r}: fine-tuning takes those of its demonstrations; leave it away, or set sft.steps=0")
 
@@ -431,7 +519,7 @@ class ScaleConfig:
 
     steps: int = 1000
     """Optimiser steps."""
-    batch: int = 8
+    batch: Count = 8
     """Queries per step."""
     lr: float = 5e-4
     """Learning rate."""
@@ -441,20 +529,21 @@ class ScaleConfig:
 class ExploreConfig:
     """Stage explore: the policy with its noise in the true environment, past success."""
 
-    episodes: int = 600
+    episodes: Count = 600
     """Episodes over all tasks, on training states."""
-    factors: tuple[float, ...] = (1.0, 3.0)
+    factors: tuple[Positive, ...] = (1.0, 3.0)
     """Factors on the scale, one after another over the episodes: a spread of behaviour for the world model."""
-    held_out: float = 0.1
+    held_out: Share = 0.1
     """Share of episodes kept from training, for stop rules and for the figures of the report."""
-    batch: int = 32
+    batch: Count = 32
     """Episodes that are made side by side in one scene; of a batch that was cut short, all are made again."""
-    processes: int = 1
+    processes: Count = 1
     """Processes that make batches side by side, each with a scene of its own. What comes out does not depend on it."""
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.processes < 1:
-            raise ValueError(f"explore.batch={self.batch}, explore.processes={self.processes}: want at least 1 of each")
+        _check_numbers(self, "explore.")
+        if not self.factors:
+            raise ValueError("explore.factors=(): want at least one factor on the scale")
 
 
 @dataclass(frozen=True)
@@ -465,47 +554,47 @@ class WorldConfig:
     """Train on exploration too, not on demonstrations alone (the paper's first ablation)."""
     vae_steps: int = 500
     """Optimiser steps of the autoencoder."""
-    vae_batch: int = 32
+    vae_batch: Count = 32
     """Frames per step."""
     vae_lr: float = 1e-3
     """Peak learning rate."""
     vae_kl: float = 1e-5
     """Weight of the divergence from the standard normal, per latent value [1 / nat]."""
-    map_share: float = 0.25
+    map_share: Share = 0.25
     """Share of a batch that is action maps: the autoencoder encodes them too."""
     foreground_weight: float = 7.0
     """Weight of pixels that differ from the median picture, in the autoencoder's loss."""
     steps: int = 1000
     """Optimiser steps of the simulator, at most."""
-    batch: int = 12
+    batch: Count = 12
     """Clips per step."""
     lr: float = 1e-3
     """Peak learning rate."""
-    grad_clip: float = 1.0
+    grad_clip: Positive = 1.0
     """Largest gradient norm (the released model: 0.5)."""
-    sampled_levels: float = 0.75
+    sampled_levels: Share = 0.75
     """Share of training examples whose noise level is one that the sampler visits; the others are uniform (the released model: 0)."""
-    aligned_starts: float = 0.5
+    aligned_starts: Share = 0.5
     """Share of training clips that begin where a chunk of a rollout begins; the others begin anywhere."""
-    dropout: float = 0.02
+    dropout: Share = 0.02
     """Conditions are dropped with probabilities of 1 to 2 times this (the released model: 0.1; see learning/world_model.py)."""
     memory_noise: bool = True
     """Train with noise on the memory frames, later ones noisier."""
-    ema: float = 0.99
+    ema: Share = 0.99
     """Decay of the averaged weights that are kept."""
-    patience: int = 4
+    patience: Count = 4
     """Stop after this many held-out losses in a row without a better one."""
-    check_every: int = 100
+    check_every: Count = 100
     """Steps between held-out losses."""
-    held_out_clips: int = 48
+    held_out_clips: Count = 48
     """Clips of a held-out loss."""
     sampling: Literal["uniform", "curriculum"] = "uniform"
     """Which clips are drawn: all alike, or weighted by length, from `curriculum_begin` at the first step to `curriculum_end` at the last (the
     paper's appendix C.1, which gives no weights)."""
-    curriculum_begin: tuple[float, float] = (0.0, -1.0)
+    curriculum_begin: tuple[Signed, Signed] = (0.0, -1.0)
     """Powers at the first step: of the number of clips in an episode, in that episode's weight; of 1 + the chunks before a clip, in that
     clip's weight within its episode. Below 0: short episodes, early clips."""
-    curriculum_end: tuple[float, float] = (1.0, 0.0)
+    curriculum_end: tuple[Signed, Signed] = (1.0, 0.0)
     """Powers at the last step; (1, 0) is every clip alike."""
     initial: str = ""
     """Checkpoint to begin from: ours, released EVAC, or DynamiCrafter-512. Its autoencoder is taken as it is. Empty: random weights."""
@@ -517,6 +606,9 @@ class WorldConfig:
     """Keep the U-Net's activations at block borders only and compute the rest again in the backward pass: less memory, the same gradient."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "world.")
+        if not self.vae_steps and not self.initial:
+            raise ValueError("world.vae_steps=0: the autoencoder begins from random weights; give at least 1, or a checkpoint as world.initial")
         if "vae" not in self.frozen:
             raise ValueError(f"world.frozen={self.frozen}: vae must be among them, since every episode is encoded once")
 
@@ -535,30 +627,35 @@ class RewardConfig:
     """Of a published backbone; the head is float32."""
     backbone_steps: int = 500
     """Optimiser steps of the backbone, where no pretrained one is given."""
-    backbone_batch: int = 48
+    backbone_batch: Count = 48
     """Videos per step."""
     backbone_lr: float = 1e-3
     """Peak learning rate of the backbone."""
-    positives: float = 0.33
+    positives: Share = 0.33
     """Share of successes in a batch, and among the embeddings: fewer make the judge stricter."""
-    head_epochs: int = 50
+    head_epochs: Count = 50
     """Epochs of the head over precomputed embeddings."""
-    head_batch: int = 8
+    head_batch: Count = 8
     """Embeddings per step."""
     head_lr: float = 1e-4
     """Learning rate of the head."""
-    embeddings: int = 2000
+    embeddings: Count = 2000
     """Embeddings precomputed for the head, at most."""
-    classifier_width: int = 16
+    classifier_width: Count = 16
     """First channels of the frame classifier; a multiple of 4."""
-    classifier_steps: int = 600
+    classifier_steps: Count = 600
     """Its optimiser steps."""
-    classifier_batch: int = 64
+    classifier_batch: Count = 64
     """Frames per step."""
     classifier_lr: float = 2e-3
     """Its peak learning rate."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "reward.")
+        if self.judge == "llava" and not self.backbone_steps and not self.start:
+            raise ValueError("reward.backbone_steps=0: the backbone begins from random weights; give at least 1, or a checkpoint as reward.start")
+        if self.classifier_width % 4:
+            raise ValueError(f"reward.classifier_width={self.classifier_width}: want a multiple of 4")
         if self.start and self.judge != "llava":
             raise ValueError(f"reward.start={self.start!r}: of a LLaVA, but reward.judge is {self.judge}; leave one of them away")
 
@@ -573,24 +670,24 @@ class LoopConfig:
 
     group: int = 8
     """Rollouts per start state (N); the baseline of each is the mean of the other group - 1."""
-    contexts: int = 12
+    contexts: Count = 12
     """Start states per iteration."""
     context_states: Literal["demos", "train"] = "train"
     """Start states: those of the demonstrations, or all training states; never test states."""
-    hard_share: float = 0.0
+    hard_share: Share = 0.0
     """Share of an iteration's start states that are drawn, instead, from those from which an exploration episode with noise no wider than
     scale_factor failed: where a group's outcomes differ there is something to learn. 0 is the paper."""
-    iterations: int = 30
+    iterations: Count = 30
     """Iterations (M)."""
-    passes: int = 1
+    passes: Count = 1
     """Passes over an iteration's rollouts (K)."""
-    batch: int = 4
+    batch: Count = 4
     """Rollouts per optimiser step."""
     clip: float = 0.1
     """Ratios count within 1 - clip .. 1 + clip."""
-    lora_rank: int = 32
+    lora_rank: Count = 32
     """Rank of the LoRA on the backbone."""
-    lora_alpha: int = 16
+    lora_alpha: Count = 16
     """LoRA's alpha; the update is scaled by alpha / rank."""
     lora_lr: float = 1e-4
     """Learning rate of LoRA."""
@@ -600,17 +697,17 @@ class LoopConfig:
     """Optimiser steps over which both learning rates rise from 0: Adam's first steps are of full length, whatever the gradient says."""
     weight_decay: float = 1e-4
     """AdamW's weight decay."""
-    grad_clip: float = 1.0
+    grad_clip: Positive = 1.0
     """Largest gradient norm, for LoRA and for the heads."""
-    slots: int = 16
+    slots: Count = 16
     """Rollouts in flight at once, on each GPU that has a policy; on a CPU over all workers."""
-    bucket: int = 4
+    bucket: Count = 4
     """Rows of every batch of policy and simulator in rollouts; fewer are padded. Rollouts depend on it in their last bits, on slots they do not."""
-    judge_bucket: int = 1
+    judge_bucket: Count = 1
     """Chunks that the reflector judges at once; above 1, scores may depend on who is judged together, in their last bits."""
     overlap: Literal["off", "auto", "always"] = "auto"
     """Policy and simulator go on to the next chunk while the reflector judges: never, where it pays, wherever nothing certain waits."""
-    streams: int = 1
+    streams: Count = 1
     """Batches at once on one GPU, of different stages, each on a CUDA stream of its own; a CPU's workers have one."""
     apart: Apart = "none"
     """Which network of rollouts has GPUs of its own, the last `apart_gpus` of the run's; the others then share the rest. none: each GPU has all.
@@ -619,9 +716,9 @@ class LoopConfig:
     """How many GPUs that network has [GPUs]."""
     drop_uniform_groups: bool = False
     """Leave groups whose returns are all equal out of the update: their advantages are 0. No other groups are rolled out in their place."""
-    scale_factor: float = 1.0
+    scale_factor: Positive = 1.0
     """Factor on the Laplace scale during rollouts and updates, inside the density (1 is the paper)."""
-    microbatch: int = 16
+    microbatch: Count = 16
     """Queries per forward and backward pass; the gradient does not depend on it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, which saves memory and changes no result."""
@@ -636,17 +733,15 @@ class LoopConfig:
     """Iterations between kept copies of the policy, which stage eval measures; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "loop.")
         if self.group < 2:
-            raise ValueError(f"group={self.group}: leaving one out needs at least 2 rollouts per start state")
-        if min(self.slots, self.bucket, self.judge_bucket, self.streams) < 1:
-            given = f"slots={self.slots}, bucket={self.bucket}, judge_bucket={self.judge_bucket}, streams={self.streams}"
-            raise ValueError(f"{given}: want at least 1 of each")
-        if self.apart_gpus < 0 or (self.apart == "none") != (self.apart_gpus == 0):
-            raise ValueError(f"apart={self.apart}, apart_gpus={self.apart_gpus}: want none and 0, or a network and at least 1")
+            raise ValueError(f"loop.group={self.group}: leaving one out needs at least 2 rollouts per start state")
+        if (self.apart == "none") != (self.apart_gpus == 0):
+            raise ValueError(f"loop.apart={self.apart}, loop.apart_gpus={self.apart_gpus}: want none and 0, or a network and at least 1")
         if (self.group * self.contexts) % self.batch:
-            raise ValueError(f"batch={self.batch} does not divide group * contexts = {self.group * self.contexts} rollouts")
-        if self.permutation < 0 or (self.permutation and self.control != "shuffle"):
-            raise ValueError(f"permutation={self.permutation} with control={self.control}: want 0, or with control=shuffle any whole number above")
+            raise ValueError(f"loop.batch={self.batch} does not divide group * contexts = {self.group * self.contexts} rollouts")
+        if self.permutation and self.control != "shuffle":
+            raise ValueError(f"loop.permutation={self.permutation} with loop.control={self.control}: want 0, or loop.control=shuffle")
 
     def placed_as(self, other: LoopConfig) -> LoopConfig:
         """The same rollouts, on GPUs as `other` has them."""
@@ -662,21 +757,17 @@ class EnginesConfig:
     is kept with the run, and a run goes on with it. Rollouts depend on it in their last bits."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """auto: fp32 on a CPU, bf16 on a GPU. fp8 quantises the simulator's U-Net, the rest stays bf16 (docs/engines.md)."""
-    limit_gb: float = 20.0
+    limit_gb: Positive = 20.0
     """Plans in the run's folder are kept up to this; those used longest ago go first [GB]."""
-
-    def __post_init__(self) -> None:
-        if self.limit_gb <= 0:
-            raise ValueError(f"engines.limit_gb={self.limit_gb}: want a size above 0")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Stage eval: greedy success in the true environment."""
 
-    episodes: int = 600
+    episodes: Count = 600
     """Paired test episodes per policy, spread over the tasks' test states."""
-    curve_episodes: int = 150
+    curve_episodes: Count = 150
     """Test episodes for each kept copy of the policy: success by iteration."""
 
 
@@ -726,8 +817,6 @@ class RunConfig:
         _check_numbers(self)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: want 0 .. {2**32 - 1}, one word of the noise key")
-        if self.gpus < 0:
-            raise ValueError(f"gpus={self.gpus}: want 0 for all, or how many")
         if self.policy.chunk != self.simulator.chunk:
             raise ValueError(f"policy.chunk={self.policy.chunk}, simulator.chunk={self.simulator.chunk}: a query is one chunk; make them equal")
         if self.policy.head == "tokens" and self.sft.start and not self.sft.steps:
@@ -737,8 +826,14 @@ class RunConfig:
             )
         if self.sft.prior_steps and not self.sft.start and self.env.name != "tabletop":
             raise ValueError(f"sft.prior_steps={self.sft.prior_steps}: the prior's scenes are the tabletop's; with {self.env.name} set it to 0")
-        if self.env.steps % self.policy.chunk:
-            raise ValueError(f"env.steps={self.env.steps} is not a multiple of policy.chunk={self.policy.chunk}")
+        _want_multiple("env.steps", self.env.steps, "policy.chunk", self.policy.chunk)
+        if self.policy.images != 1:
+            raise ValueError(f"policy.images={self.policy.images}: a run has one camera; set it to 1")
+        if self.demos.per_task > self.env.train_states:
+            raise ValueError(f"demos.per_task={self.demos.per_task}: want at most env.train_states={self.env.train_states}, or raise that")
+        if self.eval.episodes > self.env.test_starts:
+            more = "; give fewer, or raise env.test_states" if self.env.name == "tabletop" else "; give fewer, or choose more tasks"
+            raise ValueError(f"eval.episodes={self.eval.episodes}: there are {self.env.test_starts} test states over all tasks{more}")
 
 
 EVAC = SimulatorConfig(

@@ -90,7 +90,7 @@ def starts(env: TrueEnvironment, episodes: int) -> list[Start]:
     """`episodes` test states, spread evenly over the tasks, each task's in order. ValueError where there are not so many."""
     tasks, most = len(env.tasks), len(env.tasks) * env.states("test")
     if not 1 <= episodes <= most:
-        raise ValueError(f"eval.episodes={episodes}: there are {most} test states ({tasks} tasks); give 1 .. {most}, or raise env.test_states")
+        raise ValueError(f"episodes={episodes}: there are {most} test states of {tasks} tasks; want 1 .. {most}")
     return [Start(n, n % tasks, "test", n // tasks) for n in range(episodes)]
 
 

@@ -17,6 +17,7 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import LoopConfig, RunConfig
 from worldenv.learning import processes
 from worldenv.run import Run, Stage, savepoint_path
+from worldenv.simulator.schedule import Sampler
 from worldenv.stages.desk import Desk
 from worldenv.stages.evaluate import evaluate
 from worldenv.stages.loop import loop
@@ -76,7 +77,11 @@ def _up_to(last: str, settings: RunConfig) -> list[str]:
 
 
 def chosen(settings: RunConfig, only: str | None = None, until: str | None = None) -> list[str]:
-    """The stages that `train` runs, in order. ValueError where the policy's head has no density and one of them is made with it."""
+    """The stages that `train` runs, in order.
+
+    ValueError where the simulator's steps make no sampler, and where the policy's head has no density and one of the stages is made with it.
+    """
+    Sampler.ddim(settings.simulator.denoise_steps, settings.simulator.eta)
     names = [only] if only else _up_to(until, settings) if until else list(STAGES)
     if needy := [name for name in names if "scale" in _up_to(name, settings)]:
         settings.policy.want_laplace(f"stage {needy[0]}")

@@ -83,7 +83,8 @@ def demonstrate(env: TrueEnvironment, expert: Expert, variation: int, steps: int
             else:
                 failures += 1
         if shown < config.per_task:
-            raise ValueError(f"demos: the expert shows {instruction!r} {shown} times, {config.per_task} asked; raise env.train_states")
+            asked = f"{config.per_task} asked, in {steps} steps each"
+            raise ValueError(f"demos: the expert shows {instruction!r} {shown} times, {asked}; raise env.train_states or env.steps")
     episodes.seal()
     first = [entry.first_success for entry in episodes.entries if entry.first_success is not None]
     return {"episodes": len(episodes), "expert_failures": failures, "mean_first_success": float(np.mean(first)), "fingerprint": episodes.fingerprint}
@@ -166,10 +167,7 @@ def explore(
 
     Tasks, factors on the scale and states take turns, in this order, so every state is seen with every task and factor; `policy.scale_factor` is
     given back as it was. Of `part` (i, n), every n-th batch from the i-th on is made; the episodes lie in `out`, and `explored` closes the set.
-    ValueError where there is nothing to do.
     """
-    if config.episodes < 1 or not config.factors:
-        raise ValueError(f"explore.episodes={config.episodes}, explore.factors={config.factors}: want at least one episode and one factor")
     tasks, factors, before = len(env.tasks), len(config.factors), policy.scale_factor
     batches = []
     for now in config.factors:

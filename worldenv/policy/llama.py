@@ -164,6 +164,4 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        if config.width % config.heads or config.heads % (config.kv_heads or config.heads):
-            raise ValueError(f"llama: width {config.width}, heads {config.heads}, kv_heads {config.kv_heads}: each divides the one before")
         self.model = LlamaModel(config)

@@ -89,10 +89,6 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, image: int) -> None:
         super().__init__()
-        if image % config.patch or config.depth < 2:
-            raise ValueError(
-                f"vision tower: image {image}, patch {config.patch}, depth {config.depth}: want a multiple of the patch, depth >= 2"
-            )
         self.patches = (image // config.patch) ** 2
         self.patch_embed = _PatchEmbed(config.patch, config.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patches, config.width))
@@ -138,10 +134,6 @@ class VisionBackbone(nn.Module):
         super().__init__()
         self.featurizer = VisionTower(dino, image)
         self.fused_featurizer = VisionTower(siglip, image)
-        if self.featurizer.patches != self.fused_featurizer.patches:
-            raise ValueError(
-                f"dino has {self.featurizer.patches} patches, siglip {self.fused_featurizer.patches}: features are joined by patch"
-            )
         self.patches = self.featurizer.patches
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -85,8 +85,6 @@ class ClassifierReflector:
     @classmethod
     def initialise(cls, config: ReflectorConfig, width: int, instructions: Sequence[str], seed: int) -> ClassifierReflector:
         """Random weights, a function of `seed`, for these tasks; on the CPU."""
-        if width % _GROUPS:
-            raise ValueError(f"reward.classifier_width={width}: want a multiple of {_GROUPS}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _NUMBER))
             return cls(config, Classifier(len(instructions), width), instructions)

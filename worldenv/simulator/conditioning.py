@@ -68,10 +68,7 @@ class ClipTower(nn.Module):
     """The image tower of CLIP up to its last layer: all tokens, no final norm, no projection."""
 
     def __init__(self, config: ClipConfig) -> None:
-        """Raises ValueError where the patch does not divide the picture."""
         super().__init__()
-        if config.image % config.patch:
-            raise ValueError(f"CLIP: patches of {config.patch} px do not tile {config.image} px")
         self.config = config
         tokens = (config.image // config.patch) ** 2 + 1
         scale = config.width**-0.5

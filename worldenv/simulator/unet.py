@@ -374,9 +374,6 @@ class UNet(nn.Module):
         super().__init__()
         self.config, self.latent = config, latent
         width, embedding, heads_of = config.model_channels, 4 * config.model_channels, config.num_head_channels
-        for mult in config.channel_mult:
-            if (width * mult) % heads_of or (width * mult) % _GROUPS:
-                raise ValueError(f"UNet: {width * mult} channels, want a multiple of num_head_channels={heads_of} and of {_GROUPS}")
 
         def embed() -> nn.Sequential:
             return nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))

@@ -174,11 +174,8 @@ class VAE(nn.Module):
     """Encoder, decoder and the two 1x1 convolutions around the latent."""
 
     def __init__(self, config: VAEConfig) -> None:
-        """Raises ValueError where `norm_groups` does not divide a level's channels."""
         super().__init__()
         self.config = config
-        if any(config.channels * mult % config.norm_groups for mult in config.channel_mult):
-            raise ValueError(f"VAE: channels {config.channels} x {config.channel_mult} in {config.norm_groups} groups")
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = FrameConv(2 * config.z_channels, 2 * config.z_channels, 1)
         self.post_quant_conv = FrameConv(config.z_channels, config.z_channels, 1)

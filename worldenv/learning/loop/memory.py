@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,15 +100,19 @@ def count(policy: PolicyConfig, loop: LoopConfig, dtype: torch.dtype = torch.bfl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """A table for people, then one JSON line, at the published size with and without gradient checkpointing."""
+    """A table for people, then one JSON line, at the published size with and without gradient checkpointing. Exit code 2 for a bad command line."""
     parser = argparse.ArgumentParser(description="Memory of a LOOP update at the published size, counted.")
     parser.add_argument("--microbatch", type=int, default=LoopConfig().microbatch, help="queries per forward and backward pass")
     parser.add_argument("--images", type=int, default=1, help="camera views per query")
     args = parser.parse_args(argv)
+    try:
+        policy, settings = dataclasses.replace(OPENVLA_OFT, images=args.images), LoopConfig(microbatch=args.microbatch)
+    except ValueError as error:
+        print(f"worldenv.learning.loop.memory: {error}", file=sys.stderr)
+        return 2
     rows = []
     for checkpointing in (False, True):
-        loop = dataclasses.replace(LoopConfig(), microbatch=args.microbatch, gradient_checkpointing=checkpointing)
-        memory = count(dataclasses.replace(OPENVLA_OFT, images=args.images), loop)
+        memory = count(policy, dataclasses.replace(settings, gradient_checkpointing=checkpointing))
         rows.append({"gradient_checkpointing": checkpointing, "microbatch": args.microbatch, **dataclasses.asdict(memory), "total": memory.total})
         said = "  ".join(f"{name} {value / 1e9:6.2f}" for name, value in {**dataclasses.asdict(memory), "total": memory.total}.items())
         print(f"gradient checkpointing {'on ' if checkpointing else 'off'}  {said} GB")

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -981,19 +982,45 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    """The config that `to_dict` wrote. Raises ValueError for a field that is unknown or missing: settings of another version."""
+def from_dict(kind: type[T], values: Any, path: str = "") -> T:
+    """The config that `to_dict` wrote, the section at `path` of it.
+
+    Raises ValueError for a field that is unknown or missing (settings of another version) or that holds something else than its type.
+    """
+    if not isinstance(values, dict):
+        raise _damaged(path.removesuffix(".") or "settings", values, "fields by name")
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if differing := sorted(known ^ values.keys()):
-        raise ValueError(f"{kind.__name__}: stored settings and this version differ in {', '.join(differing)}; use the version that wrote them")
+        names = ", ".join(f"{path}{name}" for name in differing)
+        raise ValueError(f"{kind.__name__}: stored settings and this version differ in {names}; use the version that wrote them")
+    return kind(**{name: _read(hints[name], value, f"{path}{name}") for name, value in values.items()})
 
-    def build(hint: Any, value: Any) -> Any:
-        if dataclasses.is_dataclass(hint):
-            return from_dict(hint, value)  # type: ignore[arg-type]
-        return tuple(value) if typing.get_origin(hint) is tuple else value
 
-    return kind(**{name: build(hints[name], value) for name, value in values.items()})
+def _read(hint: Any, value: Any, name: str) -> Any:
+    """The stored `value` as what the annotation `hint` of the field `name` promises."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # something, or None
+        return None if value is None else _read(next(part for part in parts if part is not types.NoneType), value, name)
+    if origin is Literal:
+        if value not in parts:
+            raise _damaged(name, value, f"one of {', '.join(parts)}")
+        return value
+    if origin is tuple:
+        length = None if parts[-1] is Ellipsis else len(parts)
+        if not isinstance(value, list | tuple) or len(value) != (length or len(value)):
+            raise _damaged(name, value, f"a list of {length or 'any length'}")
+        kinds = parts if length else parts[:1] * len(value)
+        return tuple(_read(part, one, f"{name}[{i}]") for i, (part, one) in enumerate(zip(kinds, value, strict=True)))
+    if isinstance(value, bool) is not (hint is bool) or not isinstance(value, int | float if hint is float else hint):
+        raise _damaged(name, value, {int: "a whole number", float: "a number", bool: "true or false", str: "words"}[hint])
+    return value
+
+
+def _damaged(name: str, value: Any, want: str) -> ValueError:
+    return ValueError(f"stored {name}={repr(value)[:60]}: want {want}; the file is damaged: restore it, or make it again")
 
 
 def fingerprint(*parts: Any) -> str:

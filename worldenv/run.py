@@ -113,7 +113,7 @@ def _read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, A
 
 
 def settings_of(out: Path) -> RunConfig:
-    """The settings that the run in `out` has stored. Raises RunError where there is no run, CheckpointError where they are damaged."""
+    """The settings that the run in `out` has stored. RunError where there is no run, CheckpointError where they are damaged or of another version."""
     path = out / "run.json"
     if not path.is_file():
         raise RunError(f"{out}: no run there (no run.json); start one with --out {out}")

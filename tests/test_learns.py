@@ -114,7 +114,7 @@ def test_a_bad_command_line_is_refused(capsys):
     assert learns.main(["--instead", "more-sft", "--control", "frozen"]) == 2
     assert "choose one" in capsys.readouterr().err
     assert learns.main(["--permutation", "1"]) == 2
-    assert "permutation=1 with control=none" in capsys.readouterr().err
+    assert "loop.permutation=1 with loop.control=none" in capsys.readouterr().err
 
 
 def test_an_explored_success_becomes_a_demonstration_that_ends_with_it():

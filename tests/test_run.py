@@ -28,6 +28,11 @@ def fail(run, stage, fingerprint="f"):
         die()
 
 
+def changed(settings, path, value):
+    section, _, rest = path.partition(".")
+    return dataclasses.replace(settings, **{section: changed(getattr(settings, section), rest, value) if rest else value})
+
+
 @pytest.fixture
 def run(tmp_path):
     return Run(tmp_path / "out", config.TINY)
@@ -134,11 +139,6 @@ def test_what_lies_beside_a_stage_is_made_again_where_it_is_gone(run):
     assert not run.check("report", "f")
 
 
-def changed(settings, path, value):
-    section, _, rest = path.partition(".")
-    return dataclasses.replace(settings, **{section: changed(getattr(settings, section), rest, value) if rest else value})
-
-
 @pytest.mark.parametrize(
     ("path", "value", "made_again"),
     [
@@ -217,6 +217,26 @@ def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_pat
         train.train(tmp_path, dataclasses.replace(settings, loop=placed), until=name)
     assert not (tmp_path / "stages").exists()
     assert settings_of(tmp_path) == settings  # or it would be refused the next time, too
+    (tmp_path / "stages" / name).mkdir(parents=True)
+    for again in ({"first": name}, {"only": name}):
+        with pytest.raises(RunError, match=r"reflector on 1 of 1 devices"):
+            train.train(tmp_path, dataclasses.replace(settings, loop=placed), **again)
+        assert (tmp_path / "stages" / name).is_dir()  # nor is anything of it lost
+
+
+@pytest.mark.parametrize(("stage", "section", "field"), [("sft", "sft", "start"), ("world", "world", "initial"), ("reward", "reward", "start")])
+def test_weights_that_are_not_there_are_named_before_any_work(stage, section, field, tmp_path):
+    settings = changed(dataclasses.replace(config.TINY, device="cpu"), f"{section}.{field}", str(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match=rf"{section}\.{field}=.*nowhere.*stage {stage} begins from it.*--{section}\.{field}"):
+        train.train(tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
+    finished = Run(tmp_path / "run", settings)
+    work(finished, stage, "f")  # and are not wanted any more once it is done
+    finished._lock.close()
+    with pytest.raises(RunError, match="nowhere"):
+        train.train(tmp_path / "run", settings, first=stage)
+    assert finished.check(stage, "f")
+    train._want_weights(settings, [name for name in train.STAGES if name != stage])
 
 
 def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):

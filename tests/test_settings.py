@@ -79,9 +79,3 @@ def test_a_damaged_run_is_named_in_one_line(name: str, value: Any, says: str, tm
     assert said.startswith(f"worldenv-train: {path}: ")
     assert says in said
     assert said.count("\n") == 1
-
-
-def test_a_run_without_settings_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.json").write_text("{}")
-    assert train.main(["--resume", str(tmp_path)]) == 2
-    assert "stored settings=None: want fields by name; the file is damaged" in capsys.readouterr().err

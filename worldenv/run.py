@@ -112,6 +112,11 @@ def _read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, A
     return value
 
 
+def done(out: Path, stage: str) -> bool:
+    """Whether the run in `out` has finished `stage`, with whatever settings."""
+    return (out / "stages" / stage / RECORD).is_file()
+
+
 def settings_of(out: Path) -> RunConfig:
     """The settings that the run in `out` has stored. RunError where there is no run, CheckpointError where they are damaged or of another version."""
     path = out / "run.json"

@@ -16,7 +16,7 @@ from worldenv import console
 from worldenv.checkpoint import Savepoint
 from worldenv.config import LoopConfig, RunConfig
 from worldenv.learning import processes
-from worldenv.run import Run, Stage, savepoint_path
+from worldenv.run import Run, RunError, Stage, done, savepoint_path
 from worldenv.simulator.schedule import Sampler
 from worldenv.stages.desk import Desk
 from worldenv.stages.evaluate import evaluate
@@ -88,6 +88,18 @@ def chosen(settings: RunConfig, only: str | None = None, until: str | None = Non
     return names
 
 
+def _want_weights(settings: RunConfig, names: Sequence[str]) -> None:
+    """RunError for weights that one of the stages `names` begins from and that are not there: said before the hours of the stages before it."""
+    brought = {
+        "sft": ("sft.start", settings.sft.start),
+        "world": ("world.initial", settings.world.initial),
+        "reward": ("reward.start", settings.reward.start),
+    }
+    for stage, (name, path) in brought.items():
+        if stage in names and path and not Path(path).exists():
+            raise RunError(f"{name}={path!r}: nothing is there, and stage {stage} begins from it; say where these weights are (--{name})")
+
+
 def train(
     out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = (), until: str | None = None
 ) -> None:
@@ -102,14 +114,15 @@ def train(
     if processes.rank():
         _follow(out, settings)
         return
-    run = Run(out, settings)
     order = list(STAGES)
     again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
-    for name in again:
-        run.forget(name)
+    _want_weights(settings, [name for name in names if name in again or not any(done(folder, name) for folder in (out, *reuse))])
+    run = Run(out, settings)
     desk = Desk(run)
     if {"loop", "eval"} & set(names):
-        _ = desk.places  # said before hours of work, not after
+        _ = desk.places  # said before hours of work, and before anything is forgotten
+    for name in again:
+        run.forget(name)
     run.keep_settings()
     for name in names:
         plan = STAGES[name]

@@ -19,8 +19,9 @@ import torch
 
 from worldenv.benchmarks import harness, networks
 from worldenv.benchmarks.bench_chunk_loop import rollout
-from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work, relative_error
+from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work
 from worldenv.config import PRESETS
+from worldenv.engines.recipe import relative_error
 from worldenv.kernels import action_map, ddim_step, frames, laplace, philox
 from worldenv.kernels.action_map import Brush
 from worldenv.noise import Stream

@@ -280,7 +280,7 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
     )
     lengths = ends(args.contexts * args.group, plant.workload.limit, args.mean_end, args.seed + 1)
     queries = sum(math.ceil(one / plant.workload.chunk) for one in lengths)
-    update = queries * plant.workload.update_flops / (args.gpus * GPUS[args.gpu].flops * args.efficiency)
+    update = queries * plant.workload.update_flops / (GPUS[args.gpu].flops * args.efficiency)  # on one GPU
     hours = args.iterations * (once.seconds + update) / 3600
     row = {
         "case": "plan",

@@ -40,7 +40,7 @@ THRESHOLD = 0.5
 _CPU = torch.device("cpu")
 _SCORES_AGREE = 1e-4
 _ON_GPU_AGREE = 1e-2
-"""There convolutions may round to TF32, differently by the shape of a batch."""
+"""There convolutions and products take other algorithms, which round otherwise, by the shape of a batch."""
 BackEnd = Literal["eager", "onnxruntime", "inductor", "auto"]
 
 

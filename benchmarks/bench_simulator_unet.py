@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 
 from worldenv.benchmarks import networks, published
-from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work, compare, count_flops, relative_error
+from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work, compare, count_flops
 from worldenv.config import SimulatorConfig
+from worldenv.engines.recipe import relative_error
 from worldenv.simulator.evac import Evac
 from worldenv.simulator.unet import UNet
 

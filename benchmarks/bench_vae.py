@@ -11,8 +11,9 @@ import torch
 
 from worldenv.benchmarks import networks, published
 from worldenv.benchmarks.bench_simulator_unet import mixed, plainly
-from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work, compare, count_flops, relative_error
+from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work, compare, count_flops
 from worldenv.config import SimulatorConfig
+from worldenv.engines.recipe import relative_error
 from worldenv.simulator.vae import VAE
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 3e-2}

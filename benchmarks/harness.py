@@ -127,12 +127,6 @@ class Agreement:
         return "pass" if self.error <= self.limit else "fail"
 
 
-def relative_error(ours: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative L2 distance, in float64."""
-    want = want.double()
-    return float(torch.linalg.vector_norm(ours.double() - want) / torch.linalg.vector_norm(want))
-
-
 def count_flops(call: Callable[[], object]) -> int:
     """FLOPs of matrix products and convolutions in `call`, one multiply-add being 2; cheapest with tensors on the meta device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

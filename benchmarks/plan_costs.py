@@ -74,6 +74,7 @@ class Workload:
 
 
 _TF, _GB = 1e12, 1e9
+_PASSES = 5  # forward for the densities that ratios are taken to (a bfloat16 backbone), forward again, twice that back, and what is computed again
 _POLICY = 4.96 * _TF  # one view and proprio, 346 tokens: OpenVLA-OFT 7.5B
 _FRAME_MAPS, _FRAME_DECODE = 0.690 * _TF, 1.5635 * _TF  # the SD autoencoder at 320 x 512, per frame
 _REFLECTOR = {
@@ -101,7 +102,7 @@ def paper(limit: int, denoise_steps: int, sampler: str) -> Workload:
     )
     weights = {"policy": 15.7 * _GB, "simulator": 4.66 * _GB, "reflector": 16.1 * _GB}
     state = {"policy": 0.01 * _GB, "simulator": 0.05 * _GB, "reflector": 0.41 * _GB}
-    return Workload(stages, weights, state, chunk=8, limit=limit, update_flops=3 * _POLICY)
+    return Workload(stages, weights, state, chunk=8, limit=limit, update_flops=_PASSES * _POLICY)
 
 
 Affine = tuple[float, float]

@@ -7,7 +7,6 @@ from worldenv.engines.recipe import Binding, EngineRecipe, Precision, Range
 
 NAME = "policy_backbone"
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2, "fp8": 5e-2}
-ACTION_DIM = 7
 
 
 def recipe(config: PolicyConfig, precision: Precision = "fp32", batch: Range = (1, 4, 32), prompt: Range = (4, 16, 64)) -> EngineRecipe:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from worldenv.config import PolicyConfig
-from worldenv.engines.policy_backbone import ACTION_DIM
 from worldenv.engines.recipe import Binding, EngineRecipe, Range
+from worldenv.nouns import ACTION_DIM
 
 NAME = "policy_heads"
 TOLERANCE = 2e-5

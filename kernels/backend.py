@@ -16,11 +16,13 @@ from worldenv.devices import on
 
 
 def uses_kernel(*given: torch.Tensor | torch.device | None) -> bool:
-    """The rule above, for tensors and for the device of a result; None is left out. ValueError where they are on different kinds of device."""
-    kinds = {(one if isinstance(one, torch.device) else one.device).type for one in given if one is not None}
-    if len(kinds) > 1:
-        raise ValueError(f"tensors on {' and '.join(sorted(kinds))}: move all of them to one device")
-    return kinds == {"cuda"}
+    """The rule above, for tensors and for the device of a result; None is left out. ValueError where they are on different devices."""
+    devices = {one if isinstance(one, torch.device) else one.device for one in given if one is not None}
+    if torch.device("cuda") in devices and any(one.index is not None for one in devices):  # without a number: the present one
+        devices = devices - {torch.device("cuda")} | {torch.device("cuda", torch.cuda.current_device())}
+    if len(devices) > 1:
+        raise ValueError(f"tensors on {' and '.join(sorted(map(str, devices)))}: move all of them to one device")
+    return {one.type for one in devices} == {"cuda"}
 
 
 @dataclass(frozen=True)

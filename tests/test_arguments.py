@@ -78,6 +78,7 @@ from worldenv.learning.loop import memory
         (["--simulator.vae.norm-groups", "3"], "simulator.vae.channels=8: want a multiple of simulator.vae.norm_groups=3"),
         (["--simulator.clip.patch", "7"], "simulator.clip.image=64: want a multiple of simulator.clip.patch=7"),
         (["--simulator.clip.heads", "3"], "simulator.clip.width=64: want a multiple of simulator.clip.heads=3"),
+        (["--simulator.height", "128"], "env.image=64, simulator.height=128, simulator.width=64: imagined frames go on where"),
         (["--simulator.height", "72"], "simulator.height=72, simulator.width=64: want multiples of 16"),
         (["--simulator.domain", "30"], "simulator.domain=30: want a row of the domain embedding, 0 .. 29"),
         (["--simulator.delta-stride", "0"], "simulator.delta_stride=0.0: want more than 0"),

@@ -19,6 +19,7 @@ from worldenv.benchmarks.bench_vae import vae
 from worldenv.benchmarks.harness import Agreement, Case, Row, Setting, Work
 from worldenv.cli import bench
 from worldenv.config import ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
+from worldenv.engines.recipe import relative_error
 
 BRIEF = Setting(torch.device("cpu"), torch.float32, "tiny", pairs=3, seconds=0.0, brief=True)
 KEYS = {"case", "backend", "value", "unit", "baseline", "baseline_value", "speedup", "ceiling", "share_of_ceiling", "parity"}
@@ -158,14 +159,14 @@ def test_the_baseline_equals_ours() -> None:
     given["timesteps"] = torch.tensor([3, 700])
     with torch.no_grad():
         one, other = hoisted(simulator.unet, given, SMALL.memory), unhoisted(published.unet_like(simulator.unet), given, SMALL.memory)
-        assert harness.relative_error(one(), other()) < 1e-5
+        assert relative_error(one(), other()) < 1e-5
         pictures, latents = torch.randn(3, 3, 16, 24), torch.randn(3, 4, 8, 12)
         plain = published.vae_like(simulator.vae)
         posterior = simulator.vae.encode(pictures)
         mean, deviation = plain.encode(pictures)
-        assert harness.relative_error(posterior.mean, mean) < 1e-5
-        assert harness.relative_error(torch.exp(0.5 * posterior.logvar), deviation) < 1e-5
-        assert harness.relative_error(simulator.vae.decode(latents), plain.decode(latents)) < 1e-5
+        assert relative_error(posterior.mean, mean) < 1e-5
+        assert relative_error(torch.exp(0.5 * posterior.logvar), deviation) < 1e-5
+        assert relative_error(simulator.vae.decode(latents), plain.decode(latents)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from test_simulator import SMALL as SIMULATOR
 
 from worldenv import compiled
 from worldenv.benchmarks import engine_rows, networks
-from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT, TINY
+from worldenv.config import EVAC, EVAC_RLINF, LLAVA_ONEVISION, OPENVLA_OFT, TINY
 from worldenv.engines import backend, export, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
 from worldenv.kernels import group_norm
@@ -122,6 +122,16 @@ def test_a_batch_of_any_bucket_is_in_range() -> None:
     most = {one.name: next(high for _, _, high in one.recipe.ranges.values()) for one in networks}
     assert most["simulator_unet"] == most["policy_backbone"] == most["policy_heads"] == 48
     assert most["reflector_llm"] == 72
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("config", [TINY.simulator, EVAC, EVAC_RLINF], ids=["tiny", "EVAC", "EVAC of 256 px"])
+def test_the_autoencoder_is_given_no_more_pictures_than_its_engines_take(config, kind: str) -> None:  # type: ignore[no-untyped-def]
+    with torch.device("meta"):
+        simulator = Evac(config)
+    most = simulator._pictures_per_call(torch.device(kind))
+    for recipe in simulator_vae.recipes(config):
+        assert 1 <= most <= recipe.ranges["picture"][2]
 
 
 def test_how_a_cpu_calls_a_graph_is_no_part_of_its_name() -> None:

@@ -545,6 +545,17 @@ def test_the_rule() -> None:
         backend.uses_kernel(torch.zeros(1), cuda)
 
 
+def test_one_gpus_kernel_takes_no_tensor_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert backend.uses_kernel(first, first)
+    with pytest.raises(ValueError, match="cuda:0 and cuda:1: move all"):
+        backend.uses_kernel(first, second)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert backend.uses_kernel(torch.device("cuda"), second)
+    with pytest.raises(ValueError, match="cuda:0 and cuda:1: move all"):
+        backend.uses_kernel(torch.device("cuda"), first)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -11,6 +11,7 @@ import pytest
 
 from worldenv import config
 from worldenv.run import Run
+from worldenv.stages import loop as stage_loop
 from worldenv.stages.desk import Desk
 from worldenv.stages.loop import contexts_of
 
@@ -56,3 +57,29 @@ def test_without_a_share_states_are_drawn_as_ever(tmp_path: Path, monkeypatch: p
     none, half = chosen(tmp_path, monkeypatch, 0.0), chosen(tmp_path, monkeypatch, 0.5)
     assert [states[CONTEXTS // 2 :] for states in none] == [states[CONTEXTS // 2 :] for states in half]
     assert {state for states in none for state in states[: CONTEXTS // 2] if state[0] == 0} - FAILED
+
+
+def test_a_start_state_is_drawn_once(tmp_path: Path) -> None:
+    """In LIBERO a scene takes up to a second to settle."""
+    desk, begun = Desk(Run(tmp_path, config.TINY)), []
+    begin = desk.env.begin
+    desk.env.begin = lambda *which: begun.append(which) or begin(*which)  # type: ignore[assignment,func-returns-value,method-assign]
+    first = desk.context(1, 3)
+    assert desk.context(1, 3) is first
+    assert (desk.context(2, 3).task, desk.context(1, 4).state_index) == (2, 4)
+    assert begun == [(1, "train", 3), (2, "train", 3), (1, "train", 4)]
+
+
+def test_rollouts_of_an_iteration_that_was_learned_from_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the savepoint and the removal, a run would keep them for ever, as part of the stage's output."""
+    run = Run(tmp_path / "run", dataclasses.replace(config.TINY, loop=dataclasses.replace(config.TINY.loop, iterations=1)))
+    nothing = SimpleNamespace(load_tree=lambda _: None, policy=None, merged=lambda: None, export_adapter=lambda _: None)
+    monkeypatch.setattr(stage_loop, "Learner", lambda *_: nothing)
+    monkeypatch.setattr(stage_loop, "practice_of", lambda *_: SimpleNamespace(fleet=SimpleNamespace(engines={})))
+    monkeypatch.setattr(stage_loop.policies, "save", lambda *_: None)
+    monkeypatch.setattr(Desk, "policy", lambda *_: None)
+    with run.at_work("loop", "f") as stage:
+        stage.savepoint("iterations").save({"learner": {}, "history": [{"return": 0.5}], "groups": [{}], "seconds": [1.0]})
+        stage_loop._log(stage.folder, 0).write_bytes(b"rollouts")
+        stage_loop.loop(Desk(run), stage)
+    assert list(run.record("loop")["files"]) == []

@@ -215,7 +215,8 @@ def test_result_says_what_it_depends_on(tmp_path, capsys):
     assert found["left_out"] == ["push the blue puck onto the green strip"]
     assert found["limits"] == {"steps": 32, "settle_steps": 0}
     assert (found["sampling"], found["views"], found["demonstrations_per_task"]) == ("scripted", 0, None)
-    assert "llvmpipe" in found["renderer"] or found["renderer"]
+    assert isinstance(found["renderer"], str)
+    assert found["renderer"]
     assert {"mujoco", "numpy", "torch", "python"} <= found["versions"].keys()
     low, high = evaluation.wilson(found["successes"], 3)
     assert found["interval"] == [round(low, 4), round(high, 4)]

@@ -828,6 +828,9 @@ class RunConfig:
         if self.sft.prior_steps and not self.sft.start and self.env.name != "tabletop":
             raise ValueError(f"sft.prior_steps={self.sft.prior_steps}: the prior's scenes are the tabletop's; with {self.env.name} set it to 0")
         _want_multiple("env.steps", self.env.steps, "policy.chunk", self.policy.chunk)
+        if not self.env.image == self.simulator.height == self.simulator.width:
+            given = f"env.image={self.env.image}, simulator.height={self.simulator.height}, simulator.width={self.simulator.width}"
+            raise ValueError(f"{given}: imagined frames go on where the environment's end; make them equal")
         if self.policy.images != 1:
             raise ValueError(f"policy.images={self.policy.images}: a run has one camera; set it to 1")
         if self.demos.per_task > self.env.train_states:

@@ -7,10 +7,13 @@ A stage reads what earlier stages wrote and writes its own folder; it is skipped
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from worldenv import console
 from worldenv.checkpoint import Savepoint
@@ -106,7 +109,7 @@ def train(
     """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone. With `until`, that stage and
     what it is made from, and none else.
 
-    Of several processes (worldenv.distributed) the first one does this, and the others join it in stage world.
+    Of several processes (worldenv.distributed) the first one does this, and the others join it in stages sft and world.
     A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
     Raises RunError, CheckpointError, FloatingPointError or OSError with one line that names the thing and the cure, and ValueError as `chosen` does.
     """
@@ -146,6 +149,9 @@ def _follow(out: Path, settings: RunConfig) -> None:
     together: dict[str, Callable[[Desk, Callable[[str], Savepoint]], Any]] = {"sft": fit_policy, "world": fit_world}
     while (name := processes.agreed(None)) is not None:
         together[name](Desk(run), _reader(run.folder(name)))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # from here on the first process may make rollouts on this one's GPU
 
 
 def _reader(folder: Path) -> Callable[[str], Savepoint]:

@@ -75,7 +75,7 @@ class Robot:
     finger_m: float
     """Distance between the fingers when open [m]."""
     arms: tuple[ArmDrawing, ...]
-    """How the arms are drawn, left before right. A robot with one arm has a left one; rollouts move the first."""
+    """How the arms are drawn, left before right. A robot with one arm has a left one; rollouts move the last."""
     canvas: tuple[int, int]
     """Height and width [px] of the picture at which radius and thickness hold."""
     example_pose: tuple[float, float, float, float, float, float, float]

@@ -33,7 +33,8 @@ from worldenv.simulator.vae import VAE, Posterior
 
 DELTA_DIM = 14
 _GRIPPERS = (6, 13)
-_CPU_PIXELS, _GPU_PIXELS = 2**17, 2**22
+_CPU_PIXELS, _GPU_PIXELS, _MOST_PICTURES = 2**17, 2**22, 32
+"""What the autoencoder is given at once; no more pictures than its engines take (engines/simulator_vae.py)."""
 _NETWORK = 30
 """Number of this network under `Stream.WEIGHTS`."""
 
@@ -236,7 +237,7 @@ class Evac(nn.Module):
     def _pictures_per_call(self, device: torch.device) -> int:
         """How many pictures the autoencoder takes at once: what fits a CPU's cache, or is enough to fill a GPU."""
         pixels = _CPU_PIXELS if device.type == "cpu" else _GPU_PIXELS
-        return max(1, pixels // (self.config.height * self.config.width))
+        return min(_MOST_PICTURES, max(1, pixels // (self.config.height * self.config.width)))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in about [-1, 1], not clamped, of scaled `latents` (N, z, h, w)."""

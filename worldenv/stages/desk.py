@@ -47,6 +47,7 @@ class Desk:
     def __init__(self, run: Run) -> None:
         self.run, self.settings, self.seed = run, run.settings, run.settings.seed
         self.device = device_of(self.settings.device)
+        self._contexts: dict[tuple[int, int], Context] = {}
 
     @functools.cached_property
     def devices(self) -> list[torch.device]:
@@ -129,6 +130,8 @@ class Desk:
         return Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap, streams=streams)
 
     def context(self, task: int, index: int) -> Context:
-        """Training state `index` of `task`."""
-        now = self.env.begin(task, "train", index)
-        return Context(self.env.tasks[task], task, index, now.frame, now.pose, now.gripper)
+        """Training state `index` of `task`. Drawn once: a scene takes up to a second to settle, while GPUs wait."""
+        if (task, index) not in self._contexts:
+            now = self.env.begin(task, "train", index)
+            self._contexts[task, index] = Context(self.env.tasks[task], task, index, now.frame, now.pose, now.gripper)
+        return self._contexts[task, index]

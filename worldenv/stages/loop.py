@@ -71,6 +71,11 @@ def practice_of(desk: Desk, policy: OpenVLAOFT, folder: Path) -> Practice:
     return Practice(fleet, threshold if desk.settings.loop.termination else math.inf)
 
 
+def _log(folder: Path, iteration: int) -> Path:
+    """Where the finished rollouts of an iteration lie while it is under way."""
+    return folder / f"iteration-{iteration:04d}.log"
+
+
 def loop(desk: Desk, stage: Stage) -> None:
     """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
     settings = desk.settings.loop
@@ -82,11 +87,13 @@ def loop(desk: Desk, stage: Stage) -> None:
     if (kept := savepoint.load()) is not None:
         learner.load_tree(kept["learner"])
         history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
+    for done in range(len(history)):  # left where the run was killed between a savepoint and this
+        _log(stage.folder, done).unlink(missing_ok=True)
     practice = practice_of(desk, learner.policy, stage.folder)
     refits = dict[str, Parity]()
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()
-        store = RolloutStore(stage.folder / f"iteration-{iteration:04d}.log")
+        store = RolloutStore(_log(stage.folder, iteration))
         made = {rollout.number for rollout in store.rollouts}
         jobs = [job for job in assignments_of(desk, iteration) if job.number not in made]
         refits = practice.fleet.follow()

@@ -98,7 +98,7 @@ def explore(desk: Desk, stage: Stage) -> None:
     if settings.processes == 1:
         _explore_part(desk.env, policy, desk.settings, stage.folder, desk.device, (0, 1))
     else:
-        data.explore_apart(functools.partial(_explore_apart, policy, desk.settings, stage.folder, desk.device), settings.processes)
+        data.explore_apart(functools.partial(_explore_apart, policy, desk.settings, stage.folder, desk.devices), settings.processes)
     stage.metrics |= data.explored(len(desk.env.tasks), settings, stage.folder)
 
 
@@ -106,6 +106,6 @@ def _explore_part(env: ChosenTasks, policy: Path, settings: RunConfig, out: Path
     data.explore(env, policies.load(policy, device), settings.env.steps, settings.explore, settings.seed, out, device, part)
 
 
-def _explore_apart(policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:
-    """One of several processes: its own scene, its own copy of the policy."""
-    _explore_part(open_env(settings.env), policy, settings, out, device, part)
+def _explore_apart(policy: Path, settings: RunConfig, out: Path, devices: Sequence[torch.device], part: tuple[int, int]) -> None:
+    """One of several processes: its own scene, its own copy of the policy, which take turns on the GPUs."""
+    _explore_part(open_env(settings.env), policy, settings, out, devices[part[0] % len(devices)], part)

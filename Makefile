@@ -5,7 +5,8 @@
 #   make test   lint, types, C++ tests, Python tests: at most 20 minutes on two cores
 #   make check  what takes longer: sanitizers, slow tests, plans for GPUs by TensorRT for RTX (which it installs into build/);
 #               LIBERO's tests where WORLDENV_LIBERO_ASSETS is set
-#   make gpu    on a machine with an NVIDIA GPU and its own torch: build, test, measure; under 9 minutes (ARGS="--only vae --resume")
+#   make gpu    on a machine with an NVIDIA GPU and its own torch: build, test, measure. It stops after 9 minutes, with exit code 1
+#               where parts are left: then again with ARGS=--resume (or ARGS="--only vae")
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -47,7 +48,7 @@ libero: env $(VENV)/libero.stamp
 	$(BIN)/worldenv-doctor --install-assets libero
 
 demo: env
-	$(BIN)/worldenv-train --preset tiny --out $(RUN)
+	$(BIN)/worldenv-train --preset tiny --device cpu --out $(RUN)
 	@echo "report: $(CURDIR)/$(RUN)/report.html"
 
 test: lint test-cpp test-python

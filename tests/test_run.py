@@ -303,3 +303,20 @@ def test_an_unfinished_or_damaged_stage_is_not_taken(run, tmp_path):
     (other.folder("sft") / "data.txt").unlink()
     with pytest.raises(CheckpointError, match=r"other/stages/sft/data\.txt: missing .* leave --reuse"):
         run.borrow("sft", "f", [other.out])
+
+
+def test_a_stage_that_is_done_again_and_stopped_goes_on_and_a_finished_one_begins_anew(tmp_path, monkeypatch):
+    settings, found = dataclasses.replace(config.TINY, device="cpu"), []
+
+    def work(_, stage):
+        found.append(stage.savepoint("fit").load())
+        stage.savepoint("fit").save({"step": 5})
+        if len(found) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(train.STAGES, "demos", dataclasses.replace(train.STAGES["demos"], work=work))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tmp_path, settings, only="demos")
+    for _ in range(2):
+        train.train(tmp_path, settings, only="demos")
+    assert found == [None, {"step": 5}, None]

@@ -106,8 +106,8 @@ def _want_weights(settings: RunConfig, names: Sequence[str]) -> None:
 def train(
     out: Path, settings: RunConfig, first: str | None = None, only: str | None = None, reuse: Sequence[Path] = (), until: str | None = None
 ) -> None:
-    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone. With `until`, that stage and
-    what it is made from, and none else.
+    """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone; of these, one that has not
+    finished goes on. With `until`, that stage and what it is made from, and none else.
 
     Of several processes (worldenv.distributed) the first one does this, and the others join it in stages sft and world.
     A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
@@ -125,7 +125,8 @@ def train(
     if {"loop", "eval"} & set(names):
         _ = desk.places  # said before hours of work, and before anything is forgotten
     for name in again:
-        run.forget(name)
+        if done(out, name):  # one that was begun again and stopped goes on
+            run.forget(name)
     run.keep_settings()
     for name in names:
         plan = STAGES[name]

@@ -48,7 +48,7 @@ class BuildArgs(_Where):
     run: Path | None = None
     """Take the networks of this run (stages scale, world, reward)."""
     size: Literal["preset", "narrow", "published"] = "preset"
-    """narrow: the published models' layer widths, few layers; published: their full sizes (the U-Net alone takes 12 GB of memory to build)."""
+    """narrow: the published models' layer widths, few layers; published: their full sizes (the U-Net alone took 16 GB of memory to build)."""
     back_end: Annotated[str, tyro.conf.arg(metavar="NAME,...")] = "auto"
     """eager, onnxruntime, inductor, tensorrt, tensorrt_rtx, torch_tensorrt; auto: this machine's, or tensorrt_rtx for other architectures."""
     arch: Annotated[str, tyro.conf.arg(metavar="SM,...")] = "here"

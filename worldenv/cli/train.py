@@ -37,7 +37,7 @@ class TrainArgs:
     out: Path = Path("runs/tiny")
     """Folder of the run: everything is written here."""
     from_stage: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
-    """Do this stage and all later ones again."""
+    """Do this stage and all later ones again; stopped, the run goes on with --resume."""
     only: StageName | None = None
     """Do this stage alone, again."""
     until: StageName | None = None
@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
             speaks = processes.rank() == 0
     except KeyboardInterrupt:
-        print("worldenv-train: stopped; the same command goes on from here", file=sys.stderr)
+        goes_on = f"--resume {args.out}" if args.from_stage else "the same command"  # --from would begin what it has finished anew
+        print(f"worldenv-train: stopped; {goes_on} goes on from here", file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError) as error:
         if args.debug:

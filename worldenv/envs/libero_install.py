@@ -47,7 +47,7 @@ def package() -> Path:
     """The folder `libero/libero` of the installed package. Raises LiberoMissing where there is none. Imports nothing."""
     found = importlib.util.find_spec("libero")
     if found is None or not found.submodule_search_locations:
-        raise LiberoMissing(f"LIBERO is not installed (pip install 'worldenv[libero]', then --no-deps {' '.join(WITHOUT_DEPENDENCIES)}); {CURE}")
+        raise LiberoMissing(f"LIBERO is not installed (in the clone: pip install -c constraints.txt -e '.[libero]', then --no-deps {' '.join(WITHOUT_DEPENDENCIES)}); {CURE}")
     return Path(next(iter(found.submodule_search_locations))) / "libero"
 
 
@@ -229,7 +229,7 @@ def load() -> types.SimpleNamespace:
                 camera=importlib.import_module("robosuite.utils.camera_utils"),
             )
     except ImportError as error:
-        raise LiberoMissing(f"LIBERO cannot be imported ({error}): install the extra, pip install 'worldenv[libero]'; {CURE}") from error
+        raise LiberoMissing(f"LIBERO cannot be imported ({error}): install the extra (in the clone: pip install -c constraints.txt -e '.[libero]'); {CURE}") from error
     finally:
         if os.environ.get("MUJOCO_GL") == "disable" and said != "disable":
             os.environ.pop("MUJOCO_GL")

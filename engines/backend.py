@@ -30,7 +30,8 @@ from worldenv.engines.store import Plan, Store, Wanted
 
 BACK_ENDS = ("eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt")
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "tensorrt_rtx", "inductor")}
-"""What `auto` tries beside eager, by kind of device. On a CPU Inductor compiles for a minute, and is slower than eager on several workers (docs/performance.md)."""
+"""What `auto` tries beside eager, by kind of device. On a CPU Inductor compiles for a minute, and is slower than eager on several workers
+(docs/performance.md)."""
 
 WITHOUT_REFIT = ("tensorrt_rtx",)
 """Back ends whose plans keep their weights."""

@@ -486,7 +486,8 @@ def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
     settings = preset("tiny")
     env = dataclasses.replace(settings.env, image=48, steps=24, test_states=9)
     demos, episodes = dataclasses.replace(settings.demos, per_task=4), dataclasses.replace(settings.eval, episodes=27)
-    settings = dataclasses.replace(settings, env=env, demos=demos, eval=episodes)
+    simulator = dataclasses.replace(settings.simulator, height=48, width=48)
+    settings = dataclasses.replace(settings, env=env, demos=demos, eval=episodes, simulator=simulator)
     (tmp_path / "run.json").write_text(json.dumps({"settings": to_dict(settings)}))
     for stage, name in (("sft", "policy"), ("loop", "policy"), ("reward", "reflector")):
         (tmp_path / "stages" / stage).mkdir(parents=True)

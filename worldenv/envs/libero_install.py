@@ -34,6 +34,7 @@ ASSETS_REPOSITORY = "lerobot/libero-assets"
 """The data set that LIBERO's own download fetches (HF_ASSETS_REPO_ID)."""
 PARTS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
 """Folders of the assets."""
+_EXTRA = "in the clone: pip install -c constraints.txt -e '.[libero]'"
 CURE = "run `make libero`, or see docs/libero.md"
 
 _SOURCE = "worldenv-source.txt"  # which archive was unpacked there
@@ -47,7 +48,7 @@ def package() -> Path:
     """The folder `libero/libero` of the installed package. Raises LiberoMissing where there is none. Imports nothing."""
     found = importlib.util.find_spec("libero")
     if found is None or not found.submodule_search_locations:
-        raise LiberoMissing(f"LIBERO is not installed (in the clone: pip install -c constraints.txt -e '.[libero]', then --no-deps {' '.join(WITHOUT_DEPENDENCIES)}); {CURE}")
+        raise LiberoMissing(f"LIBERO is not installed ({_EXTRA}, then pip install --no-deps {' '.join(WITHOUT_DEPENDENCIES)}); {CURE}")
     return Path(next(iter(found.submodule_search_locations))) / "libero"
 
 
@@ -229,7 +230,7 @@ def load() -> types.SimpleNamespace:
                 camera=importlib.import_module("robosuite.utils.camera_utils"),
             )
     except ImportError as error:
-        raise LiberoMissing(f"LIBERO cannot be imported ({error}): install the extra (in the clone: pip install -c constraints.txt -e '.[libero]'); {CURE}") from error
+        raise LiberoMissing(f"LIBERO cannot be imported ({error}): install the extra, {_EXTRA}; {CURE}") from error
     finally:
         if os.environ.get("MUJOCO_GL") == "disable" and said != "disable":
             os.environ.pop("MUJOCO_GL")

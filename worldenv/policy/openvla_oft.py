@@ -13,6 +13,7 @@ Source: Kim et al. 2025 (arXiv:2502.19645), the published code's behaviour.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -199,7 +200,10 @@ class OpenVLAOFT:
 
     def hidden(self, query: Query) -> torch.Tensor:
         """Hiddens (B, 7 K, width) float32 that the heads read, with gradients where they are on."""
-        hidden: torch.Tensor = self.network(query.pixels, query.ids, query.lengths, query.proprio)
+        device, dtype = self.device.type, self.network.language_model.model.embed_tokens.weight.dtype
+        # what is float32 beside a half precision backbone, LoRA, is multiplied in half precision too: by itself it would take its inputs there
+        with torch.autocast(device, dtype) if dtype != torch.float32 and device != "meta" else contextlib.nullcontext():
+            hidden: torch.Tensor = self.network(query.pixels, query.ids, query.lengths, query.proprio)
         return hidden.float()
 
     def density(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

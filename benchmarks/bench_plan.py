@@ -17,6 +17,7 @@ import numpy as np
 
 from worldenv import _core
 from worldenv.benchmarks.plan_costs import GPUS, Affine, Workload, on_gpu, paper, read_profile
+from worldenv.config import PAPER
 
 BUCKETS = (1, 2, 4, 8, 16)
 _SLOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -280,7 +281,9 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
     )
     lengths = ends(args.contexts * args.group, plant.workload.limit, args.mean_end, args.seed + 1)
     queries = sum(math.ceil(one / plant.workload.chunk) for one in lengths)
-    update = queries * plant.workload.update_flops / (GPUS[args.gpu].flops * args.efficiency)  # on one GPU
+    microbatches = math.ceil(queries / len(lengths) * PAPER.loop.batch / PAPER.loop.microbatch)  # of an optimiser step: they are what GPUs share
+    learning = min(len(placement.devices(plant.networks[0])), microbatches)
+    update = queries * plant.workload.update_flops / (learning * GPUS[args.gpu].flops * args.efficiency)
     hours = args.iterations * (once.seconds + update) / 3600
     row = {
         "case": "plan",
@@ -307,6 +310,7 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
         "iteration_bound_s": once.bound_s,
         "iteration_share_of_bound": once.bound_s / once.seconds,
         "iteration_slots": once.slots,
+        "update_gpus": learning if plant.workload.update_flops else None,
         "update_s": update if plant.workload.update_flops else None,
         "iterations": args.iterations,
         "hours": hours,
@@ -332,5 +336,5 @@ def _lines(args: PlanArgs, plant: Plant, row: dict[str, Any]) -> Iterator[str]:
         f"{'one iteration':24}{'':10}{3600 * count / row['iteration_s']:12.1f}{row['iteration_share_of_bound']:10.1%}"
         f"  {count} rollouts in {row['iteration_s']:.0f} s, bound {row['iteration_bound_s']:.0f} s, {row['iteration_slots']} slots"
     )
-    updates = "rollouts alone" if row["update_s"] is None else f"an update takes {row['update_s']:.0f} s more"
+    updates = "rollouts alone" if row["update_s"] is None else f"an update takes {row['update_s']:.0f} s more, on {row['update_gpus']}"
     yield f"{args.iterations} iterations: {row['hours']:.1f} h ({updates})"

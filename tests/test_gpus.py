@@ -26,6 +26,7 @@ from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Rollout
 from worldenv.rollout.collect import Flight, Replica, Schedule, placement
 from worldenv.run import Run, RunError
+from worldenv.stages import fleet
 from worldenv.stages.desk import Desk
 
 pytestmark = pytest.mark.gpu
@@ -126,14 +127,19 @@ def test_random_networks_of_benchmarks_are_drawn_where_they_run() -> None:
         close(buffer, want[name], 1e-6)
 
 
-def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant) -> None:
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant, gpus: int) -> None:
     """LOOP on the rollouts of a plain loop: metrics, and weights after it."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
     rollouts = [flight.rollout() for flight in one.want.values()]
 
     def learned(device: torch.device) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         policy = small_policy(POLICY)
         policy.network.to(device)
-        learner = Learner(policy, LoopConfig(group=GROUP, contexts=3, batch=4), SEED)
+        learner = Learner(policy, LoopConfig(group=GROUP, contexts=3, batch=4, microbatch=3), SEED)
+        if device == GPU:
+            learner.share([fleet._copied(learner.policy, torch.device("cuda", number)) for number in range(1, gpus)])
         return learner.update(rollouts, 0), learner.tree()["trained"]
 
     (want, weights), (got, there) = learned(CPU), learned(GPU)

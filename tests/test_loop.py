@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -264,6 +265,36 @@ def half_policy(attention: Literal["full", "prefix_lm"] = "full") -> OpenVLAOFT:
     for part in (policy.network.action_head, policy.network.scale_head, policy.network.proprio_projector):
         part.float()
     return policy
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("devices", [2, 3])
+def test_an_update_by_several_devices_is_that_of_one_bit_for_bit(devices: int, precision: str) -> None:
+    """Microbatches take turns on copies of the policy; copies follow every step, and a state that is loaded."""
+
+    def learned(count: int) -> tuple[list[dict[str, float]], Learner]:
+        policy = half_policy() if precision == "bfloat16" else small_policy()
+        made = learner(dataclasses.replace(CONFIG, microbatch=3, passes=2, lora_lr=1e-2, head_lr=1e-3), policy)
+        copies = [copy.deepcopy(made.policy) for _ in range(count - 1)]
+        made.share(copies)
+        found = [made.update(rollouts(made.policy, seed=iteration), iteration) for iteration in range(2)]
+        state = {name: tensor.clone() for name, tensor in made.tree()["trained"].items()}
+        for other in copies:
+            theirs = dict(other.network.named_parameters())
+            assert all(torch.equal(theirs[name], tensor) for name, tensor in state.items())
+            assert all(parameter.grad is None for parameter in theirs.values())
+        return found, made
+
+    (alone, one), (shared, several) = learned(1), learned(devices)
+    assert alone == shared
+    before = learner(CONFIG, small_policy()).tree()["trained"]
+    for name, tensor in one.tree()["trained"].items():
+        assert torch.equal(tensor, several.tree()["trained"][name]), name
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in one.tree()["trained"].items())
+    several.load_tree(learner(CONFIG, half_policy() if precision == "bfloat16" else small_policy()).tree())
+    fresh = several.tree()["trained"]
+    for other in several._hands[1:]:
+        assert all(torch.equal(dict(other.network.named_parameters())[name], tensor) for name, tensor in fresh.items())
 
 
 def test_beside_a_half_precision_backbone_lora_is_multiplied_in_half_precision_and_learned_in_float32() -> None:

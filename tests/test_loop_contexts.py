@@ -73,9 +73,9 @@ def test_a_start_state_is_drawn_once(tmp_path: Path) -> None:
 def test_rollouts_of_an_iteration_that_was_learned_from_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the savepoint and the removal, a run would keep them for ever, as part of the stage's output."""
     run = Run(tmp_path / "run", dataclasses.replace(config.TINY, loop=dataclasses.replace(config.TINY.loop, iterations=1)))
-    nothing = SimpleNamespace(load_tree=lambda _: None, policy=None, merged=lambda: None, export_adapter=lambda _: None)
+    nothing = SimpleNamespace(load_tree=lambda _: None, policy=None, merged=lambda: None, export_adapter=lambda _: None, share=lambda _: None)
     monkeypatch.setattr(stage_loop, "Learner", lambda *_: nothing)
-    monkeypatch.setattr(stage_loop, "practice_of", lambda *_: SimpleNamespace(fleet=SimpleNamespace(engines={})))
+    monkeypatch.setattr(stage_loop, "practice_of", lambda *_: SimpleNamespace(fleet=SimpleNamespace(engines={}, policies=[None])))
     monkeypatch.setattr(stage_loop.policies, "save", lambda *_: None)
     monkeypatch.setattr(Desk, "policy", lambda *_: None)
     with run.at_work("loop", "f") as stage:

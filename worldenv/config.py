@@ -801,7 +801,7 @@ class RunConfig:
     device: str = "auto"
     """torch device; auto takes cuda where there is one, else cpu."""
     gpus: int = 0
-    """GPUs that make rollouts at once where the device is cuda; 0: all that there are. Training takes one, or torchrun's."""
+    """GPUs that make rollouts, and LOOP's updates, at once where the device is cuda; 0: all that there are. Other training takes one, or torchrun's."""
     env: EnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     sft: SftConfig = field(default_factory=SftConfig)
@@ -957,7 +957,7 @@ PAPER = RunConfig(
         gradient_checkpointing=True,
     ),
     reward=RewardConfig(start="weights/llava-onevision-qwen2-7b-ov-hf"),
-    loop=LoopConfig(gradient_checkpointing=True),
+    loop=LoopConfig(gradient_checkpointing=True, microbatch=8),  # a step has about eight: GPUs share them
     eval=EvalConfig(episodes=500, curve_episodes=100),
     report=ReportConfig(replays=20),
 )  # fmt: skip

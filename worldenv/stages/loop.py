@@ -90,6 +90,7 @@ def loop(desk: Desk, stage: Stage) -> None:
     for done in range(len(history)):  # left where the run was killed between a savepoint and this
         _log(stage.folder, done).unlink(missing_ok=True)
     practice = practice_of(desk, learner.policy, stage.folder)
+    learner.share(practice.fleet.policies[1:])
     refits = dict[str, Parity]()
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()

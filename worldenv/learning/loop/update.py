@@ -10,10 +10,13 @@ Where a batch is the whole iteration, that is Eq. 5 itself.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +24,9 @@ from torch import nn
 
 from worldenv import noise
 from worldenv.config import LoopConfig
+from worldenv.devices import on
 from worldenv.learning.loop.advantage import leave_one_out
-from worldenv.learning.loop.loss import surrogate
+from worldenv.learning.loop.loss import Surrogate, surrogate
 from worldenv.nouns import Observation, Rollout
 from worldenv.policy import laplace, lora
 from worldenv.policy.openvla_oft import OpenVLAOFT
@@ -33,10 +37,30 @@ HALF_TOLERANCE = 0.1
 """Largest mean of ratio - 1 - log ratio [nat per step] there, where the backbone computes in half precision. Rounding then differs with who shares a
 batch, and shifts mu by as much as the density is wide: single ratios mean little, but other weights or another factor stand out."""
 HEADS = ("action_head", "scale_head")
+T = TypeVar("T")
 
 
 class RatioError(ValueError):
     """The rollouts were not drawn by the policy that is to learn from them."""
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """Some queries of rollouts, on one device."""
+
+    part: slice
+    """Rows of all."""
+    observation: Observation
+    action: torch.Tensor
+    """(b, K, 7), normalised."""
+    old: torch.Tensor
+    """(b, K) log-density under the policy that drew them."""
+    live: torch.Tensor
+    """(b, K) whether the step was executed."""
+
+
+def _scored(policy: OpenVLAOFT, one: _Microbatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return policy.evaluate_actions(one.observation, one.action)
 
 
 class Learner:
@@ -63,6 +87,23 @@ class Learner:
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         self._rates = (lora_lr, head_lr)
         self._steps = 0
+        self._hands = [policy]
+
+    def share(self, copies: Sequence[OpenVLAOFT]) -> None:
+        """Work on the devices of `copies` too, each a copy of `policy` with its LoRA, whose weights follow every step.
+
+        Microbatches take turns on the devices, and gradients are added in their order: where the devices are alike, to the bits of one alone.
+        """
+        self._hands = [self.policy, *copies]
+        self._follow()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        trained = self._lora | self._heads
+        for hand in self._hands[1:]:
+            for name, own in hand.network.named_parameters():
+                if name in trained:
+                    own.copy_(trained[name])
 
     def update(self, rollouts: Sequence[Rollout], iteration: int) -> dict[str, float]:
         """Learn from one iteration's rollouts, all drawn by `policy` as it is now. Returns the metrics of the update.
@@ -127,14 +168,20 @@ class Learner:
         """Leave the gradient of the loss at the weights, and return the loss; it does not depend on the microbatch."""
         self._optimizer.zero_grad(set_to_none=True)
         repeats = torch.tensor([len(r.live) for r in rollouts])
-        rows = advantage.repeat_interleave(repeats).to(self.policy.device)
-        loss = 0.0
-        for part, observation, action, old, live in self._microbatches(rollouts):
-            new, _, log_scale = self.policy.evaluate_actions(observation, action)
-            result = surrogate(new, old, rows[part], live, self.config.clip, steps)
+        rows = advantage.repeat_interleave(repeats)
+
+        def learn(policy: OpenVLAOFT, one: _Microbatch) -> tuple[Surrogate, torch.Tensor]:
+            new, _, log_scale = policy.evaluate_actions(one.observation, one.action)
+            result = surrogate(new, one.old, rows[one.part].to(new.device), one.live, self.config.clip, steps)
             result.loss.backward()  # type: ignore[no-untyped-call]
+            return result, laplace.entropy(log_scale.detach()).sum(-1)
+
+        loss = 0.0
+        for policy, one, (result, entropy) in self._by_hands(rollouts, learn):
+            if policy is not self.policy:
+                self._add_gradient(policy)
             loss += float(result.loss.detach())
-            total.add(result.ratio, result.clipped, result.kl, laplace.entropy(log_scale.detach()).sum(-1), live)
+            total.add(result.ratio, result.clipped, result.kl, entropy, one.live)
         return loss
 
     def _step(self, rollouts: Sequence[Rollout], advantage: torch.Tensor, steps: float, total: _Totals, where: str) -> None:
@@ -150,27 +197,57 @@ class Learner:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * min(1.0, self._steps / max(1, self.config.warmup))
         self._optimizer.step()
+        self._follow()
         total.step(loss * steps, *norms)
 
-    def _microbatches(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[slice, Observation, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The queries of `rollouts`, `microbatch` at a time: rows, observation, action (b, K, 7), log-density and live (b, K)."""
-        device = self.policy.device
+    def _microbatches(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[OpenVLAOFT, _Microbatch]]:
+        """The queries of `rollouts`, `microbatch` at a time, and whose turn it is: on that policy's device."""
         instruction = [r.context.instruction for r in rollouts for _ in range(len(r.live))]
         frame, proprio, action, old, live = (
             torch.cat([getattr(r, name) for r in rollouts]) for name in ("frame", "proprio", "action", "log_prob", "live")
         )
-        for start in range(0, len(instruction), self.config.microbatch):
-            part = slice(start, start + self.config.microbatch)
+        for turn, start in enumerate(range(0, len(instruction), self.config.microbatch)):
+            part, hand = slice(start, start + self.config.microbatch), self._hands[turn % len(self._hands)]
+            device = hand.device
             observation = Observation(frame[part].to(device), proprio[part].to(device), tuple(instruction[part]))
-            yield part, observation, action[part].to(device), old[part].to(device), live[part].to(device)
+            yield hand, _Microbatch(part, observation, action[part].to(device), old[part].to(device), live[part].to(device))
+
+    def _by_hands(
+        self, rollouts: Sequence[Rollout], call: Callable[[OpenVLAOFT, _Microbatch], T]
+    ) -> Iterator[tuple[OpenVLAOFT, _Microbatch, T]]:
+        """`call` for every microbatch, on all devices at once; who made it, what of, and what came of it, in the order of microbatches."""
+        turns = self._microbatches(rollouts)
+        if len(self._hands) == 1:
+            yield from ((policy, one, call(policy, one)) for policy, one in turns)
+            return
+        learns = torch.is_grad_enabled()
+
+        def work(policy: OpenVLAOFT, one: _Microbatch) -> T:
+            with on(policy.device), torch.set_grad_enabled(learns):  # both are a thread's own
+                return call(policy, one)
+
+        with ThreadPoolExecutor(len(self._hands)) as pool:
+            while some := list(itertools.islice(turns, len(self._hands))):
+                waiting = [(*turn, pool.submit(work, *turn)) for turn in some]
+                for policy, one, made in waiting:
+                    yield policy, one, made.result()
+
+    @torch.no_grad()
+    def _add_gradient(self, copy: OpenVLAOFT) -> None:
+        """Of one microbatch, to what is there; the copy's own is forgotten."""
+        trained = self._lora | self._heads
+        for name, own in copy.network.named_parameters():
+            if name in trained and own.grad is not None:
+                there, more = trained[name], own.grad.to(trained[name].device)
+                there.grad = more if there.grad is None else there.grad.add_(more)
+            own.grad = None
 
     @torch.no_grad()
     def check_ratio(self, rollouts: Sequence[Rollout], iteration: int = 0) -> float:
         """Largest |ratio - 1| over the executed steps of `rollouts` under the present weights; RatioError above 1e-3 and for nan."""
         worst = 0.0
-        for _, observation, action, old, live in self._microbatches(rollouts):
-            new, _, _ = self.policy.evaluate_actions(observation, action)
-            error = float(((new - old)[live].double().exp() - 1.0).abs().max())
+        for _, one, (new, _, _) in self._by_hands(rollouts, _scored):
+            error = float(((new - one.old)[one.live].double().exp() - 1.0).abs().max())
             worst = max(worst, error)
             if not error <= RATIO_TOLERANCE:
                 raise RatioError(
@@ -188,9 +265,8 @@ class Learner:
         scored, gap = list(rollouts), 0.0
         for chosen in batches:
             parts = []
-            for _, observation, action, old, live in self._microbatches([rollouts[i] for i in chosen]):
-                new = self.policy.evaluate_actions(observation, action)[0]
-                log_ratio = (new - old)[live].double()
+            for _, one, (new, _, _) in self._by_hands([rollouts[i] for i in chosen], _scored):
+                log_ratio = (new - one.old)[one.live].double()
                 gap += float((log_ratio.exp() - 1.0 - log_ratio).sum())
                 parts.append(new.cpu())
             for i, log_prob in zip(chosen, torch.split(torch.cat(parts), [len(rollouts[i].live) for i in chosen]), strict=True):
@@ -223,6 +299,7 @@ class Learner:
             parameter.copy_(stored[name])
         self._optimizer.load_state_dict(dict(tree["optimizer"]))
         self._steps = tree["steps"]
+        self._follow()
 
     def merged(self) -> dict[str, torch.Tensor]:
         """The network's weights under their plain names, LoRA added to the pristine ones, which stay as they are."""

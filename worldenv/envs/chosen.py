@@ -50,6 +50,10 @@ class ChosenTasks:
         """See `TrueEnvironment`."""
         return self.whole.camera_of(self._chosen[task])
 
+    def close(self) -> None:
+        """See `TrueEnvironment`."""
+        self.whole.close()
+
     def versions(self) -> dict[str, str]:
         """See `TrueEnvironment`."""
         return self.whole.versions()

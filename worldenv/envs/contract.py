@@ -60,6 +60,10 @@ class TrueEnvironment(Protocol):
         """agentview in the scene of `task`."""
         ...
 
+    def close(self) -> None:
+        """Free what draws."""
+        ...
+
     def versions(self) -> dict[str, str]:
         """What decides the pixels: packages and the OpenGL renderer."""
         ...

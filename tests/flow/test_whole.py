@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from worldenv import checkpoint, report
+from worldenv import audit, checkpoint, report
+from worldenv.cli import eval as evaluate
 from worldenv.rollout.store import RolloutStore
 from worldenv.stages.desk import REPLAY_NUMBERS
+from worldenv.stages.evaluate import replayed_pairs
 
 FAST = ["--preset", "tiny", "--fast"]
 STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
@@ -139,6 +141,30 @@ def test_a_rollout_of_the_iteration_under_way_is_replayed(whole, tmp_path):
     number = RolloutStore(log).rollouts[0].number
     said = json.loads(train("--replay", number, "--out", again).stdout.splitlines()[-1])
     assert (said["rollout"], said["bit_equal"]) == (number, True)
+
+
+def test_a_runs_world_is_audited_with_other_rollouts_than_its_report(whole, tmp_path, capsys):
+    out, kept = whole[0], tmp_path / "pairs.safetensors"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for policy in ("scale", "loop"):
+        assert evaluate.main(["audit", str(out), "--policy", policy, "--episodes", "4", "--device", "cpu", "--out", str(kept), "--force"]) == 0
+        told = json.loads(capsys.readouterr().out.splitlines()[-1])
+        pairs = replayed_pairs(kept)
+        assert len(pairs) == told["episodes"] == sum(one["episodes"] for one in told["by_task"].values()) == 4
+        assert told["agree"] == sum((p.imagined_score > 0.5).any() == p.success.any() for p in pairs)
+        assert told["psnr_by_chunk"][0] == pytest.approx(np.mean([audit.psnr(p.imagined[:8], p.true[:8]) for p in pairs]))
+        first = [audit.psnr(np.broadcast_to(p.context.frame, (8, *p.context.frame.shape)), p.true[-8:]) for p in pairs]
+        assert told["psnr_copy_first_by_chunk"][-1] == pytest.approx(np.mean(first))
+        reported = replayed_pairs(out / "stages" / "eval" / f"replays-{'sft' if policy == 'scale' else 'loop'}.safetensors")
+        assert not np.array_equal(pairs[0].command, reported[0].command)  # from the same start state
+        assert np.array_equal(pairs[0].context.frame, reported[0].context.frame)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert evaluate.main(["audit", str(out), "--out", str(kept)]) == 2
+    assert evaluate.main(["audit", str(out), "--episodes", "0"]) == 2
+    assert evaluate.main(["audit", str(tmp_path)]) == 2
+    refused = [line.removeprefix("worldenv-eval: ") for line in capsys.readouterr().err.splitlines()]
+    for line, begins in zip(refused, (f"--out {kept} exists", "--episodes 0: want", f"{tmp_path}: no run there"), strict=True):
+        assert line.startswith(begins)
 
 
 def test_only_one_stage_again(whole):

@@ -1,7 +1,9 @@
-"""worldenv-eval: success of a policy in the true environment, by the paper's protocols; two evaluations paired; one episode laid open."""
+"""worldenv-eval: success of a policy in the true environment, by the paper's protocols; two evaluations paired; a learned world against the truth;
+one episode laid open."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from worldenv import checkpoint
+from worldenv import checkpoint, evaluation
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.config import EnginesConfig, EnvConfig
@@ -28,6 +30,7 @@ from worldenv.evaluation import Protocol
 from worldenv.nouns import ACTION_DIM
 from worldenv.policy.lerobot import LeRobotError
 from worldenv.run import snapshots
+from worldenv.stages.evaluate import audit_run
 from worldenv.trials import actors, inspection, runner
 from worldenv.trials.runner import EPISODES_PER_TASK, Evaluation
 
@@ -104,6 +107,24 @@ class CompareArgs:
     """Folder of an evaluation."""
     right: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Folder of another."""
+
+
+@dataclass(frozen=True)
+class AuditArgs:
+    """A run's learned world against the truth: rollouts of its policy with LOOP's noise, imagined, then the same commands in its true environment."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run; its stages to reward are needed, with --policy loop also loop."""
+    policy: Literal["loop", "scale"] = "loop"
+    """Whose rollouts: the policy after LOOP, or the one that it began from."""
+    episodes: int = 48
+    """Rollouts, from training states spread over the tasks."""
+    out: Path | None = None
+    """File for the pairs (.safetensors): context, commands, frames, scores, success."""
+    force: bool = False
+    """Overwrite --out where it exists."""
+    device: str = "auto"
+    """Of networks: auto, cpu, cuda."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +319,31 @@ def _inspect(argv: Sequence[str]) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "curve": _curve, "compare": _compare, "inspect": _inspect}
+def _audit(argv: Sequence[str]) -> int:
+    args = parse("worldenv-eval audit", AuditArgs, None, argv)
+    if args.episodes < 1:
+        raise ValueError(f"--episodes {args.episodes}: want at least 1")
+    if args.out is not None:
+        files.vacant(args.out, args.force)
+    with files.written(args.out) if args.out is not None else contextlib.nullcontext():
+        found = audit_run(args.run, "sft" if args.policy == "scale" else "loop", args.episodes, args.device, args.out)
+    rows = [*((name, one) for name, one in found["by_task"].items()), ("all", found)]
+    for name, one in rows:
+        low, high = (100 * end for end in evaluation.wilson(one["agree"], one["episodes"])) if one["episodes"] else (0.0, 100.0)
+        print(
+            f"{name[:60]:60}  agree {one['agree']:3}/{one['episodes']:<3} [{low:5.1f}, {high:5.1f}] %  imagined {one['imagined_successes']:3}, "
+            f"true {one['true_successes']:3}; only imagined {one['false_positives']}, only true {one['false_negatives']}; "
+            f"the reflector on true frames: {one['reflector_false_positives']}, {one['reflector_false_negatives']}"
+        )
+    for name, title in (("psnr_by_chunk", "imagined"), ("psnr_copy_first_by_chunk", "first frame repeated")):
+        print(f"PSNR by chunk, {title}: {' '.join(f'{value:.1f}' for value in found[name])} dB")
+    print(json.dumps({"run": str(args.run), "policy": args.policy, "out": str(args.out) if args.out else None, **found}))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": _run, "curve": _curve, "compare": _compare, "audit": _audit, "inspect": _inspect,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

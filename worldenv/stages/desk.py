@@ -30,9 +30,9 @@ from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
 from worldenv.world import ImaginedWorld
 
-LOOP_NUMBERS, REPLAY_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 3 << 30
-"""First rollout numbers of LOOP, of the audit and of what engines are compared on; exploration counts from 0. Numbers are the second half of
-noise keys: no two alike."""
+LOOP_NUMBERS, REPLAY_NUMBERS, AUDIT_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 5 << 29, 3 << 30
+"""First rollout numbers of LOOP, of stage eval's replays, of worldenv-eval audit and of what engines are compared on; exploration counts from 0.
+Numbers are the second half of noise keys: no two alike."""
 
 
 def open_env(settings: config.EnvConfig) -> ChosenTasks:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from worldenv import audit, checkpoint, evaluation
+from worldenv.config import EnginesConfig
 from worldenv.data.episode import Episode
 from worldenv.nouns import Context
 from worldenv.policy import weights as policies
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.contract import Judge
-from worldenv.run import Stage, snapshots
-from worldenv.stages.desk import REPLAY_NUMBERS, Desk
+from worldenv.run import Run, Stage, settings_of, snapshots
+from worldenv.stages.desk import AUDIT_NUMBERS, REPLAY_NUMBERS, Desk
 from worldenv.stages.fleet import Fleet, assembled
 from worldenv.world import ImaginedWorld
 
@@ -81,6 +83,33 @@ def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audi
         steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
     )  # fmt: skip
     return pairs, fleet.engines
+
+
+def audit_run(out: Path, name: Literal["sft", "loop"], episodes: int, device: str, kept: Path | None = None) -> dict[str, Any]:
+    """The learned world of the run in `out` against the truth: `episodes` rollouts of its policy before ("sft") or after LOOP, imagined and replayed.
+
+    Rollouts are others than those of stage eval, by eager networks, and nothing is written to the run; the pairs are kept in file `kept`. Returns
+    counts (`audit.agreement`), `psnr_by_chunk` [dB] of imagined against true frames, and `psnr_copy_first_by_chunk`, of the first frame repeated.
+    RunError and CheckpointError where a stage has left nothing, or is damaged.
+    """
+    settings = settings_of(out)
+    eager, few = EnginesConfig(back_end="eager"), replace(settings.report, replays=episodes)
+    desk = Desk(Run(out, replace(settings, device=device, engines=eager, report=few), leads=False))
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, _ = _replays(desk, name, Path(folder), AUDIT_NUMBERS)
+    if kept is not None:
+        checkpoint.save(kept, [_plain(pair) for pair in pairs])
+    chunk = settings.policy.chunk
+
+    def by_chunk(ours: Callable[[audit.Pair], Any]) -> list[float]:
+        starts = range(0, settings.env.steps, chunk)
+        return [float(np.mean([audit.psnr(ours(pair)[at : at + chunk], pair.true[at : at + chunk]) for pair in pairs])) for at in starts]
+
+    return {
+        **audit.agreement(pairs, desk.env.tasks, desk.reflector().config.threshold),
+        "psnr_by_chunk": by_chunk(lambda pair: pair.imagined),
+        "psnr_copy_first_by_chunk": by_chunk(lambda pair: np.broadcast_to(pair.context.frame, pair.true.shape)),
+    }
 
 
 def _plain(pair: audit.Pair) -> dict[str, Any]:

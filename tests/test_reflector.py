@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv.checkpoint import CheckpointError
@@ -337,6 +338,32 @@ def test_a_watch_holds_what_can_be_used_and_no_batch() -> None:
     assert watch[0].trunk == (0,)
     tensors = [watch[0].past, *watch[0].feature.values()]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("way", ["judge", "embed"])
+@SAMPLERS
+def test_no_pass_finds_what_an_earlier_one_made_in_memory(monkeypatch: pytest.MonkeyPatch, sampler: frames.Sampler, way: str) -> None:
+    """At the published size keys and values are 57 kB a token, and a call has up to a million tokens."""
+    monkeypatch.setattr(judge, "ROW_TOKENS", 100)
+    reflector = lively(replace(SMALL, sampler=sampler))
+    read, passes, most = reflector.llava.runs[graphs.LLM], list[StorageWeakRef](), 0
+
+    def watched(*given: torch.Tensor) -> Any:
+        nonlocal most
+        most = max(most, sum(not one.expired() for one in passes))
+        made = read(*given)
+        passes.extend(StorageWeakRef(one.untyped_storage()) for one in (given[0], *made))  # type: ignore[no-untyped-call]
+        return made
+
+    reflector.llava.runs[graphs.LLM] = watched
+    video = videos(4, 17)
+    if way == "judge":
+        reflector.judge(reflector.begin([INSTRUCTIONS[0]] * 4, video[:, 0]), video[:, 1:])
+    else:
+        with torch.no_grad():
+            reflector.embed([INSTRUCTIONS[0]] * 4, [one[:n] for one, n in zip(video, (1, 2, 4, 5), strict=True)])
+    assert len(passes) >= 3 * 4
+    assert most == 0
 
 
 def test_rows_reuse_what_is_known() -> None:

@@ -19,7 +19,7 @@ from worldenv import console
 from worldenv.data.episode import Episode
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.nouns import Context
-from worldenv.reflector.contract import Reflector
+from worldenv.reflector.contract import Reflector, scored
 from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
 from worldenv.world import World, advance, started
 
@@ -100,10 +100,10 @@ def replay(
         truth = [_true(env, flight.job.context, command) for flight, command in zip(some, commands, strict=True)]
         watched = torch.from_numpy(np.stack([frames for frames, _ in truth])).to(device)
         first = torch.from_numpy(np.stack([flight.job.context.frame for flight in some])).to(device)
-        true_scores, _ = reflector.judge(reflector.begin([flight.job.context.instruction for flight in some], first), watched)
+        true_scores = scored(reflector, [flight.job.context.instruction for flight in some], first, watched, replicas[0].policy.chunk)
         for i, flight in enumerate(some):
             frames, scores = flight.frames().numpy(), flight.rollout().score.flatten().numpy()
-            pairs.append(Pair(flight.job.context, commands[i], frames, scores, truth[i][0], true_scores[i].cpu().numpy(), truth[i][1]))
+            pairs.append(Pair(flight.job.context, commands[i], frames, scores, truth[i][0], true_scores[i].numpy(), truth[i][1]))
     return pairs
 
 

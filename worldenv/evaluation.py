@@ -23,7 +23,7 @@ from worldenv import console
 from worldenv.data.collect import Start, act_out
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.policy.contract import Policy
-from worldenv.reflector.contract import Reflector
+from worldenv.reflector.contract import Reflector, scored
 
 Protocol = Literal["oracle", "limit", "reflector"]
 _Z95 = 1.959963984540054
@@ -106,12 +106,7 @@ def evaluate(
         success += [[m.success for m in r.moments] for r in recorders]
         if reflector is not None:
             frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders])).to(device)
-            watch = reflector.begin([env.tasks[r.task] for r in recorders], frames[:, 0])
-            parts = []
-            for first in range(1, steps + 1, policy.chunk):
-                score, watch = reflector.judge(watch, frames[:, first : first + policy.chunk])
-                parts.append(score.cpu().numpy())
-            scores.append(np.concatenate(parts, axis=1))
+            scores.append(scored(reflector, [env.tasks[r.task] for r in recorders], frames[:, 0], frames[:, 1 : steps + 1], policy.chunk).numpy())
     return Outcomes(tuple(chosen), np.array(success), np.concatenate(scores) if scores else None, threshold)
 
 

@@ -28,7 +28,7 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import RewardConfig
 from worldenv.data.episode import Episode
 from worldenv.learning.sft import one_cycle
-from worldenv.reflector.contract import Judge
+from worldenv.reflector.contract import Judge, scored
 from worldenv.reflector.frames import shown
 from worldenv.reflector.judge import Embedding, LlavaReflector
 from worldenv.reflector.weights import fresh_head
@@ -219,12 +219,8 @@ def score(
         for some in (alike[i : i + batch] for i in range(0, len(alike), batch)):
             true = np.stack([episodes[e].frame for e in some])
             later = true[:, 1:] if drawn is None else np.stack([drawn[e][1:] for e in some])
-            watch = reflector.begin([episodes[e].instruction for e in some], torch.from_numpy(true[:, 0]))
-            parts = []
-            for frames in torch.split(torch.from_numpy(later), chunk, dim=1):
-                part, watch = reflector.judge(watch, frames)
-                parts.append(part.cpu())
-            for e, row in zip(some, torch.cat(parts, dim=1), strict=True):
+            asked = [episodes[e].instruction for e in some]
+            for e, row in zip(some, scored(reflector, asked, torch.from_numpy(true[:, 0]), torch.from_numpy(later), chunk), strict=True):
                 scores[e] = row.numpy()
     return scores
 

@@ -26,6 +26,18 @@ class Reflector(Protocol):
         ...
 
 
+def scored(reflector: Reflector, instruction: Sequence[str], first: torch.Tensor, later: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Scores (B, T) float32 on the CPU of B whole videos, `first` (B, H, W, 3) and `later` (B, T, H, W, 3) uint8, after each step but the first.
+
+    `chunk` frames at a time, as in a rollout: what a reflector computes is then the same, and so is what it can remember in between.
+    """
+    watch, parts = reflector.begin(instruction, first), []
+    for frames in torch.split(later, chunk, dim=1):
+        part, watch = reflector.judge(watch, frames)
+        parts.append(part.cpu())
+    return torch.cat(parts, dim=1)
+
+
 class Judge(Reflector, Protocol):
     """A reflector that says at which score it ends a rollout: `config.threshold`."""
 

@@ -6,7 +6,7 @@ judges the other way. Both are the same function of frames, instruction and weig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,8 +39,14 @@ class _Reading:
     row: Row
     watch: Watch
     geometry: Geometry
-    embedding: torch.Tensor
-    """(S, width)."""
+    embeddings: Sequence[torch.Tensor]
+    """Of its S tokens, in pieces (n, width): joined when it is read, so that all rows of a call need not be in memory at once."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """S, and P + S."""
+        new = self.row.tokens(self.geometry)
+        return new, self.row.known(self.geometry) + new
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,9 @@ class _Read:
     hidden: torch.Tensor
     """(S, width)."""
     fresh: torch.Tensor
-    """(layers, 2, kv_heads, S, d)."""
+    """(layers, 2, kv_heads, S, d): part of what the whole pass made, so whoever keeps some of it copies that."""
     plain: Layout
-    """Where its tokens stood: at the published size the largest thing to make, so it is made once."""
+    """Where its tokens stood."""
 
 
 class LlavaReflector:
@@ -111,15 +117,18 @@ class LlavaReflector:
         for i, one in enumerate(watch):
             planned = plan(self.config.sampler, self.config.frames, one.length, count, one.trunk, self._geometry(one.instruction))
             rows += [(i, row) for row in planned]
-        read = self._read(self._readings([(row, seen[i]) for i, row in rows]))
         pooled, answer = (torch.empty(len(watch), count, self.llava.width, device=self.llava.device) for _ in range(2))
         after = list(seen)
-        for (i, row), out in zip(rows, read, strict=True):
+
+        def take(number: int, out: _Read) -> None:
+            i, row = rows[number]
             at = [time - watch[i].length for time in row.times]
             embedding = self._pool(row, seen[i], out)
             pooled[i, at], answer[i, at] = embedding.pooled.float(), embedding.answer.float()
             if row.times[-1] == seen[i].length - 1:
                 after[i] = self._remember(row, watch[i], seen[i], out)
+
+        self._read(self._readings([(row, seen[i]) for i, row in rows]), take)
         return self.logit(Embedding(pooled, answer)).sigmoid(), after
 
     def embed(self, instruction: Sequence[str], clips: Sequence[torch.Tensor]) -> Embedding:
@@ -130,9 +139,13 @@ class LlavaReflector:
         for text, feature in zip(instruction, features, strict=True):
             path = tuple(range(len(feature)))
             wanted.append((single(path, path[-1]), Watch(text, len(path), dict(enumerate(feature)), None, past, total)))
-        readings = self._readings(wanted)
-        pools = [self._pool(one.row, one.watch, out) for one, out in zip(readings, self._read(readings), strict=True)]
-        return Embedding(torch.cat([pool.pooled for pool in pools]), torch.cat([pool.answer for pool in pools]))
+        pools: dict[int, Embedding] = {}
+
+        def take(number: int, out: _Read) -> None:
+            pools[number] = self._pool(*wanted[number], out)
+
+        self._read(self._readings(wanted), take)
+        return Embedding(*(torch.cat([getattr(pools[i], name) for i in range(len(wanted))]) for name in ("pooled", "answer")))
 
     @torch.no_grad()
     def strict(self, instruction: str, video: torch.Tensor, times: Iterable[int]) -> torch.Tensor:
@@ -157,25 +170,29 @@ class LlavaReflector:
         geometry = {text: self._geometry(text) for text in texts}
         readings = []
         for row, watch in wanted:
-            parts = [watch.feature[f] for f in row.frames] + [asked[watch.instruction]] * len(row.times)
-            readings.append(_Reading(row, watch, geometry[watch.instruction], torch.cat([opening, *parts] if row.opens else parts)))
+            # views of their own: so gradients of shared words are summed in this order too, and not in that of the passes
+            words = [opening.view_as(opening)] if row.opens else []
+            questions = [asked[watch.instruction].view_as(asked[watch.instruction])] * len(row.times)
+            readings.append(_Reading(row, watch, geometry[watch.instruction], [*words, *(watch.feature[f] for f in row.frames), *questions]))
         return readings
 
-    def _read(self, readings: Sequence[_Reading]) -> list[_Read]:
-        """Read every row, in passes of rows of like length."""
-        layouts = [layout(one.row, one.geometry, self.llava.device) for one in readings]
-        order = sorted(range(len(readings)), key=lambda i: layouts[i].allowed.shape)
-        out: list[_Read | None] = [None] * len(readings)
-        for batch in _batches(order, [tuple(one.allowed.shape) for one in layouts]):
-            new = max(layouts[i].allowed.shape[0] for i in batch)
-            old = max(layouts[i].allowed.shape[1] - layouts[i].allowed.shape[0] for i in batch)
-            embedding = pad_sequence([readings[i].embedding for i in batch], batch_first=True)
-            position, allowed, past = _alike(readings, layouts, batch) or _padded(readings, layouts, batch, new, old)
-            hidden, keys = self.llava.read(embedding, allowed, position, past)
-            for b, i in enumerate(batch):
-                fresh = layouts[i].allowed.shape[0]
-                out[i] = _Read(hidden[b, :fresh], keys[:, :, b, :, :fresh], layouts[i])
-        return [one for one in out if one is not None]
+    def _read(self, readings: Sequence[_Reading], take: Callable[[int, _Read], None]) -> None:
+        """Read every row, in passes of rows of like length; `take` is given each row's number and what came out of it, pass by pass."""
+        shapes = [one.shape for one in readings]
+        for batch in _batches(sorted(range(len(readings)), key=lambda i: shapes[i]), shapes):
+            self._pass(readings, batch, take)
+
+    def _pass(self, readings: Sequence[_Reading], batch: Sequence[int], take: Callable[[int, _Read], None]) -> None:
+        """As `_read`, of the rows `batch`. What they hold in memory, keys and values above all, is free again when this returns."""
+        layouts = {i: layout(readings[i].row, readings[i].geometry, self.llava.device) for i in batch}
+        new = max(readings[i].shape[0] for i in batch)
+        old = max(readings[i].shape[1] - readings[i].shape[0] for i in batch)
+        embedding = pad_sequence([torch.cat(list(readings[i].embeddings)) for i in batch], batch_first=True)
+        position, allowed, past = _alike(readings, layouts, batch) or _padded(readings, layouts, batch, new, old)
+        hidden, keys = self.llava.read(embedding, allowed, position, past)
+        for b, i in enumerate(batch):
+            fresh = readings[i].shape[0]
+            take(i, _Read(hidden[b, :fresh], keys[:, :, b, :, :fresh], layouts[i]))
 
     def _pool(self, row: Row, watch: Watch, out: _Read) -> Embedding:
         """Embeddings at the row's questions."""
@@ -228,7 +245,9 @@ class LlavaReflector:
         return replace(watch, feature=feature, trunk=trunk, past=torch.cat(pieces, dim=-2), total=total)
 
 
-def _alike(readings: Sequence[_Reading], layouts: Sequence[Layout], batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def _alike(
+    readings: Sequence[_Reading], layouts: Mapping[int, Layout], batch: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Position, visibility (one for all rows) and past of a pass whose rows are laid out alike, as those of a group that grows in step; else None."""
     first = readings[batch[0]]
     if any((readings[i].row, readings[i].geometry) != (first.row, first.geometry) for i in batch):
@@ -238,7 +257,7 @@ def _alike(readings: Sequence[_Reading], layouts: Sequence[Layout], batch: Seque
 
 
 def _padded(
-    readings: Sequence[_Reading], layouts: Sequence[Layout], batch: Sequence[int], new: int, old: int
+    readings: Sequence[_Reading], layouts: Mapping[int, Layout], batch: Sequence[int], new: int, old: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `_alike`, row by row, each with padding behind its old and its new tokens."""
     like = readings[batch[0]].watch.past

@@ -30,6 +30,7 @@ from worldenv.nouns import Context, Rollout
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
+from worldenv.reflector.judge import Watching
 from worldenv.rollout.collect import ALL_PARTS, Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform, placement
 from worldenv.rollout.store import differing
 from worldenv.simulator.evac import Evac
@@ -136,6 +137,11 @@ class Bench:
         """A rollout's limit."""
         return self.args.limit // self.chunk
 
+    @property
+    def watching(self) -> Watching:
+        """What the judge is asked."""
+        return Watching(sorted({job.context.instruction for job in self.jobs}), self.args.limit, self.chunk)
+
     def schedule(self, bucket: int | None = None, slots: int | None = None) -> Schedule:
         """The one that is measured, or one with another bucket or slots."""
         return Schedule(slots or self.args.slots, bucket or self.args.bucket, overlap=self.args.overlap, streams=self.args.streams)
@@ -236,7 +242,7 @@ def _networks(bench: Bench, replica: Replica) -> tuple[Evac, list[compiled.Netwo
     assert isinstance(replica.policy, OpenVLAOFT)
     simulator, judge = inside(replica.world)
     precision, slots = compiled.precision_of(config.EnginesConfig(), replica.device), bench.args.slots  # lock step has all slots in one batch
-    return simulator, compiled.of_rollout(replica.policy, simulator, judge, precision, slots, slots * bench.chunk)
+    return simulator, compiled.of_rollout(replica.policy, simulator, judge, bench.watching, precision, slots)
 
 
 def scheduled(bench: Bench, schedule: Schedule, jobs: Sequence[Assignment]) -> Outcome:

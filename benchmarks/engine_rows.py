@@ -31,7 +31,7 @@ from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
-from worldenv.reflector.judge import LlavaReflector
+from worldenv.reflector.judge import LlavaReflector, Watching
 from worldenv.simulator.evac import Evac
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ NARROW_OFT = dataclasses.replace(
 NARROW_LLAVA = dataclasses.replace(LLAVA_ONEVISION, vision_layers=1, layers=1)
 """The published widths, heads and pictures, with as few layers as there can be."""
 _INSTRUCTIONS = ("put the bowl on the plate", "open the drawer")
+_BRIEFLY = Watching(_INSTRUCTIONS, steps=2, chunk=1)
+"""Passes of a few hundred tokens, which a CPU can make at the published widths; at the published size, lengths are fixed anyway."""
 _SCORES_AGREE = 1e-3
 """Largest difference of a score between rollouts by engines and by eager networks, which must end at the same steps."""
 
@@ -80,7 +82,7 @@ def subject(
     policy, world = bench.replica.policy, bench.replica.world
     assert isinstance(policy, OpenVLAOFT)
     simulator, judge = bench_rollout.inside(world)
-    everything = compiled.of_rollout(policy, simulator, judge, precision, rows)
+    everything = compiled.of_rollout(policy, simulator, judge, bench.watching, precision, rows)
 
     def recorded() -> Mapping[str, Sequence[Any]]:
         with compiled.recording(everything) as recorders:
@@ -99,7 +101,7 @@ def _published(narrow: bool, device: torch.device, precision: Precision) -> Subj
     everything = compiled.of_simulator(simulator, precision, batch)
     if narrow:
         everything += compiled.of_policy(random_policy(oft, setting), precision, batch)
-        everything += compiled.of_reflector(random_reflector(llava, setting), precision, batch)
+        everything += compiled.of_reflector(random_reflector(llava, setting), _BRIEFLY, precision)
 
     def recorded() -> Mapping[str, Sequence[Any]]:
         return {one.name: [one.recipe.example({}, seed, str(device)) for seed in range(2)] for one in everything}
@@ -134,7 +136,7 @@ def _oft(setting: Setting, precision: Precision, which: int) -> compiled.Network
 
 
 def _llava(setting: Setting, precision: Precision, which: int) -> compiled.Network:
-    return compiled.of_reflector(_kept_reflector((_LLAVA_EYES, _LLAVA_WORDS)[which], setting), precision)[which]
+    return compiled.of_reflector(_kept_reflector((_LLAVA_EYES, _LLAVA_WORDS)[which], setting), _BRIEFLY, precision)[which]
 
 
 @functools.lru_cache(maxsize=1)

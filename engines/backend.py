@@ -17,7 +17,8 @@ import difflib
 import importlib
 import platform
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -59,22 +60,27 @@ class Engine(Protocol):
         ...
 
 
+_Change = tuple[list[int] | None, torch.dtype]
+"""Of one input: its shape where it is repeated, and its type."""
+
+
 class Running:
     """An engine as a network calls it: inputs become the recipe's types, what is alike for all rows is repeated, outputs are of the caller's type."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._changes: dict[Signature, list[tuple[list[int] | None, torch.dtype]]] = {}
-        """What is done to each input: its shape where it is repeated, and its type."""
+    def __init__(self, engine: Engine, outside: Callable[..., Any] | None = None) -> None:
+        """`outside` takes inputs of lengths that the engine was not built for, which is said once; without it they are an EngineError."""
+        self.engine, self._outside, self._told = engine, outside, False
+        self._changes: dict[Signature, list[_Change] | None] = {}
+        """What is done to each input; None where the engine was not built for them."""
 
     def __call__(self, *given: torch.Tensor) -> Any:
         """As the engine."""
         asked = signature(given)
-        if (changes := self._changes.get(asked)) is None:  # once for what comes again at every step of every chunk
-            shapes = zip(self._repeated(given), given, strict=True)
-            changed = [None if shape == list(one.shape) else shape for shape, one in shapes]
-            kinds = [self.engine.recipe.kind_of(binding) for binding in self.engine.recipe.inputs]
-            changes = self._changes[asked] = list(zip(changed, kinds, strict=True))
+        if asked not in self._changes:  # once for what comes again at every step of every chunk
+            self._changes[asked] = self._changed(given)
+        if (changes := self._changes[asked]) is None:
+            assert self._outside is not None
+            return self._outside(*given)
         ready = []
         for one, (shape, kind) in zip(given, changes, strict=True):
             wide = one if shape is None else one.expand(shape)
@@ -82,6 +88,20 @@ class Running:
         made = self.engine(*ready)
         own = next((one.dtype for one in given if one.is_floating_point()), torch.float32)
         return tuple(one.to(own) for one in made) if isinstance(made, tuple) else made.to(own)
+
+    def _changed(self, given: Sequence[torch.Tensor]) -> list[_Change] | None:
+        shapes, recipe = self._repeated(given), self.engine.recipe
+        kinds = [recipe.kind_of(binding) for binding in recipe.inputs]
+        if self._outside is not None:
+            try:
+                recipe.check([torch.empty(shape, dtype=kind, device="meta") for shape, kind in zip(shapes, kinds, strict=True)])
+            except EngineError as error:
+                if not self._told:
+                    warnings.warn(f"{error}; until then, eager runs what is outside them", RuntimeWarning, stacklevel=3)
+                self._told = True
+                return None
+        changed = (None if shape == list(one.shape) else shape for shape, one in zip(shapes, given, strict=True))
+        return list(zip(changed, kinds, strict=True))
 
     def _repeated(self, given: Sequence[torch.Tensor]) -> list[list[int]]:
         recipe = self.engine.recipe

@@ -12,10 +12,8 @@ NAME = "reflector_llm"
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2, "fp8": 5e-2}
 
 
-def recipe(
-    config: ReflectorConfig, precision: Precision = "fp32", row: Range = (1, 2, 32), new: Range = (2, 64, 4096), old: Range = (0, 32, 8192)
-) -> EngineRecipe:
-    """For a reflector of this size: `row` sequences, each of `new` tokens behind `old` ones."""
+def recipe(config: ReflectorConfig, row: Range, new: Range, old: Range, precision: Precision = "fp32") -> EngineRecipe:
+    """For a reflector of this size: `row` sequences, each of `new` tokens behind `old` ones. How many there are is the sampler's, see `compiled`."""
     kept: Precision = "bf16" if precision == "fp8" else precision
     head = config.width // config.heads
     inputs = (

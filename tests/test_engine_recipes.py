@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,13 @@ from worldenv import compiled
 from worldenv.benchmarks import engine_rows, networks
 from worldenv.config import EVAC, EVAC_RLINF, LLAVA_ONEVISION, OPENVLA_OFT, TINY
 from worldenv.engines import backend, export, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
+from worldenv.engines.eager import Eager
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
 from worldenv.kernels import group_norm
+from worldenv.reflector import judge as judge_module
 from worldenv.reflector import weights
+from worldenv.reflector.contract import scored
+from worldenv.reflector.judge import Watching
 from worldenv.simulator.evac import Evac
 from worldenv.simulator.layers import FrameNorm, UpsampleConv
 from worldenv.simulator.unet import CausalConv, FeedForward, ResBlock, SpatialTransformer
@@ -26,7 +32,8 @@ from worldenv.simulator.unet import CausalConv, FeedForward, ResBlock, SpatialTr
 def everything(evac=TINY.simulator, oft=TINY.policy, llava=TINY.reflector, precision="fp32"):  # type: ignore[no-untyped-def]
     return [
         simulator_unet.recipe(evac, precision), *simulator_vae.recipes(evac, precision), policy_backbone.recipe(oft, precision),
-        policy_heads.recipe(oft), reflector_vision.recipe(llava, precision), reflector_llm.recipe(llava, precision),
+        policy_heads.recipe(oft), reflector_vision.recipe(llava, precision),
+        reflector_llm.recipe(llava, (1, 2, 32), (2, 64, 4096), (0, 32, 8192), precision),
     ]  # fmt: skip
 
 
@@ -59,7 +66,7 @@ def test_eager_networks_take_what_their_recipes_say() -> None:
     simulator = Evac.initialised(SIMULATOR, 0).eval()
     judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
     policy = small_policy(SMALL)
-    for network in compiled.of_rollout(policy, simulator, judge):
+    for network in compiled.of_rollout(policy, simulator, judge, Watching(["push"], 8, 4)):
         for at in (0, 1):
             given = network.recipe.example(at)
             network.recipe.check(given)
@@ -116,12 +123,53 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_a_batch_of_any_bucket_is_in_range() -> None:
-    """`loop.bucket` and `loop.judge_bucket` have no limit, and engines are made for them."""
+    """`loop.bucket` has no limit, and engines are made for it."""
     judge = weights.initialise(SMALL_REFLECTOR, ("push",), 0)
-    networks = compiled.of_rollout(small_policy(SMALL), Evac.initialised(SIMULATOR, 0), judge, "fp32", 48, 72)
+    networks = compiled.of_rollout(small_policy(SMALL), Evac.initialised(SIMULATOR, 0), judge, Watching(["push"], 8, 4), "fp32", 48)
     most = {one.name: next(high for _, _, high in one.recipe.ranges.values()) for one in networks}
     assert most["simulator_unet"] == most["policy_backbone"] == most["policy_heads"] == 48
-    assert most["reflector_llm"] == 72
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "stable_dyadic"])
+@pytest.mark.parametrize(("videos", "steps"), [(3, 32), (40, 8), (2, 4), (2, 30)])
+def test_every_pass_of_watched_videos_is_in_range(monkeypatch: pytest.MonkeyPatch, sampler: Any, videos: int, steps: int) -> None:
+    """At the published size and 216 steps, rows of the uniform sampler have up to 13704 tokens, and of the other up to 3904."""
+    monkeypatch.setattr(judge_module, "ROW_TOKENS", 300)
+    monkeypatch.setattr(compiled, "ROW_TOKENS", 300)
+    judge = weights.initialise(dataclasses.replace(SMALL_REFLECTOR, sampler=sampler), ("push", "push it there"), 0).freeze()
+    judge.head = weights.fresh_head(judge.config, 0)
+    texts = ["push", "push it there"]
+    recipe = compiled.of_reflector(judge, Watching(texts, steps, 4))[1].recipe
+    read, seen = judge.llava.runs[recipe.name], list[dict[str, int]]()
+
+    def checked(*given: torch.Tensor) -> Any:
+        wide = [one.expand(len(given[0]), *one.shape[1:]) for one in given[:4]]
+        recipe.check([*wide, given[4]])
+        seen.append(recipe.lengths([*wide, given[4]]))
+        return read(*given)
+
+    judge.llava.runs[recipe.name] = checked
+    side = judge.config.image
+    frames = torch.zeros(videos, 1 + steps, side, side, 3, dtype=torch.uint8)
+    scored(judge, [texts[i % 2] for i in range(videos)], frames[:, 0], frames[:, 1:], 4)
+    if steps % 4 == 0:  # and no more than that
+        assert max(one["new"] for one in seen) == recipe.ranges["new"][2]
+        assert max([2, *(one["old"] for one in seen)]) == recipe.ranges["old"][2]
+
+
+def test_inputs_that_an_engine_was_not_built_for_run_by_the_module_and_that_is_said_once() -> None:
+    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}), Binding("y", {"batch": (1, 2, 4), "width": 3})), ("z",), 1e-5)
+    engine = Eager(lambda x, y: x + y, recipe)
+    other = backend.Running(engine, lambda x, y: x - y)
+    long, fits = torch.ones(5, 3), torch.ones(4, 3)
+    assert torch.equal(other(fits, fits[:1]), 2 * fits)
+    with pytest.warns(RuntimeWarning, match=r"toy: input x is \(5, 3\).*want \(batch 1..4, width 3\).*eager runs what is outside"):
+        assert torch.equal(other(long, long), 0 * long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(other(long, long), 0 * long)
+        assert torch.equal(other(torch.ones(6, 3), torch.ones(1, 3)), torch.zeros(6, 3))
+        assert torch.equal(other(fits, fits), 2 * fits)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

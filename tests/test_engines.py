@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from small_policy import SMALL, small_policy
+from small_policy import INSTRUCTIONS, SMALL, small_policy
 from test_reflector import SMALL as SMALL_REFLECTOR
 from test_rollout_bits import GROUP, SEED, SMALL_SIMULATOR, Plant, check, fly, networks, plant
 from test_simulator import trained
@@ -23,11 +23,12 @@ from worldenv.benchmarks.bench_rollout import inside
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import EnginesConfig, LoopConfig
 from worldenv.engines import backend, export, inductor, onnxruntime, parity, policy_heads
-from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
+from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, Precision, relative_error
 from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store
 from worldenv.learning.loop.update import RATIO_TOLERANCE, Learner
 from worldenv.policy.openvla_oft import OpenVLAOFT
+from worldenv.reflector.judge import Watching
 from worldenv.rollout.collect import Schedule
 
 CPU = torch.device("cpu")
@@ -64,9 +65,9 @@ class Engined:
     kept: Path
 
 
-def everything(replica: Any) -> list[compiled.Network]:
+def everything(replica: Any, precision: Precision = "fp32") -> list[compiled.Network]:
     simulator, judge = inside(replica.world)
-    return compiled.of_rollout(replica.policy, simulator, judge)
+    return compiled.of_rollout(replica.policy, simulator, judge, Watching(INSTRUCTIONS, 3 * POLICY.chunk, POLICY.chunk), precision)
 
 
 def rollouts_of(like: Plant, replica: Any) -> Any:
@@ -347,7 +348,7 @@ def test_what_a_cpu_cannot_run_is_refused(store: Store) -> None:
 
 
 def test_narrow_weights_keep_their_norms_wide() -> None:
-    network = compiled.of_reflector(networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy).world._reflector, "bf16")[0]
+    network = everything(networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy), "bf16")[5]
     made = export.prepared(network.eager, network.recipe)
     kinds = {name: tensor.dtype for name, tensor in made.named_parameters()}
     assert {kind for name, kind in kinds.items() if "layer_norm" in name} == {torch.float32}

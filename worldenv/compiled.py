@@ -42,7 +42,7 @@ from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network as PolicyNetwork
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector import graphs as reflector_graphs
-from worldenv.reflector.judge import LlavaReflector
+from worldenv.reflector.judge import ROW_TOKENS, LlavaReflector, Watching
 from worldenv.simulator import graphs as simulator_graphs
 from worldenv.simulator.evac import DELTA_DIM, Evac, Memory
 
@@ -94,22 +94,31 @@ def of_policy(policy: OpenVLAOFT, precision: Precision = "fp32", batch: Range = 
     return [Network(one, modules[one.name], _plain_policy(policy, one.name), policy.runs) for one in recipes if one.name in modules]
 
 
-def of_reflector(reflector: object, precision: Precision = "fp32", row: Range = (1, 2, 32)) -> list[Network]:
-    """Vision tower and language model, of `row` sequences at once; nothing of a judge that is no LLaVA."""
+def of_reflector(reflector: object, watching: Watching, precision: Precision = "fp32") -> list[Network]:
+    """Vision tower and language model, for all passes that come up in `watching`; nothing of a judge that is no LLaVA."""
     if not isinstance(reflector, LlavaReflector):
         return []
     modules = reflector_graphs.graphs(reflector.llava.model)
-    recipes = (reflector_vision.recipe(reflector.config, precision), reflector_llm.recipe(reflector.config, precision, row))
+    language = reflector_llm.recipe(reflector.config, *_passes(reflector.row_tokens(watching)), precision)
+    recipes = (reflector_vision.recipe(reflector.config, precision), language)
     return [Network(one, modules[one.name], _itself(modules[one.name]), reflector.llava.runs) for one in recipes]
 
 
+def _passes(tokens: Sequence[tuple[int, int]]) -> tuple[Range, Range, Range]:
+    """Rows in a pass, their new tokens and their old ones, where rows have so many of these: the usual ones, and the most that come up."""
+    new, old = (sorted(some) for some in zip(*tokens, strict=True))
+    rows = max(1, ROW_TOKENS // new[0])
+    # an axis that varies needs two lengths, also where all that is judged is one chunk and nothing is old
+    return (1, min(2, rows), rows), (2, new[len(new) // 2], new[-1]), (0, old[len(old) // 2], max(2, old[-1]))
+
+
 def of_rollout(
-    policy: OpenVLAOFT | None, simulator: Evac | None, reflector: object, precision: Precision = "fp32", bucket: int = 4, judged: int = 1
+    policy: OpenVLAOFT | None, simulator: Evac | None, reflector: object, watching: Watching, precision: Precision = "fp32", bucket: int = 4
 ) -> list[Network]:
-    """All networks of a rollout, of these, for batches of up to `bucket` rollouts, and the judge's of up to `judged` frames."""
+    """All networks of a rollout, of these, for batches of up to `bucket` rollouts and for all that the judge is asked in `watching`."""
     simulated = of_simulator(simulator, precision, (1, 4, max(16, bucket))) if simulator is not None else []
     acting = of_policy(policy, precision, (1, 4, max(32, bucket))) if policy is not None else []
-    return [*simulated, *acting, *of_reflector(reflector, precision, (1, 2, max(32, judged)))]
+    return [*simulated, *acting, *of_reflector(reflector, watching, precision)]
 
 
 def _itself(module: nn.Module) -> Callable[[], nn.Module]:
@@ -271,9 +280,10 @@ def compare_loops(simulator: Evac, choices: Sequence[Choice], given: LoopInputs)
 
 
 def place(choices: Sequence[Choice]) -> None:
-    """Have the networks run by what was chosen."""
+    """Have the networks run by what was chosen; what is outside an engine's ranges by the network's own module."""
     for one in choices:
-        one.network.runs[one.network.name] = one.engine if one.engine.back_end == "eager" else Running(one.engine)
+        network, eager = one.network, Eager(one.network.eager, one.network.recipe)
+        network.runs[network.name] = one.engine if one.engine.back_end == "eager" else Running(one.engine, eager)
 
 
 @contextlib.contextmanager

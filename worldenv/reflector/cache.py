@@ -149,6 +149,12 @@ def plan(sampler: Sampler, limit: int, length: int, count: int, trunk: tuple[int
     return best[-1][1]
 
 
+def trunk_after(sampler: Sampler, limit: int, time: int) -> tuple[int, ...]:
+    """The frames shown at `time` that stand at the same places at the next time: those whose keys and values are worth keeping."""
+    now = shown(sampler, time, limit)
+    return now[: shared_length(now, shown(sampler, time + 1, limit))]
+
+
 def single(path: tuple[int, ...], time: int) -> Row:
     """The row that asks once after the frames `path`, with nothing known: strict recomputation."""
     return _row(None, (time,), (path,))

@@ -13,13 +13,25 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from worldenv.config import ReflectorConfig
-from worldenv.reflector.cache import Geometry, Layout, Row, Watch, layout, plan, shared_length, single
+from worldenv.reflector.cache import Geometry, Layout, Row, Watch, layout, plan, single, trunk_after
 from worldenv.reflector.frames import needed, shown
 from worldenv.reflector.head import RewardHead
 from worldenv.reflector.llava import Llava
 
 ROW_TOKENS = 4096
 """Tokens of the language model per pass, padding included, unless one row alone has more."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What a reflector will be asked to judge: which passes of the language model there will be follows from it."""
+
+    instruction: Sequence[str]
+    """Of the videos."""
+    steps: int
+    """Frames of the longest video after its first."""
+    chunk: int
+    """Frames judged at a time."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,21 @@ class LlavaReflector:
         self._read(self._readings(wanted), take)
         return Embedding(*(torch.cat([getattr(pools[i], name) for i in range(len(wanted))]) for name in ("pooled", "answer")))
 
+    def row_tokens(self, watching: Watching) -> list[tuple[int, int]]:
+        """New tokens, and old ones that they follow, of every row that is read while a video of each instruction is judged so.
+
+        Where the last chunk is a shorter one, of what is read when it is whole too: an imagined video ends with a whole chunk.
+        """
+        sampler, limit, found = self.config.sampler, self.config.frames, list[tuple[int, int]]()
+        for geometry in {self._geometry(text) for text in watching.instruction}:
+            trunk: tuple[int, ...] | None = None
+            for length in range(1, watching.steps + 1, watching.chunk):
+                for count in {watching.chunk, min(watching.chunk, watching.steps + 1 - length)}:
+                    rows = plan(sampler, limit, length, count, trunk, geometry)
+                    found += [(row.tokens(geometry), row.known(geometry)) for row in rows]
+                trunk = trunk_after(sampler, limit, length + watching.chunk - 1)
+        return found
+
     @torch.no_grad()
     def strict(self, instruction: str, video: torch.Tensor, times: Iterable[int]) -> torch.Tensor:
         """Scores (len(times),) of one video (T + 1, H, W, 3) uint8 at `times`, each recomputed from its first pixel."""
@@ -224,8 +251,7 @@ class LlavaReflector:
         What is new is copied, so that it does not hold a whole batch in memory.
         """
         sampler, limit, time = self.config.sampler, self.config.frames, watch.length - 1
-        now = shown(sampler, time, limit)
-        trunk = now[: shared_length(now, shown(sampler, time + 1, limit))]
+        trunk = trunk_after(sampler, limit, time)
         geometry = self._geometry(watch.instruction)
         path = row.lineage(row.ends[-1])
         reused = min(row.depth[path[0]], len(trunk))

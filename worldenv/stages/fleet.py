@@ -21,6 +21,7 @@ from worldenv.engines.store import Store
 from worldenv.envs.true_world import TrueWorld
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.contract import Judge
+from worldenv.reflector.judge import Watching
 from worldenv.rollout.collect import Assignment, Part, Replica
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import RECORD_NUMBERS, Desk
@@ -94,7 +95,8 @@ def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | N
 def _in_truth(desk: Desk, policy: OpenVLAOFT) -> _Member:
     """It has a home, and so one device."""
     replica = Replica(policy, TrueWorld(desk.env, desk.device), desk.devices[0])
-    return _Member(replica, policy, compiled.of_rollout(policy, None, None, _precision(desk), desk.settings.loop.bucket), None)
+    networks = compiled.of_rollout(policy, None, None, _watching(desk, policy), _precision(desk), desk.settings.loop.bucket)
+    return _Member(replica, policy, networks, None)
 
 
 def _in_imagination(desk: Desk, policy: OpenVLAOFT, reflector: Judge) -> list[_Member]:
@@ -108,7 +110,7 @@ def _in_imagination(desk: Desk, policy: OpenVLAOFT, reflector: Judge) -> list[_M
         judge = None
         if "reflector" in parts:
             judge = given.pop() if given else desk.reflector(device)
-        networks = compiled.of_rollout(acts, simulator, judge, _precision(desk), loop.bucket, loop.judge_bucket * policy.chunk)
+        networks = compiled.of_rollout(acts, simulator, judge, _watching(desk, policy), _precision(desk), loop.bucket)
         members.append(_Member(Replica(acts or policy, desk.world(judge, simulator, device), device, parts), acts, networks, simulator))
     return members
 
@@ -121,6 +123,10 @@ def _copied(policy: OpenVLAOFT, device: torch.device) -> OpenVLAOFT:
 
 def _store(desk: Desk) -> Store:
     return Store(desk.run.out / "engines", int(desk.settings.engines.limit_gb * 1e9))
+
+
+def _watching(desk: Desk, policy: OpenVLAOFT) -> Watching:
+    return Watching(desk.env.tasks, desk.settings.env.steps, policy.chunk)
 
 
 def _precision(desk: Desk) -> Precision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from worldenv.policy.lerobot import LeRobotPolicy
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.contract import Judge
+from worldenv.reflector.judge import Watching
 from worldenv.robots.contract import Robot
 from worldenv.trials.episode import Answer, Question
 
@@ -190,13 +192,13 @@ class Bench:
     judge: Judge | None
     device: torch.device
 
-    def networks(self, engines: EnginesConfig) -> list[compiled.Network]:
-        """What `engines` may run. ValueError for a policy in another process."""
+    def networks(self, engines: EnginesConfig, tasks: Sequence[str], limit: int) -> list[compiled.Network]:
+        """What `engines` may run in episodes of `tasks` of up to `limit` control steps. ValueError for a policy in another process."""
         if not isinstance(self.actor, PolicyActor):
             raise ValueError("--engines.back-end: this policy runs in a process of its own, which no engine reaches")
         precision = compiled.precision_of(engines, self.device)
         mine = compiled.of_policy(self.actor.policy, precision) if isinstance(self.actor.policy, OpenVLAOFT) else []
-        return mine + compiled.of_reflector(self.judge, precision)
+        return mine + compiled.of_reflector(self.judge, Watching(tasks, limit, self.actor.policy.chunk), precision)
 
     def __post_init__(self) -> None:
         self._watches: dict[int, Any] = {}

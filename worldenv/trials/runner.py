@@ -304,8 +304,9 @@ def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> None:
             _drive(play(env, start, asked.mode, limit, None, 0, asked.seed), bench.answer)
 
     try:
+        networks = bench.networks(asked.engines, [env.tasks[task] for task in asked.tasks], asked.limit)
         store = Store(out.parent / "engines", int(asked.engines.limit_gb * 1e9))
-        compiled.fitted(bench.networks(asked.engines), rollouts, asked.engines, store, out / "engines.json")
+        compiled.fitted(networks, rollouts, asked.engines, store, out / "engines.json")
     finally:
         env.close()
 

@@ -23,8 +23,11 @@ _Captured = tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...], Any]
 class Replayed:
     """`call` on CUDA, from a graph where its shapes have come up before. Outputs are copies: the next replay does not overwrite them."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., Any], few: bool) -> None:
+        """Unless `few` shapes come up (`EngineRecipe.few`), all calls are made as they are: each graph would hold a copy of what a language model is
+        given, hundreds of megabytes of keys and values, for a length that hardly comes up again."""
         self._call, self._lock = call, threading.Lock()
+        self._most = MOST_SHAPES if few else 0
         self._graphs: dict[tuple[Any, ...], _Captured | None] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -48,7 +51,7 @@ class Replayed:
                 self._done.record()
 
     def _made(self, key: tuple[Any, ...], given: tuple[torch.Tensor, ...]) -> Any:
-        if key not in self._graphs and len(self._graphs) < MOST_SHAPES:
+        if key not in self._graphs and len(self._graphs) < self._most:
             self._graphs[key] = self._captured(given)
         captured = self._graphs.get(key)
         if captured is None:

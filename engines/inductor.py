@@ -1,4 +1,4 @@
-"""Back end inductor: AOTInductor's compiled graph; on CUDA replayed from CUDA graphs, one for each shape that comes up.
+"""Back end inductor: AOTInductor's compiled graph; on CUDA replayed from CUDA graphs where few shapes come up.
 
 A plan is machine code for one kind of machine. Its weights are exchanged in place, between two calls.
 """
@@ -44,7 +44,7 @@ class Inductor:
             raise EngineError(f"{recipe.name}: AOTInductor does not load {plan}: {error}; build it anew") from error
         self._names = set(self._loaded.get_constant_fqns())
         self._shapes = {name: torch.Size(shape) for name, shape in json.loads((plan.parent / _SHAPES).read_text()).items()}
-        self._call: Any = Replayed(self._loaded) if device.type == "cuda" else self._loaded
+        self._call: Any = Replayed(self._loaded, recipe.few) if device.type == "cuda" else self._loaded
 
     @torch.no_grad()
     def __call__(self, *given: torch.Tensor) -> Any:

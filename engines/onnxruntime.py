@@ -27,19 +27,18 @@ from worldenv.engines.store import Store
 # before it is imported: else it puts an id of this machine into the home and sends usage events from then on
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_FEW = 64
-"""Where no axis is longer, each shape that comes up gets a session of its own; else, as in a language model, one session takes all."""
-
 
 class OnnxRuntime:
-    """See `Engine`. One thread: whoever has more cores calls from several threads, which share it, or takes one `on_threads`."""
+    """See `Engine`. One thread: whoever has more cores calls from several threads, which share it, or takes one `on_threads`.
+
+    Where few shapes come up, each gets a session of its own; else one session takes all.
+    """
 
     back_end = "onnxruntime"
 
     def __init__(self, graph: bytes, weights: Mapping[str, torch.Tensor], recipe: EngineRecipe, threads: int = 1) -> None:
         self.recipe, self._graph, self._threads = recipe, graph, threads
         self._lock = threading.Lock()
-        self._few = all(high <= _FEW for _, _, high in recipe.ranges.values())
         self._take(weights)
 
     def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -47,7 +46,7 @@ class OnnxRuntime:
         self._sessions: dict[tuple[tuple[str, int], ...], tuple[Any, list[tuple[str, int]]]] = {}
         most = self.recipe.cpu_rows
         usual = {name: opt if most is None else min(opt, most) for name, (_, opt, _) in self.recipe.ranges.items()}
-        self._session(usual if self._few else {})
+        self._session(usual if self.recipe.few else {})
 
     def _session(self, lengths: Mapping[str, int]) -> tuple[Any, list[tuple[str, int]]]:
         """For these lengths: who knows them computes no shapes. Which session a call gets depends on its shape alone, for bits do too.
@@ -101,7 +100,7 @@ class OnnxRuntime:
             yield tuple(one[first : first + rows] if cut else one for one, cut in zip(given, ranged, strict=True))
 
     def _run(self, given: Sequence[torch.Tensor]) -> Any:
-        session, asked = self._session(self.recipe.lengths(given) if self._few else {})
+        session, asked = self._session(self.recipe.lengths(given) if self.recipe.few else {})
         feed = {name: _array(given[i].detach()) for name, i in asked}
         try:
             with _without_denormals():

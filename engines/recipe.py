@@ -21,6 +21,9 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 """Of weights and activations by precision (an fp8 engine is given and gives bfloat16), and of inputs that are no activations."""
 
 
+_FEW = 64
+"""Longest axis of a network of which few shapes come up."""
+
 Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 """Shapes and types of inputs."""
 
@@ -107,6 +110,11 @@ class EngineRecipe:
     def ranges(self) -> dict[str, Range]:
         """The axes that may vary."""
         return {symbol(axis): length for one in self.inputs for axis, length in one.axes.items() if isinstance(length, tuple)}
+
+    @property
+    def few(self) -> bool:
+        """Whether few shapes come up, each of them often. Where an axis is long, as in a language model, nothing is kept for each shape."""
+        return all(high <= _FEW for _, _, high in self.ranges.values())
 
     def kind_of(self, binding: Binding) -> torch.dtype:
         """The type of one input."""

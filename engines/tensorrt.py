@@ -136,7 +136,7 @@ class TensorRT:
         if self._engine is None:
             raise EngineError(f"{recipe.name}: {name} does not load {plan}: {'; '.join(self._said[-2:]) or 'no GPU, or a plan of another version'}")
         self._context = self._engine.create_execution_context()
-        self._call = Replayed(self._run)
+        self._call = Replayed(self._run, self.recipe.few)
 
     def _run(self, *given: torch.Tensor) -> Any:
         for binding, tensor in zip(self.recipe.inputs, given, strict=True):
@@ -166,7 +166,7 @@ class TensorRT:
         named = {name: trt.Weights(kinds[one.dtype], one.data_ptr(), one.numel()) for name, one in held.items()}
         refit_tensorrt(self.recipe.name, trt.Refitter(self._engine, self._logger), named)
         self._context = self._engine.create_execution_context()
-        self._call = Replayed(self._run)
+        self._call = Replayed(self._run, self.recipe.few)
 
 
 def requires() -> str | None:

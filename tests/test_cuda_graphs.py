@@ -98,7 +98,7 @@ def connect(replayed: Replayed) -> None:
 
 def test_a_shape_that_came_up_is_replayed_and_its_answer_is_a_copy(card: Card) -> None:
     call = Doubling(card)
-    replayed = Replayed(call)
+    replayed = Replayed(call, few=True)
     with pytest.raises(TypeError):  # the stand-in's graph is not connected yet
         replayed(torch.ones(2))
     connect(replayed)
@@ -111,7 +111,7 @@ def test_a_shape_that_came_up_is_replayed_and_its_answer_is_a_copy(card: Card) -
 
 
 def test_all_graphs_share_one_stream_of_their_device_and_one_pool(card: Card) -> None:
-    replayed = Replayed(Doubling(card))
+    replayed = Replayed(Doubling(card), few=True)
     for size in (2, 3):
         with pytest.raises(TypeError):
             replayed(torch.ones(size))
@@ -122,7 +122,7 @@ def test_all_graphs_share_one_stream_of_their_device_and_one_pool(card: Card) ->
 
 def test_a_call_that_cannot_be_captured_is_made_as_it_is_and_said_once(card: Card) -> None:
     card.refuses = True
-    replayed, present = Replayed(Doubling(card)), card.now
+    replayed, present = Replayed(Doubling(card), few=True), card.now
     with pytest.warns(RuntimeWarning, match=r"inputs \(2,\) run without a CUDA graph: operation failed due to a previous error"):
         assert replayed(torch.ones(2)).tolist() == [2, 2]
     assert card.now is present
@@ -131,7 +131,7 @@ def test_a_call_that_cannot_be_captured_is_made_as_it_is_and_said_once(card: Car
 
 
 def test_shapes_beyond_the_most_run_as_they_are(card: Card) -> None:
-    replayed = Replayed(Doubling(card))
+    replayed = Replayed(Doubling(card), few=True)
     for size in range(1, MOST_SHAPES + 1):
         with pytest.raises(TypeError):
             replayed(torch.ones(size))
@@ -139,9 +139,17 @@ def test_shapes_beyond_the_most_run_as_they_are(card: Card) -> None:
     assert card.captures == MOST_SHAPES
 
 
+def test_where_many_shapes_come_up_nothing_is_captured_and_calls_still_wait_for_each_other(card: Card) -> None:
+    replayed = Replayed(Doubling(card), few=False)
+    for size in (2, 2, 3):
+        assert replayed(torch.ones(size)).sum() == 2 * size
+    assert card.captures == 0
+    assert [what for what, _ in card.order] == ["record", "wait", "record", "wait", "record"]
+
+
 def test_a_replay_waits_for_the_one_before_it_on_another_stream(card: Card) -> None:
     """A graph has one place for its inputs, and all share one memory: copying into it must not overtake a replay."""
-    replayed = Replayed(Doubling(card))
+    replayed = Replayed(Doubling(card), few=True)
     with pytest.raises(TypeError):
         replayed(torch.ones(2))
     connect(replayed)
@@ -154,7 +162,7 @@ def test_a_replay_waits_for_the_one_before_it_on_another_stream(card: Card) -> N
 
 def test_a_first_call_of_a_shape_and_one_without_a_graph_wait_too(card: Card) -> None:
     """An engine's context has one memory for its activations, whether a graph runs it or not."""
-    replayed = Replayed(Doubling(card))
+    replayed = Replayed(Doubling(card), few=True)
     card.refuses = True
     for size in (2, 2, 3):
         with warnings.catch_warnings():

@@ -44,6 +44,7 @@ def test_every_scale_has_all_recipes(precision: str) -> None:
         assert tuple(one.name for one in recipes) == compiled.NAMES
         assert all(one.tolerance > 0 and one.plain() for one in recipes)
     assert {one.name for one in recipes if one.refit} == {"policy_backbone", "policy_heads"}
+    assert [one.name for one in recipes if not one.few] == ["reflector_llm"]
     assert [one.name for one in recipes if one.precision == "fp8"] == (["simulator_unet"] if precision == "fp8" else [])
 
 

@@ -158,10 +158,20 @@ def test_every_pass_of_watched_videos_is_in_range(monkeypatch: pytest.MonkeyPatc
         assert max([2, *(one["old"] for one in seen)]) == recipe.ranges["old"][2]
 
 
+class Difference(torch.nn.Module):
+    """Stands in for a network's own module."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x - y
+
+
 def test_inputs_that_an_engine_was_not_built_for_run_by_the_module_and_that_is_said_once() -> None:
     recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}), Binding("y", {"batch": (1, 2, 4), "width": 3})), ("z",), 1e-5)
     engine = Eager(lambda x, y: x + y, recipe)
-    other = backend.Running(engine, lambda x, y: x - y)
+    engine.back_end = "another"
+    network = compiled.Network(recipe, Difference(), Difference, {})
+    compiled.place([compiled.Choice(network, engine, None, None)])
+    other = network.runs["toy"]
     long, fits = torch.ones(5, 3), torch.ones(4, 3)
     assert torch.equal(other(fits, fits[:1]), 2 * fits)
     with pytest.warns(RuntimeWarning, match=r"toy: input x is \(5, 3\).*want \(batch 1..4, width 3\).*eager runs what is outside"):

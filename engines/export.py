@@ -277,6 +277,7 @@ def exported(module: nn.Module, recipe: EngineRecipe, store: Store, folder: Path
     if offsets(folder / WEIGHTS) != place_of:
         raise EngineError(f"{recipe.name}: weights of other shapes or types than the graph in {graph.folder}; remove that, and build anew")
     shutil.copyfile(graph.folder / GRAPH, folder / GRAPH)
+    store.release(graph.key)  # a plan has a copy: the graph only spares the next export
 
 
 def _version(name: str) -> str:

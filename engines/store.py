@@ -73,8 +73,10 @@ class Store:
     """A folder of plans."""
 
     def __init__(self, root: Path, limit_bytes: int = 20 * 2**30) -> None:
-        """`limit_bytes`: after a build, plans used longest ago are removed until the rest fit [bytes]."""
+        """`limit_bytes`: after a build, plans used longest ago are removed until the rest fit [bytes]; never those that this store has handed out."""
         self.root, self.limit = root, limit_bytes
+        self._in_use: set[str] = set()
+        self._told = False
 
     def folder(self, key: str) -> Path:
         """Of a plan."""
@@ -89,15 +91,21 @@ class Store:
             if self.folder(wanted.key).exists():
                 try:
                     plan = self.read(wanted.key)
+                    self._in_use.add(plan.key)
                     self._note(plan)
                     return plan
                 except EngineError as error:
                     console.say(f"engines: {error}; it is built anew")
                     shutil.rmtree(self.folder(wanted.key))
             plan = self._build(wanted, build)
+            self._in_use.add(plan.key)
             self._note(plan)
-            self.gc(keep=wanted.key)
+            self.gc()
             return plan
+
+    def release(self, key: str) -> None:
+        """Plan `key`, which was handed out, is not used any more: it may go where there is no room."""
+        self._in_use.discard(key)
 
     def find(self, wanted: Wanted) -> Plan | None:
         """The plan that is wanted, if it is there; EngineError where it is damaged."""
@@ -148,8 +156,9 @@ class Store:
         return Plan(key, folder, wanted, size, seconds)
 
     def write_parity(self, key: str, found: Mapping[str, Any]) -> None:
-        """Keep beside plan `key` how it compared."""
-        checkpoint.write_text(self.folder(key) / PARITY, json.dumps(found, indent=1, allow_nan=False))
+        """Keep beside plan `key` how it compared; nothing where another process has thrown it away: a parity alone would be a damaged plan."""
+        if (self.folder(key) / MANIFEST).is_file():
+            checkpoint.write_text(self.folder(key) / PARITY, json.dumps(found, indent=1, allow_nan=False))
 
     def parity(self, key: str) -> dict[str, Any] | None:
         """How plan `key` compared; None where it never was, as of plans for other machines. EngineError where what was kept is damaged."""
@@ -212,8 +221,12 @@ class Store:
             entries[plan.key] = self._entry(plan.wanted, plan.bytes, time.time())
             self._write_index(entries)
 
-    def gc(self, keep: str = "", limit_bytes: int | None = None) -> list[str]:
-        """Remove plans used longest ago, all but `keep`, until the rest fit, and whatever a killed build left. Returns the keys of what went."""
+    def gc(self, limit_bytes: int | None = None) -> list[str]:
+        """Remove plans used longest ago until the rest fit, and whatever a killed build left. Returns the keys of what went.
+
+        What this store has handed out stays, whatever the limit: a run would else build again what it is using. That the limit is too small is
+        said once.
+        """
         limit, gone = self.limit if limit_bytes is None else limit_bytes, []
         if not (self.root / "plans").is_dir():
             return []
@@ -224,12 +237,19 @@ class Store:
             entries = self.index()
             total = sum(int(one["bytes"]) for one in entries.values())
             for key, one in sorted(entries.items(), key=lambda item: float(item[1]["used"])):
-                if total <= limit or key == keep:
+                if total <= limit or key in self._in_use:
                     continue
                 shutil.rmtree(self.folder(key))
                 total -= int(one["bytes"])
                 gone.append(key)
             self._write_index({key: one for key, one in entries.items() if key not in gone})
+        used = sum(int(one["bytes"]) for key, one in entries.items() if key in self._in_use)
+        if used > limit and not self._told:
+            self._told = True
+            console.say(
+                f"engines: {self.root}: plans in use take {used / 1e9:.1f} GB, more than the limit of {limit / 1e9:.1f} GB; they are kept, and the "
+                "next run may build some anew: set limit-gb to twice what they take"
+            )
         return gone
 
     def remove(self, key: str) -> None:

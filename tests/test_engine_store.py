@@ -193,21 +193,45 @@ def test_a_build_that_fails_or_is_killed_leaves_nothing_that_is_found(tmp_path: 
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
-    store = Store(tmp_path, limit_bytes=3000)
+    def store() -> Store:
+        """Of another run, which uses nothing yet."""
+        return Store(tmp_path, limit_bytes=3000)
+
     wanted = [dataclasses.replace(WANTED, weights=str(n)) for n in range(4)]
     for one in wanted[:3]:
-        store.get(one, writes(b"x" * 1000))
+        store().get(one, writes(b"x" * 1000))
         time.sleep(0.01)
-    store.get(wanted[0], refuses)  # used again
-    store.get(wanted[3], writes(b"x" * 1000))
-    there = store.keys()
+    store().get(wanted[0], refuses)  # used again
+    store().get(wanted[3], writes(b"x" * 1000))
+    there = store().keys()
     assert wanted[0].key in there
     assert wanted[1].key not in there
     assert wanted[3].key in there
-    assert store.gc(limit_bytes=0) and store.keys() == []  # noqa: PT018
+    assert store().gc(limit_bytes=0) and store().keys() == []  # noqa: PT018
 
 
-def test_the_newest_plan_is_kept_even_where_it_is_too_large(tmp_path: Path) -> None:
-    store = Store(tmp_path, limit_bytes=10)
-    plan = store.get(WANTED, writes(b"x" * 1000))
-    assert store.keys() == [plan.key]
+def test_plans_in_use_are_kept_even_where_they_are_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seven of 5 kB under a limit of 20 kB, as the published networks' 35 GB are under 20 GB: a copy of the run finds each of them."""
+    old, *wanted = [dataclasses.replace(WANTED, weights=str(n)) for n in range(8)]
+    Store(tmp_path).get(old, writes(b"x" * 5000))
+    store, counted = Store(tmp_path, limit_bytes=20_000), list[int]()
+    for one in wanted:
+        store.get(one, writes(b"x" * 5000, counted))
+    for one in wanted:
+        store.write_parity(store.get(one, refuses).key, {"passed": True})
+    assert counted == [1] * 7
+    assert set(store.keys()) == {one.key for one in wanted}
+    assert capsys.readouterr().err.count("limit-gb") == 1
+    store.release(wanted[0].key)
+    assert store.gc() == [wanted[0].key]
+
+
+def test_a_parity_is_not_kept_without_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another process may have thrown the plan away: what would be left is no damaged plan."""
+    store = Store(tmp_path)
+    plan = store.get(WANTED, writes(b"machine code"))
+    Store(tmp_path).gc(limit_bytes=0)
+    store.write_parity(plan.key, {"passed": True})
+    assert store.keys() == []
+    store.get(WANTED, writes(b"machine code"))
+    assert capsys.readouterr().err == ""

@@ -759,7 +759,7 @@ class EnginesConfig:
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """auto: fp32 on a CPU, bf16 on a GPU. fp8 quantises the simulator's U-Net, the rest stays bf16 (docs/engines.md)."""
     limit_gb: Positive = 20.0
-    """Plans in the run's folder are kept up to this; those used longest ago go first [GB]."""
+    """Plans in the run's folder are kept up to this; those used longest ago go first, those in use stay [GB]."""
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,10 @@ def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | N
     replicas, least = ([one.replica for one in some] for some in (members, leads))
     if len(members) == 1:  # a CPU's workers share it
         replicas *= desk.schedule.workers(desk.device, members[0].replica.world)
-    fitted = _fitted(desk, folder, replicas if len(members) == 1 else least, leads, imagined=reflector is not None)
+    store = Store(desk.run.out / "engines", int(desk.settings.engines.limit_gb * 1e9))  # one: it keeps the plans of all devices
+    fitted = _fitted(desk, folder, replicas if len(members) == 1 else least, leads, store, imagined=reflector is not None)
     copies = [
-        (member.replica.device, compiled.alike(fitted, member.networks, _store(desk), member.replica.device)) for member in members
+        (member.replica.device, compiled.alike(fitted, member.networks, store, member.replica.device)) for member in members
         if member not in leads
     ]  # fmt: skip
     return Fleet(replicas, least, [(desk.devices[0], fitted), *copies], [member.policy for member in members if member.policy is not None])
@@ -121,10 +122,6 @@ def _copied(policy: OpenVLAOFT, device: torch.device) -> OpenVLAOFT:
     return copy.deepcopy(policy, moved)  # what has a place there already is not copied here before: two might not fit
 
 
-def _store(desk: Desk) -> Store:
-    return Store(desk.run.out / "engines", int(desk.settings.engines.limit_gb * 1e9))
-
-
 def _watching(desk: Desk, policy: OpenVLAOFT) -> Watching:
     return Watching(desk.env.tasks, desk.settings.env.steps, policy.chunk)
 
@@ -133,7 +130,9 @@ def _precision(desk: Desk) -> Precision:
     return compiled.precision_of(desk.settings.engines, desk.device)
 
 
-def _fitted(desk: Desk, folder: Path, replicas: Sequence[Replica], leads: Sequence[_Member], imagined: bool) -> compiled.Fitted:
+def _fitted(
+    desk: Desk, folder: Path, replicas: Sequence[Replica], leads: Sequence[_Member], store: Store, imagined: bool
+) -> compiled.Fitted:
     settings, engines = desk.settings, desk.settings.engines
     if not imagined:  # the true environment is most of such a rollout
         engines = dataclasses.replace(engines, back_end="eager")
@@ -146,4 +145,4 @@ def _fitted(desk: Desk, folder: Path, replicas: Sequence[Replica], leads: Sequen
 
     networks = [network for lead in leads for network in lead.networks]
     simulator = next((lead.simulator for lead in leads if lead.simulator is not None), None)
-    return compiled.fitted(networks, rollouts, engines, _store(desk), folder / "engines.json", simulator)
+    return compiled.fitted(networks, rollouts, engines, store, folder / "engines.json", simulator)

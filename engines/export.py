@@ -98,6 +98,31 @@ def state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
+class Weights(Mapping[str, torch.Tensor]):
+    """`state` of a module that is `prepared`, without one: each tensor is made when it is asked for and not kept, so that a refit needs no room for
+    a second set. Where nothing is to be changed, it is the very tensor that was given.
+    """
+
+    def __init__(self, bare: nn.Module, recipe: EngineRecipe, given: Callable[[str], torch.Tensor]) -> None:
+        """`bare`: the module on the meta device, no layer of which has `folded`; `given`: its weights, by name there."""
+        made = prepared(bare, recipe)
+        wide = [f"{name}." for name, one in made.named_modules() if isinstance(one, _Wide)]
+        self._kinds = {name: tensor.dtype for name, tensor in state(made).items()}
+        self._names = {name: name for name in self._kinds}
+        for layer in wide:
+            self._names |= {name: layer + name.removeprefix(f"{layer}layer.") for name in self._kinds if name.startswith(layer)}
+        self._recipe, self._given = recipe, given
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._given(self._names[name]).detach().to(self._recipe.dtype).to(self._kinds[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+
 def architecture(module: nn.Module, recipe: EngineRecipe) -> str:
     """SHA-256 of everything that decides the graph: the recipe, layers with their shapes, and the source of all that they are made of."""
     digest = hashlib.sha256(json.dumps(recipe.plain(), sort_keys=True).encode())

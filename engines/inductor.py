@@ -57,11 +57,14 @@ class Inductor:
         """See `Engine`. In place, so that captured graphs read the new ones; weights that the graph does not use may be given too."""
         if missing := sorted(self._names - weights.keys()):
             raise RefitError(f"{self.recipe.name}: refit is given {len(weights)} weights, missing {missing[:3]}; nothing was changed")
-        used = {name: weights[name].detach().to(self._device).contiguous() for name in self._names}
-        wrong = [name for name, tensor in used.items() if self._shapes.get(name) != tensor.shape]
+        wrong = [name for name in sorted(self._names) if self._shapes.get(name) != weights[name].shape]
         if wrong:
             raise RefitError(f"{self.recipe.name}: weights {wrong[:3]} have other shapes than the engine's; nothing was changed")
-        self._loaded.load_constants(used, check_full_update=True)
+        for name in self._names:  # one at a time: a GPU may have no room for two sets. Copied, since AOTInductor reads all of a tensor's storage
+            tensor = weights[name].detach().to(self._device).clone(memory_format=torch.contiguous_format)
+            self._loaded.load_constants({name: tensor}, check_full_update=False)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # it copies on a stream of its own, and the tensor's memory is given back
 
 
 def requires() -> str | None:

@@ -116,8 +116,9 @@ class OnnxRuntime:
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         """See `Engine`. A session takes its weights when it is made, so this makes one: a fraction of a second at the tiny size."""
-        check_shapes(self.recipe.name, self._weights, weights)
-        self._take(weights)
+        copies = {name: tensor.detach().clone() for name, tensor in weights.items()}  # sessions are opened later too, and weights change in place
+        check_shapes(self.recipe.name, self._weights, copies)
+        self._take(copies)
 
 
 @contextlib.contextmanager

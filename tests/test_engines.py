@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, Precisio
 from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store
 from worldenv.learning.loop.update import RATIO_TOLERANCE, Learner
+from worldenv.policy import lora
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.judge import Watching
 from worldenv.rollout.collect import Schedule
@@ -171,6 +173,63 @@ def test_refit_goes_back_to_the_same_bits(which: int, store: Store) -> None:
     assert all(torch.equal(a, b) for a, b in zip(changed, parity.outputs(one.engine(*given)), strict=True))  # nothing was changed
     one.engine.refit(first)
     assert all(torch.equal(a, b) for a, b in zip(before, parity.outputs(one.engine(*given)), strict=True))
+
+
+class Streamed:
+    """An engine that keeps nothing of its weights but their hash."""
+
+    back_end = "streamed"
+
+    def __init__(self, recipe: EngineRecipe) -> None:
+        self.recipe, self.found = recipe, dict[str, str]()
+
+    def __call__(self, *given: torch.Tensor) -> Any:
+        raise EngineError("only refitted")
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.found = {name: export.weights_hash({name: weights[name]}) for name in weights}
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """That tensors took at once, more than before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    assert found.profiler is not None
+    events = sorted((one for one in found.profiler.kineto_results.events() if one.name() == "[memory]"), key=lambda one: one.start_ns())
+    return max(itertools.accumulate((one.nbytes() for one in events), initial=0))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("which", [0, 1], ids=["backbone", "heads"])
+def test_a_refit_has_no_second_set_of_weights(which: int, precision: Any) -> None:
+    """LoRA is added to one weight at a time, and to none where a graph has none; what arrives is a prepared module's, bit for bit."""
+    policy = small_policy(POLICY)
+    for name, one in lora.attach(policy.network, 2, 4, 0).items():
+        one.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    network = compiled.of_policy(policy, precision)[which]
+    engine = Streamed(network.recipe)
+    fitted = compiled.Fitted([compiled.Choice(network, engine, None, None)], {network.name: [network.recipe.example()]})
+    given = export.state(export.prepared(network.plain(), network.recipe))
+    want = {name: export.weights_hash({name: tensor}) for name, tensor in given.items()}
+    largest = max(tensor.numel() for tensor in given.values()) * 4
+    del given
+    assert most_bytes(fitted.refit) <= 3 * largest  # a product, a sum, and the sum in the weight's type; the network has 10 times that
+    assert engine.found == want
+    assert any(name.endswith("layer.weight") for name in want) == (which == 0 and precision == "bf16")
+
+
+def test_an_engine_keeps_its_weights_while_the_policys_change_in_place(store: Store) -> None:
+    """As an optimizer changes them: also those without LoRA, which a refit gives without a copy."""
+    network = heads()
+    made = compiled.built(network, "onnxruntime", store, CPU, recorded(network), timed=False)
+    assert network.weights is not None
+    made.engine.refit(network.weights())
+    with torch.no_grad():
+        for one in network.eager.parameters():
+            one.add_(1.0)
+        for size in (4, 5):  # each of a session of its own; the second is opened only now
+            given = network.recipe.example({"batch": size}, 7)
+            assert all(relative_error(a, b) < 2e-5 for a, b in zip(made.engine(*given), heads().eager(*given), strict=True))
 
 
 def heads() -> compiled.Network:

@@ -32,7 +32,7 @@ from worldenv.engines import (
 )
 from worldenv.engines.backend import AUTOMATIC, WITHOUT_REFIT, Engine, Running, back_end, planned
 from worldenv.engines.eager import Eager
-from worldenv.engines.export import prepared, state
+from worldenv.engines.export import Weights
 from worldenv.engines.parity import Parity, Recorder
 from worldenv.engines.recipe import EngineError, EngineRecipe, Precision, Range, relative_error, said
 from worldenv.engines.store import Plan, Store
@@ -64,9 +64,11 @@ class Network:
     eager: nn.Module
     """The module as it is used and perhaps trained: what an engine is compared with."""
     plain: Callable[[], nn.Module]
-    """The same with plain weights, LoRA added in: what is exported."""
+    """The same with plain weights, LoRA added in: what is exported. It shares what it can with `eager`."""
     runs: MutableMapping[str, Callable[..., Any]]
     """Where its user looks up what to call."""
+    weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    """Of those that are refitted: present weights, as an engine takes them."""
 
     @property
     def name(self) -> str:
@@ -91,7 +93,11 @@ def of_policy(policy: OpenVLAOFT, precision: Precision = "fp32", batch: Range = 
     """Backbone and heads, of those that have a graph."""
     modules = policy_graphs.graphs(policy.network)
     recipes = (policy_backbone.recipe(policy.config, precision, batch), policy_heads.recipe(policy.config, batch))
-    return [Network(one, modules[one.name], _plain_policy(policy, one.name), policy.runs) for one in recipes if one.name in modules]
+    found = []
+    for one in (one for one in recipes if one.name in modules):
+        parts = _PolicyGraph(policy, one)
+        found.append(Network(one, modules[one.name], parts.plain, policy.runs, parts.weights))
+    return found
 
 
 def of_reflector(reflector: object, watching: Watching, precision: Precision = "fp32") -> list[Network]:
@@ -125,19 +131,38 @@ def _itself(module: nn.Module) -> Callable[[], nn.Module]:
     return lambda: module
 
 
-def _plain_policy(policy: OpenVLAOFT, name: str) -> Callable[[], nn.Module]:
-    def plain() -> nn.Module:
+@dataclass(frozen=True)
+class _PolicyGraph:
+    """One graph of a policy, with those weights alone that are its own: LoRA is added to no others."""
+
+    policy: OpenVLAOFT
+    recipe: EngineRecipe
+
+    def _bare(self) -> nn.Module:
+        """On the meta device."""
         with torch.device("meta"):
-            network = PolicyNetwork(policy.config)
-        network.load_state_dict(lora.merged(policy.network), assign=True)
-        module = policy_graphs.graphs(network)[name].eval()
-        if name == policy_backbone.NAME:  # a refit gives all weights of a graph, and no others
+            network = PolicyNetwork(self.policy.config)
+        module = policy_graphs.graphs(network)[self.recipe.name].eval()
+        if self.recipe.name == policy_backbone.NAME:  # a refit gives all weights of a graph, and no others
             for part in policy_graphs.READERS:
                 if hasattr(network, part):
                     delattr(network, part)
         return module
 
-    return plain
+    def _given(self) -> Callable[[str], torch.Tensor]:
+        """Its weights, by name in the graph."""
+        plain = lora.Plain(self.policy.network)
+        return lambda name: plain[name.removeprefix("network.")]
+
+    def plain(self) -> nn.Module:
+        """See `Network`."""
+        module, given = self._bare(), self._given()
+        module.load_state_dict({name: given(name) for name in module.state_dict()}, assign=True)
+        return module
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """See `Network`."""
+        return Weights(self._bare(), self.recipe, self._given())
 
 
 @dataclass(frozen=True)
@@ -342,11 +367,11 @@ class Fitted:
         self.refits += 1
         found = {}
         for i, one in enumerate(self.choices):
-            if one.engine.back_end == "eager" or not one.network.recipe.refit:
+            if one.engine.back_end == "eager" or one.network.weights is None:
                 continue
             began = time.monotonic()
             try:
-                one.engine.refit(state(prepared(one.network.plain(), one.network.recipe)))
+                one.engine.refit(one.network.weights())
                 seconds = time.monotonic() - began
                 name, recorded = one.engine.back_end, self.recorded[one.network.name]
                 compared = parity.compare(one.network.recipe, name, Running(one.engine), one.network.eager, recorded)

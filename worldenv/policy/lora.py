@@ -12,7 +12,7 @@ Weights are always made from the pristine W, which is kept; the sum is done in f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,40 @@ def _changed(weights: Mapping[str, torch.Tensor], adapter: Adapter, sign: float)
         if weight is None or weight.shape != delta.shape:
             shape = "there is no such layer" if weight is None else f"is {tuple(weight.shape)}, the adapter {tuple(delta.shape)}"
             raise ValueError(f"LoRA does not fit these weights: {name}: {shape}")
-        changed[f"{name}.weight"] = (weight.float() + sign * delta.to(weight.device)).to(weight.dtype)
+        changed[f"{name}.weight"] = _sum(weight, delta, sign)
     return changed
 
 
-@torch.no_grad()
+def _sum(weight: torch.Tensor, delta: torch.Tensor, sign: float) -> torch.Tensor:
+    return (weight.float() + sign * delta.to(weight.device)).to(weight.dtype)
+
+
+class Plain(Mapping[str, torch.Tensor]):
+    """A network's present weights under their plain names, with what `attach` put in added to the pristine ones, which stay as they are.
+
+    A sum is made each time that it is asked for, and not kept: of billions there is no room for all at once. What has no LoRA is the network's own
+    tensor, not a copy.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._own = {name.replace(".base_layer.", "."): tensor for name, tensor in network.state_dict().items() if ".lora_" not in name}
+        self._adapter = Adapter.of(network)
+        self.changed = {f"{layer}.weight" for layer in self._adapter.factors}
+        """Names of those that have LoRA."""
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._own[name]
+        return _sum(weight, self._adapter.delta(name.removesuffix(".weight")), 1.0) if name in self.changed else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+
 def merged(network: nn.Module) -> dict[str, torch.Tensor]:
-    """A network's weights under their plain names, with what `attach` put in added to the pristine ones, which stay as they are; copies."""
-    plain = {name.replace(".base_layer.", "."): tensor.clone() for name, tensor in network.state_dict().items() if ".lora_" not in name}
-    return merge(plain, Adapter.of(network))
+    """All of `Plain` at once, as copies."""
+    plain = Plain(network)
+    return {name: tensor if name in plain.changed else tensor.clone() for name, tensor in plain.items()}

@@ -21,18 +21,18 @@ class Eager:
     back_end = "eager"
 
     def __init__(self, module: Callable[..., Any], recipe: EngineRecipe) -> None:
-        self.recipe, self._module = recipe, module
+        self.recipe, self.module = recipe, module
 
     @torch.no_grad()
     def __call__(self, *given: torch.Tensor) -> Any:
         """See `Engine`."""
-        return self._module(*given)
+        return self.module(*given)
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         """See `Engine`."""
-        if not isinstance(self._module, nn.Module):
+        if not isinstance(self.module, nn.Module):
             raise EngineError(f"{self.recipe.name}: eager runs a function, which has no weights to change")
-        load_state(self.recipe, self._module, weights)
+        load_state(self.recipe, self.module, weights)
 
 
 def requires() -> str | None:

@@ -1,6 +1,12 @@
 """Does an engine compute what eager does? Relative L2 on recorded inputs, after every build and every refit; JSON beside the plan.
 
-An engine that fails is not used. What is compared with is always the module in eager mode, in float32 where the engine is narrower.
+An engine that fails is not used. What is compared with is the network's own module in eager mode, in the type that its weights have:
+
+    trained here, float32               every engine with float32, also where its precision is bf16 or fp8
+    published policy or reflector       bf16 with bf16: there is no wider original. LoRA is added in float32 and rounded to bf16 in an engine,
+                                        in the module it is a product of its own
+    speedup                             with what eager would run in the engine's place: in the engine's precision where the network does not train
+                                        (`Choice.eager`); that is not compared, since `export.prepared` is all that it differs by
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ class Parity:
     """Relative L2 distance of what a closed loop has made, by its number of chunks."""
     loop_tolerance: float | None = None
     speedup: float | None = None
-    """Median over pairs of eager's time to the engine's, on the recorded inputs."""
+    """Median over pairs of the time that eager would take in the engine's place to the engine's, on the recorded inputs."""
     refits: int = 0
     """Refits before this comparison."""
     refit_s: float | None = None
@@ -73,9 +79,9 @@ def outputs(made: Any) -> tuple[torch.Tensor, ...]:
 
 def compare(
     recipe: EngineRecipe, back_end: str, engine: Callable[..., Any], eager: Callable[..., Any], recorded: Sequence[Sequence[torch.Tensor]],
-    timed: bool = False,
+    rival: Callable[..., Any] | None = None,
 ) -> Parity:  # fmt: skip
-    """Both on the same inputs; with `timed`, how much faster the engine is as well. ValueError where nothing was recorded."""
+    """Both on the same inputs; with `rival`, how much faster than that the engine is as well. ValueError where nothing was recorded."""
     if not recorded:
         raise ValueError(f"{recipe.name}: no inputs were recorded to compare on")
     worst = 0.0
@@ -85,7 +91,7 @@ def compare(
             if len(ours) != len(want):
                 return Parity(recipe.name, back_end, math.inf, recipe.tolerance, len(recorded))
             worst = max(worst, *(relative_error(a.float().cpu(), b.float().cpu()) for a, b in zip(ours, want, strict=True)))
-        speedup = _speedup(engine, eager, max(recorded, key=lambda given: sum(one.numel() for one in given))) if timed else None
+        speedup = None if rival is None else _speedup(engine, rival, max(recorded, key=lambda given: sum(one.numel() for one in given)))
     return Parity(recipe.name, back_end, worst, recipe.tolerance, len(recorded), speedup=speedup)
 
 

@@ -75,7 +75,8 @@ class EngineRecipe:
     inputs: tuple[Binding, ...]
     outputs: tuple[str, ...]
     tolerance: float
-    """Largest relative L2 distance of an output to eager's in float32, after the build and after every refit."""
+    """Largest relative L2 distance of an output to that of the network's own module, in the type of that one's weights: float32, but of published
+    policies and reflectors bfloat16 (engines/parity.py). After the build and after every refit."""
     precision: Precision = "fp32"
     refit: bool = False
     """Its weights change while it is in use."""

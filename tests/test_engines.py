@@ -332,6 +332,42 @@ def test_a_run_that_goes_on_takes_the_back_ends_that_it_was_begun_with(eager: Pl
         compiled.fitted(networks_, rollouts_of(eager, replica), auto, store, tmp_path / "engines.json")
 
 
+def test_eager_is_in_the_precision_of_the_run_where_nothing_trains(tmp_path: Path) -> None:
+    """In float32 it is the very module; in bfloat16 the prepared copy of it, which takes and gives float32. What trains is as it was."""
+    simulator, policy = trained(SMALL_SIMULATOR), small_policy(POLICY)
+    eager, before = EnginesConfig("eager"), dict(simulator.runs)
+    for precision in ("fp32", "bf16", "fp8"):
+        networks_ = [*compiled.of_simulator(simulator, precision), *compiled.of_policy(policy, precision)]  # type: ignore[arg-type]
+        compiled.fitted(networks_, lambda: pytest.fail("recorded"), eager, Store(tmp_path), tmp_path / "none")
+        assert policy.runs == {}
+        assert (simulator.runs == before) == (precision == "fp32")
+    for network in compiled.of_simulator(simulator, "bf16"):
+        given = network.recipe.example(dict.fromkeys(network.recipe.ranges, 2))
+        with torch.no_grad():
+            want = parity.outputs(export.prepared(network.eager, network.recipe)(*given))
+            wide = parity.outputs(network.eager(*(one.float() for one in given)))
+            got = parity.outputs(simulator.runs[network.name](*(one.float() for one in given)))
+        assert all(a.dtype == torch.float32 and torch.equal(a, b.float()) for a, b in zip(got, want, strict=True))
+        assert all(1e-4 < relative_error(a, b) < network.recipe.tolerance for a, b in zip(got, wide, strict=True))
+
+
+def test_an_engine_is_timed_against_eager_in_its_own_precision(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And compared with the float32 original: 1.1 times a float32 network is nothing in bfloat16."""
+    network, rivals = compiled.of_simulator(trained(SMALL_SIMULATOR), "bf16")[2], list[Any]()
+    made = backend.back_end("eager")
+    monkeypatch.setattr(made, "load", lambda *given: compiled.Choice.eager(network).engine)
+    monkeypatch.setattr(made, "build", lambda module, recipe, folder, *given: (folder / "plan").write_bytes(b"nothing"))
+    monkeypatch.setattr(parity, "_speedup", lambda engine, rival, given: rivals.append(rival) or 2.0)
+    given = [one.float() for one in network.recipe.example({"picture": 2})]
+    found = compiled.built(network, "eager", store, CPU, [given], timed=True).parity
+    assert found is not None
+    assert found.passed
+    assert found.max_rel_error > 1e-4  # not of bfloat16 to itself
+    with torch.no_grad():
+        assert torch.equal(rivals[0](*given), compiled.Choice.eager(network).run(*given))
+        assert not torch.equal(rivals[0](*given), network.eager(*given))
+
+
 def test_a_graph_is_exported_once_for_all_weights(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     network = heads()
     backend.planned("onnxruntime", network.plain(), network.recipe, "cpu", store)

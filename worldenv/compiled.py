@@ -32,7 +32,7 @@ from worldenv.engines import (
 )
 from worldenv.engines.backend import AUTOMATIC, WITHOUT_REFIT, Engine, Running, back_end, planned
 from worldenv.engines.eager import Eager
-from worldenv.engines.export import Weights
+from worldenv.engines.export import Weights, prepared
 from worldenv.engines.parity import Parity, Recorder
 from worldenv.engines.recipe import EngineError, EngineRecipe, Precision, Range, relative_error, said
 from worldenv.engines.store import Plan, Store
@@ -179,8 +179,24 @@ class Choice:
 
     @classmethod
     def eager(cls, network: Network, why: str = "") -> Choice:
-        """The network's own module."""
-        return cls(network, Eager(network.eager, network.recipe), None, None, why)
+        """The network's own module; of one that does not train and is wider than its recipe, a copy in the recipe's precision (fp8's is bf16)."""
+        recipe = network.recipe
+        if recipe.refit or recipe.precision == "fp32" or all(one.dtype == recipe.dtype for one in network.eager.parameters()):
+            return cls(network, Eager(network.eager, recipe), None, None, why)
+        narrow = dataclasses.replace(recipe, precision="bf16")
+        return cls(network, Eager(prepared(network.eager, narrow), narrow), None, None, why)
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the network's own module, which takes and gives what it is used with."""
+        return isinstance(self.engine, Eager) and self.engine.module is self.network.eager
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """What a network's user calls: what is outside an engine's ranges is run by the network's own module."""
+        if self.own:
+            return self.engine
+        return Running(self.engine, None if isinstance(self.engine, Eager) else Eager(self.network.eager, self.network.recipe))
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -200,7 +216,8 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
         plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
         try:
             engine = chosen.load(plan.folder, network.recipe, device)
-            found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, timed)
+            rival = Choice.eager(network).run if timed else None
+            found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, rival)
         except EngineError:
             raise
         except RuntimeError as error:  # of CUDA, of a compiled graph, or out of memory: the next back end may do better
@@ -305,10 +322,9 @@ def compare_loops(simulator: Evac, choices: Sequence[Choice], given: LoopInputs)
 
 
 def place(choices: Sequence[Choice]) -> None:
-    """Have the networks run by what was chosen; what is outside an engine's ranges by the network's own module."""
+    """Have the networks run by what was chosen."""
     for one in choices:
-        network, eager = one.network, Eager(one.network.eager, one.network.recipe)
-        network.runs[network.name] = one.engine if one.engine.back_end == "eager" else Running(one.engine, eager)
+        one.network.runs[one.network.name] = one.run
 
 
 @contextlib.contextmanager
@@ -438,7 +454,9 @@ def fitted(
     EngineError where one of these cannot be had any more.
     """
     if settings.back_end == "eager" or not networks:
-        return Fitted([Choice.eager(one) for one in networks], {})
+        plain = [Choice.eager(one) for one in networks]
+        place([one for one in plain if not one.own])
+        return Fitted(plain, {})
     before, told = _kept(kept), set[str]()
     with recording(networks) as recorders:
         rollouts()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from worldenv import checkpoint, console
 from worldenv.engines import export
 from worldenv.engines.backend import Engine, capability, compute_capability, only_here
 from worldenv.engines.cuda_graphs import Replayed
@@ -83,6 +84,17 @@ def _configured(trt: Any, builder: Any) -> Any:
     return config
 
 
+def _begin_with(config: Any, kept: Path) -> None:
+    """Have a build begin with the timings in `kept`; with none where there are none, or TensorRT refuses them, which is said."""
+    held = kept.read_bytes() if kept.is_file() else b""
+    cache = config.create_timing_cache(held) if held else None
+    if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+        return
+    if held:
+        console.say(f"engines: {kept}: TensorRT refuses these timings; it measures anew")
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
 def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
     """Write a plan for `arch` into `folder`. EngineError: what the library says."""
     trt = library(name)
@@ -108,8 +120,7 @@ def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path,
     elif recipe.refit:
         config.set_flag(trt.BuilderFlag.REFIT)
     kept = store.root / "timing" / f"{name}-{arch}-{trt.__version__}.cache"
-    cache = config.create_timing_cache(kept.read_bytes() if kept.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    _begin_with(config, kept)
     plan = builder.build_serialized_network(network, config)
     (folder / LOG).write_text("\n".join(said) + "\n", encoding="utf-8")
     if plan is None:
@@ -118,8 +129,8 @@ def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path,
     (folder / PLAN).write_bytes(bytes(plan))
     made = config.get_timing_cache()
     (folder / TIMING).write_bytes(bytes(made.serialize()) if made is not None else b"")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / TIMING, kept)
+    with checkpoint.atomic(kept) as temporary:  # another build may read it now, or write its own: the last one stays, whole
+        shutil.copyfile(folder / TIMING, temporary)
     for left in (export.GRAPH, export.WEIGHTS):  # the plan holds the weights; the graph is in the store by itself
         (folder / left).unlink()
 

@@ -133,3 +133,71 @@ def test_torch_tensorrt_is_refitted_from_the_program_that_it_was_made_from(tmp_p
     monkeypatch.setattr(torch_tensorrt, "_library", lambda: FakeTorchTensorRT(refuses=True))
     with pytest.raises(RefitError, match="torch_tensorrt refused the weights"):
         engine.refit(second)
+
+
+class FakeConfig:
+    """Of a builder's configuration what timings need; it takes those that begin as they should."""
+
+    def __init__(self) -> None:
+        self.cache: bytes | None = None
+
+    def create_timing_cache(self, held: bytes) -> bytes | None:
+        return held if held in (b"", b"whole", b"other") else None
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        if cache is None:
+            raise TypeError("incompatible function arguments")
+        if cache == b"other" and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return SimpleNamespace(serialize=lambda: b"whole")
+
+    def add_optimization_profile(self, profile: Any) -> None: ...
+    def set_compute_capability(self, target: Any, number: int) -> None: ...
+
+
+@pytest.mark.parametrize("held", [b"whole", b"who", b"other", b"", None], ids=["whole", "half", "another device's", "empty", "none"])
+def test_timings_that_tensorrt_refuses_are_said_and_measured_anew(held: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, kept = FakeConfig(), tmp_path / "tensorrt-sm_90.cache"
+    if held is not None:
+        kept.write_bytes(held)
+    tensorrt._begin_with(config, kept)
+    refused = held in (b"who", b"other")
+    assert config.cache == (b"whole" if held == b"whole" else b"")
+    assert capsys.readouterr().err.count("TensorRT refuses these timings") == refused
+
+
+def test_a_build_that_is_killed_while_it_keeps_its_timings_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake builder; the next build would begin with half a file."""
+    builder = SimpleNamespace(create_optimization_profile=lambda: SimpleNamespace(set_shape=print), build_serialized_network=lambda *given: b"plan")
+    library = SimpleNamespace(Builder=lambda logger: builder, ComputeCapability=SimpleNamespace(SM89=0), __version__="1")
+
+    def exported(module: nn.Module, recipe: EngineRecipe, store: Store, folder: Path, opset: int) -> None:
+        for name in (export.GRAPH, export.WEIGHTS):
+            (folder / name).write_bytes(b"")
+
+    def is_killed(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:3])
+        raise KeyboardInterrupt
+
+    for name, fake in (
+        ("library", lambda name: library), ("_logger", lambda *given: None), ("_parsed", lambda *given: (None, None)),
+        ("_configured", lambda *given: FakeConfig()), ("export.exported", exported),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"worldenv.engines.tensorrt.{name}", fake)
+    recipe, folder = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4)}),), ("y",), 1e-6), tmp_path / "plan"
+    folder.mkdir()
+
+    def build() -> None:
+        tensorrt.build_with("tensorrt_rtx", nn.Identity(), recipe, folder, "sm_89", Store(tmp_path))
+
+    build()
+    (kept,) = (tmp_path / "timing").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", is_killed)
+        with pytest.raises(KeyboardInterrupt):
+            build()
+    assert [path.read_bytes() for path in (tmp_path / "timing").iterdir()] == [kept.read_bytes()] == [b"whole"]

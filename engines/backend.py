@@ -73,6 +73,11 @@ class Running:
         self._changes: dict[Signature, list[_Change] | None] = {}
         """What is done to each input; None where the engine was not built for them."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That activations become: whoever calls with the same tensors again and again may cast them once."""
+        return self.engine.recipe.dtype
+
     def __call__(self, *given: torch.Tensor) -> Any:
         """As the engine."""
         asked = signature(given)

@@ -351,6 +351,29 @@ def test_eager_is_in_the_precision_of_the_run_where_nothing_trains(tmp_path: Pat
         assert all(1e-4 < relative_error(a, b) < network.recipe.tolerance for a, b in zip(got, wide, strict=True))
 
 
+def test_keys_and_values_are_cast_once_for_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of both branches of guidance; and what is imagined stays what it was, bit for bit."""
+    simulator = trained(SMALL_SIMULATOR)
+    simulator.sample_with(guidance=2.0)
+    given, seen = compiled.loop_inputs(simulator, torch.zeros(8, 16, 3, dtype=torch.uint8), chunks=2), set[torch.dtype]()
+    choices = [compiled.Choice.eager(one) for one in compiled.of_simulator(simulator, "bf16")]
+    call = backend.Running.__call__
+
+    def watched(self: backend.Running, *inputs: torch.Tensor) -> Any:
+        seen.update(one.dtype for one in inputs[3:])
+        return call(self, *inputs)
+
+    monkeypatch.setattr(backend.Running, "__call__", watched)
+    with compiled.placed(choices):
+        once = compiled.loop_histories(simulator, given)
+        assert seen == {torch.bfloat16}
+        engine = simulator.runs["simulator_unet"]
+        simulator.runs["simulator_unet"] = lambda *inputs: engine(*inputs)  # of which nobody knows a type
+        every = compiled.loop_histories(simulator, given)
+    assert torch.float32 in seen
+    assert torch.equal(once[1], every[1])
+
+
 def test_an_engine_is_timed_against_eager_in_its_own_precision(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """And compared with the float32 original: 1.1 times a float32 network is nothing in bfloat16."""
     network, rivals = compiled.of_simulator(trained(SMALL_SIMULATOR), "bf16")[2], list[Any]()

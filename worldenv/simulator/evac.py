@@ -316,11 +316,19 @@ class Evac(nn.Module):
             unconditional = None
         elif unconditional is None:
             unconditional = self._unconditional(condition)
+        condition, unconditional = self._narrowed(condition), None if unconditional is None else self._narrowed(unconditional)
         levels = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(sampler.timesteps)]).to(device)
         rows = self.unet.time_rows(levels, torch.full_like(levels, config.fps_token), torch.full_like(levels, config.domain))
         scales = torch.from_numpy(latent_scales(config.scale_memory)[sampler.timesteps]).to(device, torch.float32)
         x = noise[:, 0].contiguous()
         return Denoising(condition, unconditional, noise, rows, scales, (0,) * len(x), torch.cat([condition.memory * scales[-1], x], dim=2), x)
+
+    def _narrowed(self, condition: Condition) -> Condition:
+        """With keys and values in the type that what runs the U-Net takes, so that they are not cast again at every step."""
+        kind = getattr(self.runs[UNET], "dtype", None)
+        if kind is None:
+            return condition
+        return replace(condition, pairs=tuple(KeysValues(*(one.to(kind) for one in pair)) for pair in condition.pairs))
 
     def _stepped(self, now: Denoising) -> Denoising:
         """After one more step of each."""

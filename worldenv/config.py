@@ -958,6 +958,7 @@ PAPER = RunConfig(
     ),
     reward=RewardConfig(start="weights/llava-onevision-qwen2-7b-ov-hf"),
     loop=LoopConfig(gradient_checkpointing=True, microbatch=8),  # a step has about eight: GPUs share them
+    engines=EnginesConfig(limit_gb=70.0),  # seven plans of 35 GB, and those of the policy's next weights
     eval=EvalConfig(episodes=500, curve_episodes=100),
     report=ReportConfig(replays=20),
 )  # fmt: skip

@@ -224,8 +224,11 @@ def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_pat
         assert (tmp_path / "stages" / name).is_dir()  # nor is anything of it lost
 
 
-@pytest.mark.parametrize(("stage", "section", "field"), [("sft", "sft", "start"), ("world", "world", "initial"), ("reward", "reward", "start")])
-def test_weights_that_are_not_there_are_named_before_any_work(stage, section, field, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "section", "field"),
+    [("demos", "demos", "source"), ("sft", "sft", "start"), ("world", "world", "initial"), ("reward", "reward", "start")],
+)
+def test_what_the_user_brings_and_is_not_there_is_named_before_any_work(stage, section, field, tmp_path):
     settings = changed(dataclasses.replace(config.TINY, device="cpu"), f"{section}.{field}", str(tmp_path / "nowhere"))
     with pytest.raises(RunError, match=rf"{section}\.{field}=.*nowhere.*stage {stage} begins from it.*--{section}\.{field}"):
         train.train(tmp_path / "run", settings)
@@ -236,7 +239,7 @@ def test_weights_that_are_not_there_are_named_before_any_work(stage, section, fi
     with pytest.raises(RunError, match="nowhere"):
         train.train(tmp_path / "run", settings, first=stage)
     assert finished.check(stage, "f")
-    train._want_weights(settings, [name for name in train.STAGES if name != stage])
+    train._want_brought(settings, [name for name in train.STAGES if name != stage])
 
 
 def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):

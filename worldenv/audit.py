@@ -61,7 +61,7 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
         some = episodes[start : start + batch]
         longest = chunk * math.ceil(max(e.steps for e in some) / chunk)
         command = torch.from_numpy(np.stack([np.pad(e.command, ((0, longest - e.steps), (0, 0)), mode="edge") for e in some]))
-        scenes = started(world, [_context(e) for e in some], range(start, start + len(some)))
+        scenes = started(world, [e.context for e in some], range(start, start + len(some)))
         parts = [np.stack([e.frame[:1] for e in some])]
         for first in range(0, command.shape[1], chunk):
             made = advance(world, scenes, command[:, first : first + chunk])
@@ -69,10 +69,6 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
             parts.append(torch.stack([one.frames for one in made]).cpu().numpy())
         out += [frames[: e.steps + 1] for frames, e in zip(np.concatenate(parts, axis=1), some, strict=True)]
     return out
-
-
-def _context(episode: Episode) -> Context:
-    return Context(episode.instruction, episode.task, episode.state_index, episode.frame[0], episode.pose[0], float(episode.gripper[0]))
 
 
 def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], episodes: Sequence[Episode], chunk: int) -> list[float]:

@@ -447,12 +447,14 @@ class ReflectorConfig:
 
 @dataclass(frozen=True)
 class DemosConfig:
-    """Stage demos: scripted expert demonstrations."""
+    """Stage demos: demonstrations of a scripted expert, or the user's own."""
 
     per_task: Count = 5
     """Demonstrations per task."""
+    source: str = ""
+    """Folder or file of demonstrations to learn from, in a format that worldenv.cli.convert reads; empty: a scripted expert shows them."""
     after_success: int | None = None
-    """Control steps that a demonstration goes on after the first success; None: to the step limit."""
+    """Control steps that the expert goes on after the first success; None: to the step limit. Those of a source end where they end."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "demos.")
@@ -674,7 +676,7 @@ class LoopConfig:
     contexts: Count = 12
     """Start states per iteration."""
     context_states: Literal["demos", "train"] = "train"
-    """Start states: those of the demonstrations, or all training states; never test states."""
+    """Start states: first observations of the demonstrations, or all training states; never test states."""
     hard_share: Share = 0.0
     """Share of an iteration's start states that are drawn, instead, from those from which an exploration episode with noise no wider than
     scale_factor failed: where a group's outcomes differ there is something to learn. 0 is the paper."""
@@ -833,7 +835,12 @@ class RunConfig:
             raise ValueError(f"{given}: imagined frames go on where the environment's end; make them equal")
         if self.policy.images != 1:
             raise ValueError(f"policy.images={self.policy.images}: a run has one camera; set it to 1")
-        if self.demos.per_task > self.env.train_states:
+        if self.demos.source and self.loop.context_states == "demos" and self.loop.control == "true-simulator":
+            raise ValueError(
+                f"loop.context_states=demos, loop.control=true-simulator, demos.source={self.demos.source!r}: the true environment cannot be put "
+                "where somebody else's demonstrations began; set loop.context_states=train"
+            )
+        if not self.demos.source and self.demos.per_task > self.env.train_states:
             raise ValueError(f"demos.per_task={self.demos.per_task}: want at most env.train_states={self.env.train_states}, or raise that")
         if self.eval.episodes > self.env.test_starts:
             more = "; give fewer, or raise env.test_states" if self.env.name == "tabletop" else "; give fewer, or choose more tasks"
@@ -964,7 +971,8 @@ PAPER = RunConfig(
 )  # fmt: skip
 """The paper's networks and settings (section 4.4, appendices B and C) on LIBERO-Spatial, from published weights that the user has. What the paper
 leaves open is the published recipe of each part (OpenVLA-OFT's fine-tuning, EVAC's training), or ours: the number of explorations, contexts and
-iterations, and how long the world model is trained. Pictures are LIBERO's, and a chunk of the simulator is one of the policy."""
+iterations, and how long the world model is trained. Pictures are LIBERO's, and a chunk of the simulator is one of the policy. The paper learns from
+LIBERO's own demonstrations: `demos.source` is where they lie; without it our expert shows them."""
 
 PRESETS: dict[str, RunConfig] = {"tiny": TINY, "libero": LIBERO, "paper": PAPER}
 

@@ -91,16 +91,17 @@ def chosen(settings: RunConfig, only: str | None = None, until: str | None = Non
     return names
 
 
-def _want_weights(settings: RunConfig, names: Sequence[str]) -> None:
-    """RunError for weights that one of the stages `names` begins from and that are not there: said before the hours of the stages before it."""
+def _want_brought(settings: RunConfig, names: Sequence[str]) -> None:
+    """RunError for what the user brings, one of the stages `names` begins from and is not there: said before the hours of the stages before it."""
     brought = {
+        "demos": ("demos.source", settings.demos.source),
         "sft": ("sft.start", settings.sft.start),
         "world": ("world.initial", settings.world.initial),
         "reward": ("reward.start", settings.reward.start),
     }
     for stage, (name, path) in brought.items():
         if stage in names and path and not Path(path).exists():
-            raise RunError(f"{name}={path!r}: nothing is there, and stage {stage} begins from it; say where these weights are (--{name})")
+            raise RunError(f"{name}={path!r}: nothing is there, and stage {stage} begins from it; say where it lies (--{name})")
 
 
 def train(
@@ -119,7 +120,7 @@ def train(
         return
     order = list(STAGES)
     again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
-    _want_weights(settings, [name for name in names if name in again or not any(done(folder, name) for folder in (out, *reuse))])
+    _want_brought(settings, [name for name in names if name in again or not any(done(folder, name) for folder in (out, *reuse))])
     run = Run(out, settings)
     desk = Desk(run)
     if {"loop", "eval"} & set(names):

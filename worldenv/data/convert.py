@@ -33,7 +33,8 @@ class Choices:
     """Leave out commands for no motion, as the published sets for OpenVLA-OFT do."""
 
 
-def _is_lerobot(source: Path) -> bool:
+def is_lerobot(source: Path) -> bool:
+    """Whether `source` is a LeRobot data set, the only kind whose reading `Choices` change."""
     return (source / "meta" / "info.json").is_file()
 
 
@@ -42,32 +43,32 @@ def _mean_something(source: Path, to: Format, choices: Choices) -> None:
     usual = Choices()
     reading = {"--view": choices.view is not None, "--gripper": choices.gripper != usual.gripper, "--no-mirrored": not choices.mirrored}
     changed = [flag for flag, given in reading.items() if given]
-    if changed and source.exists() and not _is_lerobot(source):
+    if changed and source.exists() and not is_lerobot(source):
         raise ValueError(f"{changed[0]}: says how a LeRobot data set is read, and {source} is none; leave it out")
     if choices.frames != usual.frames and not to.startswith("lerobot"):
         raise ValueError(f"--frames {choices.frames}: says how a LeRobot data set is written, not {to}; leave it out, or --to lerobot-v3.0")
 
 
-def read(source: Path, choices: Choices) -> Iterator[Episode]:
-    """The episodes in `source`: a folder of ours, a LeRobot data set, one of LIBERO's HDF5 files, or a folder of these.
+def read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
+    """The episodes in `source`, each with its file or set: a folder of ours, a LeRobot data set, LIBERO's HDF5 file, or a folder of these.
 
     Of several HDF5 files, sorted by name, the task's index counts the files. Raises CheckpointError where it is none of these, and as the readers do.
     """
-    for episode in _read(source, choices):
-        yield libero_hdf5.without_noops(episode) if choices.no_noops else episode
+    for place, episode in _read(source, choices):
+        yield place, libero_hdf5.without_noops(episode) if choices.no_noops else episode
 
 
-def _read(source: Path, choices: Choices) -> Iterator[Episode]:
+def _read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
     files = sorted(source.glob("*.hdf5"))
     if source.is_file():
-        yield from (episode for _, episode in libero_hdf5.read(source))
-    elif _is_lerobot(source):
-        yield from (episode for _, episode in lerobot.read(source, view=choices.view, gripper=choices.gripper, mirrored=choices.mirrored))
+        yield from ((source, episode) for _, episode in libero_hdf5.read(source))
+    elif is_lerobot(source):
+        yield from ((source, episode) for _, episode in lerobot.read(source, view=choices.view, gripper=choices.gripper, mirrored=choices.mirrored))
     elif files:
         for task, file in enumerate(files):
-            yield from (episode for _, episode in libero_hdf5.read(file, task=task))
+            yield from ((file, episode) for _, episode in libero_hdf5.read(file, task=task))
     elif list(source.glob("*.npz")):
-        yield from EpisodeSet(source)
+        yield from ((source, episode) for episode in EpisodeSet(source))
     else:
         raise CheckpointError(f"{source}: no episodes: want NNNNNN.npz, meta/info.json of a LeRobot data set, or HDF5 files of LIBERO")
 
@@ -85,7 +86,7 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
         raise ValueError(f"{out}: there already; nothing is overwritten: move it, or choose another --out")
     _mean_something(source, to, choices)
     count = _Count()
-    episodes = count.of(read(source, choices))
+    episodes = count.of(episode for _, episode in read(source, choices))
     if to == "lerobot-v2.1":
         lerobot.write(out, episodes, "v2.1", choices.frames)
     elif to == "lerobot-v3.0":

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldenv.checkpoint import CheckpointError, atomic, write_text
-from worldenv.nouns import ACTION_DIM, Camera
+from worldenv.nouns import ACTION_DIM, Camera, Context
 
 FORMAT = "worldenv-episode-1"
 SET_FORMAT = "worldenv-episodes-1"
@@ -57,7 +57,7 @@ class Episode:
     state_index: int
     """Index of the initial state in its split."""
     source: str
-    """Who acted: "expert", or "policy" and how, e.g. "policy, scale factor 3"."""
+    """Who acted: "expert", "policy" and how, e.g. "policy, scale factor 3", or the file and number of somebody's demonstration."""
     frame: NDArray[np.uint8]
     """(T + 1, H, W, 3)."""
     pose: NDArray[np.float64]
@@ -102,6 +102,16 @@ class Episode:
     def first_success(self) -> int | None:
         """The first observation at which the predicate holds, or None."""
         return int(self.success.argmax()) if self.success.any() else None
+
+    @property
+    def mirrored(self) -> bool:
+        """Frames are flipped left to right; so are those of episodes whose camera is not known, which readers turn as OpenVLA-OFT sees LIBERO."""
+        return self.camera is None or self.camera.mirrored
+
+    @property
+    def context(self) -> Context:
+        """What it began from."""
+        return Context(self.instruction, self.task, self.state_index, self.frame[0], self.pose[0], float(self.gripper[0]))
 
     @functools.cached_property
     def content(self) -> str:

@@ -62,6 +62,11 @@ def read(path: Path, robot: Robot = PANDA, task: int = 0) -> Iterator[tuple[int,
         raise CheckpointError(f"{path}: {where}: no LIBERO demonstration, or damaged ({type(error).__name__}: {error}); {_CURE}") from error
 
 
+def told(path: Path) -> str:
+    """The instruction in the name of LIBERO's file, by which LIBERO itself evaluates. The one inside may have other words ("pick the akita ...")."""
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", path.stem.removesuffix("_demo")).replace("_", " ")
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -154,7 +159,7 @@ def _write_demo(demo: Any, episode: Episode, robot: Robot) -> None:
     half = 0.5 * robot.finger_m * episode.gripper
     finger = np.stack([half, -half], axis=1)
     picture = episode.frame[:, ::-1]
-    if episode.camera is None or episode.camera.mirrored:
+    if episode.mirrored:
         picture = picture[:, :, ::-1]
     unknown = np.zeros((1, 7))
     unknown[0, 6] = episode.command[0, 6]

@@ -17,7 +17,7 @@ _SUCCEEDED_IF = {
     "reflector": "the predicate held where the reflector stopped, or at the last step",
 }
 STAGE_NAMES = {
-    "demos": "scripted demonstrations",
+    "demos": "demonstrations",
     "sft": "fine-tuning of the policy",
     "scale": "scale head of the policy",
     "explore": "exploration in the true environment",

@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,20 +24,33 @@ from worldenv.stages.desk import LOOP_NUMBERS, Desk
 from worldenv.stages.fleet import Fleet, assembled
 
 
+class _Start(NamedTuple):
+    """Where a rollout may begin."""
+
+    task: int
+    state: int
+    """Number of the initial state."""
+    demonstration: int | None = None
+    """The demonstration that began there, by number; None: a training state of the environment."""
+
+
 def contexts_of(desk: Desk, iteration: int) -> list[Context]:
     """The start states of one LOOP iteration: spread over the tasks, training states only, `hard_share` of them hard where a task has such."""
     loop, tasks = desk.settings.loop, desk.env.tasks
-    pool = [(e.task, e.state_index) for e in desk.episodes("demos").entries]
-    if loop.context_states == "train":
-        pool = [(task, index) for task in range(len(tasks)) for index in range(desk.env.states("train"))]
+    pool = [_Start(task, index) for task in range(len(tasks)) for index in range(desk.env.states("train"))]
+    if loop.context_states == "demos":
+        pool = [_Start(e.task, e.state_index, e.number) for e in desk.episodes("demos").entries]
     failed = _failed_from(desk) if loop.hard_share else []
     chosen = []
     for n in range(loop.contexts):
         number = iteration * loop.contexts + n
-        mine, hard = ([state for state in some if state[0] == number % len(tasks)] for some in (pool, failed))
+        mine, hard = ([start for start in some if start.task == number % len(tasks)] for some in (pool, failed))
         mine = hard if hard and n < loop.hard_share * loop.contexts else mine
         draw = noise.integers(desk.seed, noise.Stream.CONTEXT, number, len(mine), 1)
-        chosen.append(desk.context(*mine[int(draw[0])]))
+        start = mine[int(draw[0])]
+        # a demonstration knows what it began from, and of somebody else's the environment does not
+        shown = start.demonstration
+        chosen.append(desk.context(start.task, start.state) if shown is None else desk.episodes("demos").load(shown).context)
     return chosen
 
 
@@ -47,11 +61,11 @@ def assignments_of(desk: Desk, iteration: int) -> list[Assignment]:
     return [Assignment(first + n, group + n // loop.group, contexts[n // loop.group]) for n in range(loop.contexts * loop.group)]
 
 
-def _failed_from(desk: Desk) -> list[tuple[int, int]]:
-    """Task and training state from which exploration failed at least once, with noise no wider than LOOP's."""
+def _failed_from(desk: Desk) -> list[_Start]:
+    """Training states from which exploration failed at least once, with noise no wider than LOOP's."""
     settings, tasks = desk.settings, len(desk.env.tasks)
     entries = [e for e in desk.episodes("explore").entries if factor_of(e.number, tasks, settings.explore) <= settings.loop.scale_factor]
-    return sorted({(e.task, e.state_index) for e in entries if e.first_success is None})
+    return sorted({_Start(e.task, e.state_index) for e in entries if e.first_success is None})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from worldenv.checkpoint import Savepoint
 from worldenv.config import DemosConfig, RunConfig
 from worldenv.data import collect as data
+from worldenv.data import given
 from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.envs import suites
 from worldenv.envs.chosen import ChosenTasks
@@ -44,8 +45,11 @@ class _Expert:
 
 
 def demos(desk: Desk, stage: Stage) -> None:
-    """A scripted expert shows every task a few times."""
+    """Every task is shown a few times: by a scripted expert, or in demonstrations that the user has."""
     settings = desk.settings
+    if settings.demos.source:
+        stage.metrics |= given.take(desk.env, settings.demos, stage.folder)
+        return
     expert, variation = _Expert(settings.env.name), suites.expert(settings.env.name).VARIATION
     stage.metrics |= data.demonstrate(desk.env, expert, variation, settings.env.steps, settings.demos, desk.seed, stage.folder)
 

@@ -70,7 +70,7 @@ def _notes(desk: Desk) -> list[str]:
     settings = desk.settings
     states = f"all {desk.env.states('train')} training states of each task"
     if settings.loop.context_states == "demos":
-        states = "the initial states of the demonstrations"
+        states = "the first observations of the demonstrations"
     if settings.loop.hard_share:
         states += f", a share of {settings.loop.hard_share:g} of the draws from those from which exploration had failed"
     judge = "the reflector's vision tower and language model on the per-frame labels of training episodes, then frozen before its head was fitted."
@@ -86,13 +86,16 @@ def _notes(desk: Desk) -> list[str]:
         f"Memory is the sum of resident pages over the process tree, sampled; density: scale factor {settings.loop.scale_factor:g}, "
         f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
     ]
+    shown = f"demonstrations read from {settings.demos.source}" if settings.demos.source else "scripted demonstrations"
     if settings.env.name != "tabletop":
         own, per_task = suites.step_limit(settings.env.name), settings.demos.per_task
         notes.insert(0, (
-            f"Environment: {settings.env.name}, {len(desk.env.tasks)} of its tasks; {per_task} scripted demonstrations a task; one view of "
+            f"Environment: {settings.env.name}, {len(desk.env.tasks)} of its tasks; {per_task} {shown} a task; one view of "
             f"{settings.env.image} px; step limit {settings.env.steps}, where published evaluations have {own}; LIBERO's published initial states, "
             "in order."
         ))  # fmt: skip
+    elif settings.demos.source:
+        notes.insert(0, f"{settings.demos.per_task} {shown} a task.")
     if settings.loop.control != "none":
         notes.append(f"Control: loop.control={settings.loop.control}. This is not the method, but what it is compared with.")
     if not settings.loop.termination:

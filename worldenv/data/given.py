@@ -1,0 +1,164 @@
+"""Demonstrations that the user has, made those of a run: its tasks by number and words, its environment's view, its size of pictures."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worldenv import console
+from worldenv.checkpoint import CheckpointError
+from worldenv.config import DemosConfig
+from worldenv.data import convert, libero_hdf5
+from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.envs.contract import TrueEnvironment
+from worldenv.kernels.frames import resize_lanczos3
+from worldenv.nouns import Camera
+
+_SHARE, _LENGTH = 0.01, 1e-3  # cameras are the same within this share of the picture's side, and this length [m] and cosine
+_CLEARLY = 0.7  # another way up: its difference from the environment's picture is below this share of that of the picture as it is
+
+
+def take(env: TrueEnvironment, config: DemosConfig, out: Path) -> dict[str, Any]:
+    """Write the first `config.per_task` demonstrations of every task of `env` in `config.source` to `out`, in the order of the source.
+
+    A demonstration is of a task whose words its instruction has, or the name of its file (LIBERO's); case and spaces do not count. Those of other
+    tasks and those without success are passed over. Pictures become as large as those of `env`, and mirrored where those are. What is on disk
+    already is not written again. Returns metrics. ValueError, naming the file or the task and the cure, where a task has too few, where pictures
+    cannot be those of `env`, and where `out` holds other demonstrations; CheckpointError as the readers do.
+    """
+    episodes, tasks = EpisodeSet(out), {_plain(words): task for task, words in enumerate(env.tasks)}
+    seen, looks = _Seen([0] * len(env.tasks)), _Looks(env)
+    for place, episode in _read(Path(config.source)):
+        named = libero_hdf5.told(place) if place.suffix == ".hdf5" else ""
+        task = next((tasks[words] for words in map(_plain, (named, episode.instruction)) if words in tasks), None)
+        if task is None:
+            seen.others[episode.instruction] += 1
+        elif seen.taken[task] < config.per_task and episode.first_success is None:
+            seen.failed[task] += 1
+        elif seen.taken[task] < config.per_task:
+            where = f"{place}: {episode.instruction!r}, demonstration {seen.taken[task]}"
+            shown = looks.as_in_env(episode, task, seen.taken[task], where)
+            _keep(episodes, task * config.per_task + seen.taken[task], shown, where)
+            seen.taken[task] += 1
+            seen.sides[episode.frame.shape[1]] += 1
+            seen.flipped += episode.mirrored != looks.view(task).mirrored
+        if min(seen.taken) == config.per_task:
+            break
+    for task, words in enumerate(env.tasks):
+        if seen.taken[task] < config.per_task:
+            raise ValueError(_too_few(words, seen.taken[task], seen.failed[task], seen.others, config))
+    if seen.others:
+        console.say(f"demos: passed over {seen.others.total()} demonstrations of {len(seen.others)} other tasks in {config.source}")
+    episodes.seal()
+    side = looks.view(0).height
+    return {
+        "episodes": len(episodes),
+        "source": config.source,
+        "passed_over": seen.others.total(),
+        "without_success": seen.failed.total(),
+        "resized_from_px": {str(given): count for given, count in sorted(seen.sides.items()) if given != side},
+        "flipped": seen.flipped,
+        "mean_first_success": float(np.mean([entry.first_success for entry in episodes.entries])),
+        "fingerprint": episodes.fingerprint,
+    }
+
+
+@dataclass
+class _Seen:
+    """What the source gave so far."""
+
+    taken: list[int]
+    """Demonstrations by task."""
+    failed: Counter[int] = field(default_factory=Counter)
+    """Those that show no success, by task."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Those of tasks that are not the run's, by instruction."""
+    sides: Counter[int] = field(default_factory=Counter)
+    """Those that were taken, by the side of their pictures [px]."""
+    flipped: int = 0
+    """Those whose pictures were flipped left to right."""
+
+
+def _plain(words: str) -> str:
+    return " ".join(words.lower().split())
+
+
+def _read(source: Path) -> Iterator[tuple[Path, Episode]]:
+    try:
+        yield from convert.read(source, convert.Choices())
+    except CheckpointError as error:
+        flags = "; where it takes a flag, convert it first (python -m worldenv.cli.convert)" if convert.is_lerobot(source) else ""
+        raise CheckpointError(f"demos.source: {error}{flags}") from error
+
+
+def _keep(episodes: EpisodeSet, number: int, episode: Episode, where: str) -> None:
+    """Write `episode` as `number`, where a killed stage has not."""
+    if number not in episodes:
+        episodes.add(number, episode)
+    elif episodes.load(number).content != episode.content:
+        raise ValueError(f"{where}: not what this stage took from there before it was stopped; take all of them anew: --from demos")
+
+
+def _too_few(words: str, found: int, failed: int, others: Counter[str], config: DemosConfig) -> str:
+    near = difflib.get_close_matches(_plain(words), list(others), n=3, cutoff=0.0)
+    told = f"; instructions there that come near: {', '.join(map(repr, near))}" if near else ""
+    without = f" and {failed} without success" if failed else ""
+    return (
+        f"demos.source={config.source!r}: {found} demonstrations of {words!r}{without}, demos.per_task={config.per_task}: lower that, "
+        f"choose other tasks (--env.tasks), or add demonstrations{told}"
+    )
+
+
+class _Looks:
+    """Pictures as an environment would have drawn them."""
+
+    def __init__(self, env: TrueEnvironment) -> None:
+        self._env = env
+        self._views: dict[int, Camera] = {}
+        self._first: dict[int, NDArray[np.uint8]] = {}
+
+    def view(self, task: int) -> Camera:
+        """The environment's camera in the scene of `task`."""
+        if task not in self._views:
+            self._views[task] = self._env.camera_of(task)
+        return self._views[task]
+
+    def as_in_env(self, episode: Episode, task: int, index: int, where: str) -> Episode:
+        """`episode` as demonstration `index` of `task`. ValueError, from `where`, if it is seen from elsewhere or turned."""
+        view, (height, width) = self.view(task), episode.frame.shape[1:3]
+        if height != width:
+            raise ValueError(f"{where}: pictures of {width} x {height} px, where the environment's are square: cut them to squares first")
+        if episode.camera is not None and not _same(episode.camera, view):
+            raise ValueError(f"{where}: seen by another camera than the environment's, and a run has one view: render it again from there")
+        frame = episode.frame if episode.mirrored == view.mirrored else episode.frame[:, :, ::-1]
+        frame = resize_lanczos3(torch.from_numpy(np.ascontiguousarray(frame)), view.height).numpy()
+        if episode.camera is None:
+            self._want_upright(frame[0], task, where)
+        return replace(episode, instruction=self._env.tasks[task], task=task, split="train", state_index=index, frame=frame, camera=view)
+
+    def _want_upright(self, first: NDArray[np.uint8], task: int, where: str) -> None:
+        """ValueError where the `first` picture (H, W, 3), whose camera is not known, is more like the environment's when it is turned or mirrored."""
+        if task not in self._first:
+            self._first[task] = self._env.begin(task, "train", 0).frame
+        ways = {"as it is": first, "mirrored": first[:, ::-1], "upside down": first[::-1], "turned by 180 degrees": first[::-1, ::-1]}
+        apart = {way: float(np.abs(picture.astype(np.float64) - self._first[task]).mean()) for way, picture in ways.items()}
+        best = min(apart, key=lambda way: apart[way])
+        if apart[best] < _CLEARLY * apart["as it is"]:
+            cure = "turn its pictures first"
+            if best == "mirrored":
+                cure = "mirror its pictures first (of a LeRobot set: --no-mirrored of python -m worldenv.cli.convert)"
+            raise ValueError(f"{where}: its first picture is like the environment's when it is {best}: {cure}")
+
+
+def _same(given: Camera, view: Camera) -> bool:
+    """Whether both see the same, whatever their pictures' sizes."""
+    inside = [camera.intrinsics[:2] / np.array([[camera.width], [camera.height]]) for camera in (given, view)]
+    return bool(np.allclose(inside[0], inside[1], atol=_SHARE) and np.allclose(given.camera_to_world, view.camera_to_world, atol=_LENGTH))

@@ -29,6 +29,7 @@ from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.envs.chosen import ChosenTasks
 from worldenv.kernels.frames import resize_lanczos3
 from worldenv.run import Run
+from worldenv.stages import record
 from worldenv.stages.desk import Desk, open_env
 from worldenv.stages.loop import contexts_of
 
@@ -68,8 +69,8 @@ def taken(env: ChosenTasks, source: Path, out: Path, per_task: int = 1) -> tuple
 
 
 def metrics_of(out: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((out / "stages" / "demos" / "stage.json").read_text())
-    return record["metrics"]
+    metrics: dict[str, Any] = json.loads((out / "stages" / "demos" / "stage.json").read_text())["metrics"]
+    return metrics
 
 
 @pytest.mark.parametrize("form", ["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"])
@@ -250,6 +251,9 @@ def test_loop_begins_where_the_demonstrations_began(shown: Path, tmp_path: Path)
         assert np.array_equal(context.frame, began.frame[0])
         assert np.array_equal(context.pose, began.pose[0])
         assert (context.instruction, context.gripper) == (began.instruction, began.gripper[0])
+    notes = record._notes(desk)
+    assert f"2 demonstrations read from {source} a task." in notes
+    assert "LOOP started from the first observations of the demonstrations, never from test states." in notes
     with pytest.raises(ValueError, match=r"loop\.control=true-simulator, demos\.source=.*set loop\.context_states=train"):
         dataclasses.replace(settings, loop=dataclasses.replace(loop, control="true-simulator"))
     many = dataclasses.replace(settings, demos=DemosConfig(per_task=500, source="x"))

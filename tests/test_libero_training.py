@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import h5py
 import numpy as np
 import pytest
 
@@ -33,6 +34,28 @@ def test_demonstrations_in_libero_are_of_the_chosen_task_and_go_into_every_forma
     ((_, again),) = libero_hdf5.read(tmp_path / "demo.hdf5")
     assert np.array_equal(again.frame, episode.frame)
     assert np.array_equal(again.pose, episode.pose)
+
+
+def test_a_file_as_libero_publishes_it_is_what_the_environment_showed(tmp_path):
+    settings = config.fast(config.preset("libero"))
+    train.train(tmp_path / "run", settings, until="demos")
+    (episode,) = EpisodeSet(tmp_path / "run/stages/demos")
+    file = tmp_path / f"{episode.instruction.replace(' ', '_')}_demo.hdf5"
+    inside = "Pick the akita black bowl between the plate and the ramekin and place it on the plate"  # as LIBERO's task file says it
+    with libero_hdf5.writing(file, inside) as add:
+        add(dataclasses.replace(episode, instruction=inside))
+    with h5py.File(file, "a") as opened:
+        del opened["data/demo_0"].attrs["worldenv"]
+    theirs = dataclasses.replace(settings, demos=dataclasses.replace(settings.demos, source=str(file)))
+    train.train(tmp_path / "theirs", theirs, until="demos")
+    (again,) = EpisodeSet(tmp_path / "theirs/stages/demos")
+    assert (again.instruction, again.camera.mirrored) == (episode.instruction, True)
+    for name in ("frame", "pose", "command", "success"):
+        assert np.array_equal(getattr(again, name), getattr(episode, name)), name
+    with h5py.File(file, "a") as opened:
+        opened["data"].attrs["macros_image_convention"] = "opencv"  # untrue: its pictures are upside down
+    with pytest.raises(ValueError, match="its first picture is like the environment's when it is upside down"):
+        train.train(tmp_path / "over", theirs, until="demos")
 
 
 def test_tasks_of_scenes_with_different_cameras_are_refused(tmp_path):

@@ -1,21 +1,38 @@
-"""What a person sees while a stage runs: a bar with rate and time left on a terminal, a line now and then elsewhere. All on stderr."""
+"""What a person sees while a stage runs: a bar with rate and time left on a terminal, a line now and then elsewhere, all on stderr; and a log."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_LINE_EVERY_S = 15.0
+_LINE_EVERY_S, _LOG_EVERY_S = 15.0, 1.0
+_logs: list[Path] = []
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def be_quiet() -> None:
     """Print nothing from here on: of several processes one speaks."""
     _console.quiet = True
+
+
+@contextlib.contextmanager
+def logging(path: Path) -> Iterator[None]:
+    """While it is open, append what is noted of every piece of work to `path`, a JSON object a line, at most one a second and always the last one:
+    time [s since 1970], work, step, of, and the numbers.
+    """
+    _logs.append(path)
+    try:
+        yield
+    finally:
+        _logs.remove(path)
 
 
 def say(line: str) -> None:
@@ -30,14 +47,28 @@ class track:
         """Steps `start` .. `stop` - 1 of the work named `label`."""
         self._start, self._stop, self._label = start, stop, label
         self._notes = ""
+        self._values: dict[str, float] = {}
         self._began = time.monotonic()
 
-    def note(self, **values: float) -> None:
-        """Numbers to show beside the bar, the last ones count."""
+    def note(self, also: dict[str, float] | None = None, **values: float) -> None:
+        """Numbers to show beside the bar, the last ones count; the log has them, and `also`."""
         self._notes = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._values = values | (also or {})
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._bar() if sys.stderr.isatty() else self._lines()
+        logged = -math.inf
+        for step in self._bar() if sys.stderr.isatty() else self._lines():
+            yield step
+            if time.monotonic() - logged >= _LOG_EVERY_S or step + 1 == self._stop:
+                logged = time.monotonic()
+                self._log(step + 1)
+
+    def _log(self, done: int) -> None:
+        numbers = {name: float(value) if math.isfinite(value) else None for name, value in self._values.items()}
+        row = {"time": round(time.time(), 3), "work": self._label, "step": done, "of": self._stop, **numbers}
+        for path in _logs:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def _rate(self, done: int) -> float:
         return done / max(time.monotonic() - self._began, 1e-9)

@@ -1,6 +1,7 @@
 """The folder of a run: its settings, and what each stage left, so that the same command goes on where it stopped.
 
     OUT/run.json                 the settings; a folder belongs to one set of settings
+    OUT/log.jsonl                what was noted on the way, a line a second (worldenv.console); for looking, nothing reads it
     OUT/stages/NAME/...          what a stage wrote
     OUT/stages/NAME/stage.json   written last: fingerprint of settings and inputs, hash of every file, seconds, memory, metrics
 """

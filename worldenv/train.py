@@ -138,7 +138,7 @@ def train(
         if name not in again and run.borrow(name, fingerprint, reuse):
             console.say(f"{name:>7}: taken from another run")
             continue
-        with run.at_work(name, fingerprint) as stage:
+        with console.logging(out / "log.jsonl"), run.at_work(name, fingerprint) as stage:
             plan.work(desk, stage)
     processes.agreed(None)
     if "report" in names:

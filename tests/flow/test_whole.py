@@ -53,6 +53,18 @@ def test_every_stage_runs_and_the_report_is_valid(whole):
     assert (out / "report.html").stat().st_size > 10_000
 
 
+def test_progress_is_logged_as_it_is_made(whole):
+    rows = [json.loads(line) for line in (whole[0] / "log.jsonl").read_text().splitlines()]
+    by = {work: [row for row in rows if row["work"] == work] for work in {row["work"] for row in rows}}
+    assert {"sft", "scale", "autoencoder", "simulator", "loop"} <= by.keys()
+    history = json.loads((whole[0] / "stages" / "loop" / "stage.json").read_text())["metrics"]["history"]
+    assert [(row["step"], row["of"]) for row in by["loop"]] == [(1, 2), (2, 2)]
+    for row, want in zip(by["loop"], history, strict=True):
+        assert {name: row[name] for name in want} == want
+    assert all(one[-1]["step"] == one[-1]["of"] for one in by.values())
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+
+
 def test_the_same_command_again_does_nothing_again(whole):
     out, _ = whole
     before = {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*") if p.is_file()}

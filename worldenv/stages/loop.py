@@ -131,7 +131,7 @@ def loop(desk: Desk, stage: Stage) -> None:
             policies.save(snapshot_path(stage.folder, iteration + 1), learner.policy, learner.merged())
         savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds})
         store.discard()
-        bar.note(**{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
+        bar.note(history[-1], **{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
     policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
     learner.export_adapter(stage.folder / "lora_adapter")
     stage.metrics["engines"] = practice.fleet.engines

@@ -58,6 +58,11 @@ else:
 """
 
 
+def _heard() -> None:
+    """What is started in the background of a script ignores the signal, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("where", ["module", "script", "child"])
 def test_a_command_that_is_interrupted_while_it_is_imported_says_so_in_a_line(where: str, tmp_path: Path) -> None:
     """As by Ctrl-C in the first seconds: no traceback, and the exit code that shells expect. Of several processes, one speaks."""
@@ -66,7 +71,8 @@ def test_a_command_that_is_interrupted_while_it_is_imported_says_so_in_a_line(wh
     script.write_text(INTERRUPTED)
     words = {"module": ["-m", "worldenv.cli.convert"], "script": [str(script)], "child": [str(script), "child"]}[where]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60, preexec_fn=_heard)
     assert done.stderr == {"module": "worldenv: stopped\n", "script": "worldenv-eval: stopped\n", "child": ""}[where]
     assert where == "child" or done.returncode == -signal.SIGINT
 

@@ -112,6 +112,22 @@ def _install() -> None:
     torch.cuda.current_stream, torch.cuda.set_stream = _Stream.present, _Stream.take  # type: ignore[assignment]
     torch._C._cuda_getDevice, torch._C._cuda_setDevice = torch.accelerator.current_device_index, torch.accelerator.set_device_index  # type: ignore[attr-defined]
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = _exchanged
+    torch.Tensor.__deepcopy__ = _copied(torch.Tensor.__deepcopy__)  # type: ignore[method-assign]
+    torch.nn.Parameter.__deepcopy__ = _copied(torch.nn.Parameter.__deepcopy__)  # type: ignore[method-assign]
+
+
+def _copied(way: Any) -> Any:
+    """Storages of pretended memory cannot be copied, tensors can."""
+
+    def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> Any:
+        if tensor.device.type != "cuda" or not tensor.is_leaf:
+            return way(tensor, memo)
+        if id(tensor) not in memo:
+            other = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            memo[id(tensor)] = torch.nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else other
+        return memo[id(tensor)]
+
+    return copied
 
 
 def _by_definition() -> None:

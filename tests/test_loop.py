@@ -267,8 +267,7 @@ def half_policy(attention: Literal["full", "prefix_lm"] = "full") -> OpenVLAOFT:
     return policy
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize(("devices", "precision"), [(3, "float32"), (2, "bfloat16")])
 def test_an_update_by_several_devices_is_that_of_one_bit_for_bit(devices: int, precision: str) -> None:
     """Microbatches take turns on copies of the policy; copies follow every step, and a state that is loaded."""
 

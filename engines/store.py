@@ -11,7 +11,6 @@ architecture has another name, and is never found.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -31,7 +30,6 @@ DEFAULT_STORE = Path("runs/engines")
 FORMAT = "worldenv-plan-1"
 MANIFEST, PARITY = "manifest.json", "parity.json"
 _NAMED = ("engine", "back_end", "arch", "precision")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Store:
             checkpoint.write_text(part / MANIFEST, json.dumps(manifest, indent=1))
             part.rename(self.folder(wanted.key))
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if error.errno in checkpoint.NO_ROOM:
                 raise EngineError(
                     f"{self.root}: no room for {wanted.engine} ({wanted.back_end}): {error.strerror}; make room, or worldenv-engine gc"
                 ) from error

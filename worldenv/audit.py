@@ -71,11 +71,11 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
     return out
 
 
-def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], episodes: Sequence[Episode], chunk: int) -> list[float]:
-    """Mean over episodes of the PSNR [dB] of each chunk, against the true frames that followed the first."""
-    both = list(zip(imagined, episodes, strict=True))
-    starts = range(0, episodes[0].command.shape[0], chunk)
-    return [float(np.mean([psnr(ours[c : c + chunk], e.frame[1 + c : 1 + c + chunk]) for ours, e in both])) for c in starts]
+def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], true: Sequence[NDArray[np.uint8]], chunk: int) -> list[float]:
+    """Mean over episodes of the PSNR [dB] of each chunk, of frames (T, H, W, 3) against the true ones: those that followed the first."""
+    both = list(zip(imagined, true, strict=True))
+    starts = range(0, len(true[0]), chunk)
+    return [float(np.mean([psnr(ours[c : c + chunk], truth[c : c + chunk]) for ours, truth in both])) for c in starts]
 
 
 def replay(

@@ -7,6 +7,7 @@ safetensors body; the rest is a JSON skeleton in its header, beside the SHA-256 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ from safetensors.torch import save_file
 
 FORMAT = "worldenv-tree-2"
 _MARK = "$"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk says that is full, for one or for this user."""
 
 
 class CheckpointError(ValueError):

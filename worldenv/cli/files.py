@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from worldenv import checkpoint
+
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -67,7 +68,7 @@ def written(out: Path, then: str = ", or choose another --out", flag: str = "--o
     try:
         yield
     except OSError as error:
-        full = error.errno in _NO_ROOM
+        full = error.errno in checkpoint.NO_ROOM
         if not full and error.errno not in _FORBIDDEN:
             raise
         # of a copy, from where and to where

@@ -113,10 +113,11 @@ class Desk:
         """As `simulator`."""
         return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(device or self.device)
 
-    def world(self, reflector: Judge | None, simulator: Evac | None, device: torch.device | None = None) -> ImaginedWorld:
-        """Of networks that are on `device`, without one on the run's."""
+    def world(self, reflector: Judge | None, simulator: Evac | None, device: torch.device | None = None, seed: int | None = None) -> ImaginedWorld:
+        """Of networks that are on `device`, without one on the run's, with the noise of `seed`, without one the run's."""
+        seed = self.seed if seed is None else seed
         latent = (0, 0) if simulator is None else simulator.config.latent  # what is drawn for it
-        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, latent, self.seed, device or self.device)
+        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, latent, seed, device or self.device)
 
     def flights(self, replicas: Sequence[Replica], threshold: float, keep_frames: bool = False) -> Flights:
         """On this run's schedule."""

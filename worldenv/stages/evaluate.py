@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,7 @@ def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) 
     still = [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes]
     ceiling = [reconstruct(torch.from_numpy(e.frame[1:]).to(desk.device)).cpu().numpy() for e in episodes]
     by = {"psnr_by_chunk": ours, "psnr_copy_first_by_chunk": still, "psnr_ceiling_by_chunk": ceiling}
-    return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, episodes, chunk) for name, frames in by.items()}}
+    return {"episodes": len(episodes), **{name: audit.psnr_by_chunk(frames, [e.frame[1:] for e in episodes], chunk) for name, frames in by.items()}}
 
 
 def audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name: str) -> Fleet:
@@ -99,16 +99,12 @@ def audit_run(out: Path, name: Literal["sft", "loop"], episodes: int, device: st
         pairs, _ = _replays(desk, name, Path(folder), AUDIT_NUMBERS)
     if kept is not None:
         checkpoint.save(kept, [_plain(pair) for pair in pairs])
-    chunk = settings.policy.chunk
-
-    def by_chunk(ours: Callable[[audit.Pair], Any]) -> list[float]:
-        starts = range(0, settings.env.steps, chunk)
-        return [float(np.mean([audit.psnr(ours(pair)[at : at + chunk], pair.true[at : at + chunk]) for pair in pairs])) for at in starts]
-
+    true, chunk = [pair.true for pair in pairs], settings.policy.chunk
+    still = [np.broadcast_to(pair.context.frame, pair.true.shape) for pair in pairs]
     return {
         **audit.agreement(pairs, desk.env.tasks, desk.reflector().config.threshold),
-        "psnr_by_chunk": by_chunk(lambda pair: pair.imagined),
-        "psnr_copy_first_by_chunk": by_chunk(lambda pair: np.broadcast_to(pair.context.frame, pair.true.shape)),
+        "psnr_by_chunk": audit.psnr_by_chunk([pair.imagined for pair in pairs], true, chunk),
+        "psnr_copy_first_by_chunk": audit.psnr_by_chunk(still, true, chunk),
     }
 
 

@@ -46,13 +46,7 @@ class Fleet:
         return self.fitted[0][1].plain
 
     def follow(self) -> dict[str, Parity]:
-        """Have all devices act by the first policy's present weights. Returns how its engines compared after that, by name."""
-        first = dict(self.policies[0].network.named_parameters())
-        with torch.no_grad():
-            for other in self.policies[1:]:
-                for name, own in other.network.named_parameters():
-                    if own.requires_grad:
-                        own.copy_(first[name])
+        """Have the engines of all devices act by their policies' present weights. Returns how the first's compared after that, by name."""
         found = []
         for device, one in self.fitted:
             with on(device):

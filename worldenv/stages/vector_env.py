@@ -29,7 +29,7 @@ def vector_env(
     simulator, reflector = desk.simulator(), desk.reflector()
 
     def world_of(seed: int) -> ImaginedWorld:
-        return ImaginedWorld(simulator, reflector, desk.env.robot, desk.controller, desk.camera, simulator.config.latent, seed, desk.device)
+        return desk.world(reflector, simulator, seed=seed)
 
     return WorldVectorEnv(
         num_envs, world_of, desk.context, desk.env.tasks, desk.env.states("train"), desk.settings.policy.chunk,

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from worldenv import console
 from worldenv.data.episode import Episode
 from worldenv.envs.contract import TrueEnvironment
+from worldenv.learning.reward_head import score
 from worldenv.nouns import Context
-from worldenv.reflector.contract import Reflector, scored
+from worldenv.reflector.contract import Judge, Reflector, scored
 from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
 from worldenv.world import World, advance, started
 
@@ -72,10 +73,10 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
 
 
 def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], true: Sequence[NDArray[np.uint8]], chunk: int) -> list[float]:
-    """Mean over episodes of the PSNR [dB] of each chunk, of frames (T, H, W, 3) against the true ones: those that followed the first."""
+    """PSNR [dB] of each chunk, its mean over the episodes that have it, of frames (T, H, W, 3) against the true ones: those after the first."""
     both = list(zip(imagined, true, strict=True))
-    starts = range(0, len(true[0]), chunk)
-    return [float(np.mean([psnr(ours[c : c + chunk], truth[c : c + chunk]) for ours, truth in both])) for c in starts]
+    starts = range(0, max(map(len, true)), chunk)
+    return [float(np.mean([psnr(ours[c : c + chunk], truth[c : c + chunk]) for ours, truth in both if len(truth) > c])) for c in starts]
 
 
 def replay(
@@ -101,6 +102,16 @@ def replay(
             frames, scores = flight.frames().numpy(), flight.rollout().score.flatten().numpy()
             pairs.append(Pair(flight.job.context, commands[i], frames, scores, truth[i][0], true_scores[i].numpy(), truth[i][1]))
     return pairs
+
+
+def recorded(world: World, reflector: Judge, episodes: Sequence[Episode], batch: int, chunk: int) -> list[Pair]:
+    """What was recorded, beside the same commands in `world` from the same first frames: the truth where nobody can act. As `imagine_episodes`."""
+    drawn = imagine_episodes(world, episodes, batch, chunk, "imagine recorded")
+    imagined, true = score(reflector, episodes, drawn, chunk), score(reflector, episodes, chunk=chunk)
+    return [
+        Pair(e.context, e.command, frames[1:], ours, e.frame[1:], theirs, e.success[1:])
+        for e, frames, ours, theirs in zip(episodes, drawn, imagined, true, strict=True)
+    ]
 
 
 def _true(env: TrueEnvironment, context: Context, command: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

@@ -70,12 +70,19 @@ def _want_multiple(name: str, given: int, of: str, part: int) -> None:
         raise ValueError(f"{name}={given}: want a multiple of {of}={part}")
 
 
+_OF_RECORDED = {"recordings": "where its demonstrations lie", "robot": "whose they are"}
+
+
 @dataclass(frozen=True)
 class EnvConfig:
-    """The true environment."""
+    """The true environment, or what a robot was recorded doing in its place."""
 
-    name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "tabletop"
-    """Which environment: the embedded one, or a suite of LIBERO (docs/libero.md)."""
+    name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10", "recorded"] = "tabletop"
+    """Which environment: the embedded one, a suite of LIBERO (docs/libero.md), or none but recordings of a robot (docs/own-robot.md)."""
+    recordings: str = ""
+    """With recorded: folder of demonstrations, episodes in our format: they say which tasks there are, in the order in which they first appear."""
+    robot: str = ""
+    """With recorded: whose they are: agibot_g1, panda, tabletop, or a .json file that describes a robot."""
     tasks: tuple[int, ...] = ()
     """Which of its tasks, by their numbers there; none: all. They must share a camera, as the tasks of libero_spatial do."""
     image: Count = 64
@@ -91,8 +98,21 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "env.")
+        for name in ("recordings", "robot"):
+            given = getattr(self, name)
+            if self.recorded and not given:
+                raise ValueError(f"env.name=recorded without env.{name}: say {_OF_RECORDED[name]} (--env.{name}; docs/own-robot.md)")
+            if given and not self.recorded:
+                raise ValueError(f"env.{name}={given!r}: {self.name} has its own; leave it out, or choose --env.name recorded")
+        if self.recorded:
+            return  # only the recordings say how many tasks there are
         if len(set(self.tasks)) < len(self.tasks) or max(self.tasks, default=0) >= self._there:
             raise ValueError(f"env.tasks={self.tasks}: want different numbers, 0 .. {self._there - 1}: {self.name} has {self._there} tasks")
+
+    @property
+    def recorded(self) -> bool:
+        """There is no environment to act in."""
+        return self.name == "recorded"
 
     @property
     def _there(self) -> int:
@@ -100,7 +120,7 @@ class EnvConfig:
 
     @property
     def test_starts(self) -> int:
-        """Test states of all its tasks."""
+        """Test states of all the tasks of an environment."""
         return (len(self.tasks) or self._there) * (self.test_states if self.name == "tabletop" else 50)
 
 
@@ -530,8 +550,11 @@ class ScaleConfig:
 
 @dataclass(frozen=True)
 class ExploreConfig:
-    """Stage explore: the policy with its noise in the true environment, past success."""
+    """Stage explore: the policy with its noise in the true environment, past success; or what was recorded of that."""
 
+    source: str = ""
+    """With env.name=recorded: folder of episodes in our format, of the policy of stage scale on the robot, successes and failures, every frame
+    labelled. All of them are taken."""
     episodes: Count = 600
     """Episodes over all tasks, on training states."""
     factors: tuple[Positive, ...] = (1.0, 3.0)
@@ -835,6 +858,11 @@ class RunConfig:
             raise ValueError(f"{given}: imagined frames go on where the environment's end; make them equal")
         if self.policy.images != 1:
             raise ValueError(f"policy.images={self.policy.images}: a run has one camera; set it to 1")
+        if self.env.recorded:
+            self._check_recorded()
+            return
+        if self.explore.source:
+            raise ValueError(f"explore.source={self.explore.source!r}: the policy explores {self.env.name} itself; leave it out")
         if self.demos.source and self.loop.context_states == "demos" and self.loop.control == "true-simulator":
             raise ValueError(
                 f"loop.context_states=demos, loop.control=true-simulator, demos.source={self.demos.source!r}: the true environment cannot be put "
@@ -845,6 +873,13 @@ class RunConfig:
         if self.eval.episodes > self.env.test_starts:
             more = "; give fewer, or raise env.test_states" if self.env.name == "tabletop" else "; give fewer, or choose more tasks"
             raise ValueError(f"eval.episodes={self.eval.episodes}: there are {self.env.test_starts} test states over all tasks{more}")
+
+    def _check_recorded(self) -> None:
+        """ValueError for what asks an environment that is not there."""
+        if self.demos.source:
+            raise ValueError(f"demos.source={self.demos.source!r}: with env.name=recorded the demonstrations are env.recordings; leave it out")
+        if self.loop.control == "true-simulator":
+            raise ValueError("loop.control=true-simulator: with env.name=recorded there is no true environment; choose another control")
 
 
 EVAC = SimulatorConfig(

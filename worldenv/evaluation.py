@@ -62,14 +62,7 @@ class Outcomes:
         """Successes, episodes and 95 % interval by protocol, and by task within it; JSON-ready."""
         protocols: tuple[Protocol, ...] = ("oracle", "limit") if self.score is None else ("oracle", "limit", "reflector")
         task = np.array([s.task for s in self.start])
-        out: dict[str, Any] = {}
-        for protocol in protocols:
-            hit = self.by(protocol)
-            out[protocol] = {
-                **_tally(int(hit.sum()), len(hit)),
-                "by_task": {name: _tally(int(hit[task == i].sum()), int((task == i).sum())) for i, name in enumerate(tasks) if (task == i).any()},
-            }
-        return out
+        return {protocol: tally(self.by(protocol), task, tasks) for protocol in protocols}
 
     def tree(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -82,8 +75,14 @@ class Outcomes:
         return cls(tuple(Start(*row) for row in tree["start"]), tree["success"], tree["score"], tree["threshold"])
 
 
-def _tally(successes: int, episodes: int) -> dict[str, Any]:
-    return {"successes": successes, "episodes": episodes, "interval": list(wilson(successes, episodes))}
+def tally(hit: NDArray[np.bool_], task: NDArray[np.int64], tasks: Sequence[str]) -> dict[str, Any]:
+    """Successes `hit` (n,), episodes and 95 % interval, in all and by task (`task` (n,) numbers them); JSON-ready."""
+
+    def counted(some: NDArray[np.bool_]) -> dict[str, Any]:
+        successes = int(some.sum())
+        return {"successes": successes, "episodes": len(some), "interval": list(wilson(successes, len(some)))}
+
+    return {**counted(hit), "by_task": {name: counted(hit[task == i]) for i, name in enumerate(tasks) if (task == i).any()}}
 
 
 def starts(env: TrueEnvironment, episodes: int) -> list[Start]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from worldenv import console
+from worldenv import config, console
 from worldenv.checkpoint import Savepoint
 from worldenv.config import LoopConfig, RunConfig
+from worldenv.data import recorded
 from worldenv.learning import processes
 from worldenv.run import Run, RunError, Stage, done, savepoint_path
 from worldenv.simulator.schedule import Sampler
@@ -39,26 +40,42 @@ class Plan:
     settings: Callable[[RunConfig], list[Any]]
 
 
+def _site(settings: RunConfig) -> list[Any]:
+    """Where it happens: the environment, or what the recordings hold that stand in its place, wherever they lie."""
+    env = settings.env
+    return [_without(env, "recordings", "robot"), recorded.fingerprint(env)] if env.recorded else [env]
+
+
+def _exploration(settings: RunConfig) -> list[Any]:
+    """As `_site`, of what the policy does there."""
+    explore = settings.explore
+    return [_without(explore, "source"), recorded.opened(Path(explore.source), "explore.source").fingerprint] if explore.source else [explore]
+
+
+def _without(settings: Any, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict(settings).items() if name not in names}
+
+
 STAGES: dict[str, Plan] = {
-    "demos": Plan(demos, (), lambda c: [c.seed, c.env, c.demos]),
-    "sft": Plan(fine_tune, ("demos",), lambda c: [c.seed, c.env, c.policy, c.sft]),
-    "scale": Plan(scale, ("demos", "sft"), lambda c: [c.seed, c.env, c.scale]),
-    "explore": Plan(explore, ("scale",), lambda c: [c.seed, c.env, c.explore]),
-    "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, c.env, c.explore.held_out, c.simulator, c.world]),
+    "demos": Plan(demos, (), lambda c: [c.seed, *_site(c), c.demos]),
+    "sft": Plan(fine_tune, ("demos",), lambda c: [c.seed, *_site(c), c.policy, c.sft]),
+    "scale": Plan(scale, ("demos", "sft"), lambda c: [c.seed, *_site(c), c.scale]),
+    "explore": Plan(explore, ("scale",), lambda c: [c.seed, *_site(c), *_exploration(c)]),
+    "world": Plan(world, ("demos", "explore"), lambda c: [c.seed, *_site(c), c.explore.held_out, c.simulator, c.world]),
     "reward": Plan(
         reward,
         ("demos", "explore", "world"),
-        lambda c: [c.seed, c.env, c.explore.held_out, c.policy.chunk, c.loop.slots, c.reflector, c.reward],
+        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.loop.slots, c.reflector, c.reward],
     ),
     "loop": Plan(
         loop,
         ("demos", "scale", "explore", "world", "reward"),
-        lambda c: [c.seed, c.env, c.explore, c.loop.placed_as(LoopConfig()), c.engines],
+        lambda c: [c.seed, *_site(c), *_exploration(c), c.loop.placed_as(LoopConfig()), c.engines],
     ),
     "eval": Plan(
         evaluate,
         ("scale", "explore", "world", "reward", "loop"),
-        lambda c: [c.seed, c.env, c.explore.held_out, c.policy.chunk, c.loop.placed_as(LoopConfig()), c.eval, c.report.replays, c.engines],
+        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.loop.placed_as(LoopConfig()), c.eval, c.report.replays, c.engines],
     ),
     "report": Plan(write_report, RECORDED, lambda c: [c]),
 }
@@ -93,9 +110,15 @@ def chosen(settings: RunConfig, only: str | None = None, until: str | None = Non
 
 def _want_brought(settings: RunConfig, names: Sequence[str]) -> None:
     """RunError for what the user brings, one of the stages `names` begins from and is not there: said before the hours of the stages before it."""
+    if "explore" in names and settings.env.recorded and not settings.explore.source:
+        raise RunError(
+            "explore.source: env.name=recorded has nothing to explore: run --until scale, let its policy act on the robot, record and label that, "
+            "then give the folder in a new --out with --reuse (--explore.source; docs/own-robot.md)"
+        )
     brought = {
         "demos": ("demos.source", settings.demos.source),
         "sft": ("sft.start", settings.sft.start),
+        "explore": ("explore.source", settings.explore.source),
         "world": ("world.initial", settings.world.initial),
         "reward": ("reward.start", settings.reward.start),
     }

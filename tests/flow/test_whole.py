@@ -14,17 +14,17 @@ import pytest
 
 from worldenv import audit, checkpoint, report
 from worldenv.cli import eval as evaluate
+from worldenv.cli import train as command
 from worldenv.rollout.store import RolloutStore
 from worldenv.stages.desk import REPLAY_NUMBERS
 from worldenv.stages.evaluate import replayed_pairs
 
-FAST = ["--preset", "tiny", "--fast"]
+FAST = ["--preset", "tiny", "--fast", "--world.vae-steps", "12", "--world.steps", "12", "--world.check-every", "6"]
 STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 
 
 def train(*arguments, check=True):
-    command = [sys.executable, "-m", "worldenv.cli.train", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, "-m", "worldenv.cli.train", *map(str, arguments)], capture_output=True, text=True, timeout=500)
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -77,8 +77,8 @@ def kill_while_at(stage, out, *arguments):
     """Start the command and kill it, without warning, while `stage` is at work."""
     begun = out / "stages" / stage / "begun.json"
     before = begun.stat().st_mtime_ns if begun.exists() else None
-    command = [sys.executable, "-m", "worldenv.cli.train", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "worldenv.cli.train", *map(str, arguments)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None:
         if begun.exists() and begun.stat().st_mtime_ns != before:
@@ -143,8 +143,8 @@ def test_a_stored_rollout_is_replayed_alone_bit_for_bit(whole, tmp_path):
 def test_a_rollout_of_the_iteration_under_way_is_replayed(whole, tmp_path):
     out, again = whole[0], tmp_path / "again"
     shutil.copytree(out, again)
-    command = [sys.executable, "-m", "worldenv.cli.train", "--resume", str(again), "--from", "loop"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "worldenv.cli.train", "--resume", str(again), "--from", "loop"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, deadline = again / "stages" / "loop" / "iteration-0001.log", time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size > 0):
         time.sleep(0.01)
@@ -208,12 +208,17 @@ def test_other_settings_are_refused_and_nothing_is_touched(whole):
         (["--resume", "/nowhere/at/all"], "no run there"),
     ],
 )
-def test_a_bad_command_line_is_one_line(arguments, says, tmp_path):
-    done = train(*arguments, "--out", tmp_path / "x", check=False) if "--resume" not in arguments else train(*arguments, check=False)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_bad_command_line_is_one_line(arguments, says, tmp_path, capsys):
+    assert command.main(arguments if "--resume" in arguments else [*arguments, "--out", str(tmp_path / "x")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
     assert not (tmp_path / "x").exists()
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    done = train("--preset", "tinny", "--out", tmp_path / "x", check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "did you mean 'tiny'" in done.stderr
 
 
 def test_a_damaged_stage_file_is_one_line_and_is_left_alone(whole):
@@ -237,8 +242,8 @@ def test_a_full_disk_is_one_line(tmp_path):
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000));"
         "from worldenv.cli.train import main; raise SystemExit(main())"
     )
-    command = [sys.executable, "-c", code, *FAST, "--out", str(tmp_path / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    words = [sys.executable, "-c", code, *FAST, "--out", str(tmp_path / "x")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "File too large; free space there, then give the same command again" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "x").rglob("*.part"))
@@ -252,9 +257,9 @@ def test_a_loss_that_is_not_finite_is_one_line_and_the_stage_leaves_no_output(tm
 
 
 def test_no_gl_library_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "worldenv.cli.train", *FAST, "--out", str(tmp_path / "x")]
+    words = [sys.executable, "-m", "worldenv.cli.train", *FAST, "--out", str(tmp_path / "x")]
     absent = {**os.environ, "MUJOCO_GL": "osmesa", "LD_LIBRARY_PATH": "", "PATH": "/nonexistent"}  # find_library asks programs on PATH
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=absent)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=absent)
     assert done.returncode == 1
     assert "libosmesa6" in done.stderr.splitlines()[-1]
     assert len(done.stderr.splitlines()) == 1

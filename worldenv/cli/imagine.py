@@ -26,12 +26,10 @@ from worldenv.report import videos
 from worldenv.robots import agibot_g1
 from worldenv.robots.agibot_g1 import AGIBOT_G1
 from worldenv.robots.contract import ArmDrawing, Robot
-from worldenv.robots.panda import PANDA
-from worldenv.robots.tabletop import TABLETOP
+from worldenv.robots.named import named
 from worldenv.simulator import weights
 from worldenv.simulator.evac import DELTA_DIM, Evac
 
-ROBOTS = {robot.name: robot for robot in (AGIBOT_G1, PANDA, TABLETOP)}
 MODELS = {**config.RELEASED, "tiny": config.TINY.simulator}
 _BANNER = 28
 _LEAST_STD = 1e-4  # of a delta [m, rad]: dimensions that never move stay at 0
@@ -64,8 +62,8 @@ class ImagineArgs:
     """Imagine with random weights: shows that everything runs, and nothing else. The video says so."""
     model: Literal["evac", "evac-rlinf", "tiny"] = "evac"
     """Sizes of the networks, where the file does not hold them: released files and random weights."""
-    robot: Literal["agibot_g1", "panda", "tabletop"] = "agibot_g1"
-    """Whose arms move: AgiBot G1 (poses), Franka Panda in LIBERO or the embedded tabletop's gripper (commands)."""
+    robot: str = "agibot_g1"
+    """Whose arms move: agibot_g1 (poses), panda as in LIBERO, tabletop (commands), or a .json file that describes a robot (docs/own-robot.md)."""
     mirrored: bool = False
     """The frame is flipped left-right after projection, as OpenVLA-OFT's LIBERO frames are."""
     controller: Path | None = None
@@ -183,7 +181,7 @@ def _follow(command: Doubles, state: Doubles, model: kinematics.ControllerModel)
 
 def motion(args: ImagineArgs) -> Motion:
     """What the arguments say of frame, arms and camera. Raises ValueError with one line that names the argument."""
-    robot, given = ROBOTS[args.robot], {"frame": args.frame, "actions": args.actions, "intrinsics": args.intrinsics, "extrinsics": args.extrinsics}
+    robot, given = named(args.robot), {"frame": args.frame, "actions": args.actions, "intrinsics": args.intrinsics, "extrinsics": args.extrinsics}
     state: Doubles | None
     if args.episode is not None:
         if mixed := [f"--{name}" for name, value in {**given, "state": args.state}.items() if value is not None]:

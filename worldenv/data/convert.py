@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from worldenv.checkpoint import CheckpointError
 from worldenv.data import lerobot, libero_hdf5
-from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.episode import Episode, EpisodeSet, camera_from_plain
+from worldenv.nouns import Camera
 
 Format = Literal["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"]
 """The formats that are written."""
@@ -29,6 +34,9 @@ class Choices:
     """LeRobot sets that were made elsewhere: pictures are upright and mirrored, as OpenVLA-OFT's; else they are upright."""
     frames: lerobot.Frames = "h264-lossless"
     """LeRobot sets that are written: how pictures are kept."""
+    camera: Path | None = None
+    """Where the pictures were taken from, for episodes that do not say it: .json with intrinsics (3, 3) [px], camera_to_world (4, 4) [m], both in
+    OpenCV's axes, height and width [px] of the pictures, and mirrored, where pictures are to stay as OpenVLA-OFT's (docs/own-robot.md)."""
     no_noops: bool = False
     """Leave out commands for no motion, as the published sets for OpenVLA-OFT do."""
 
@@ -52,10 +60,36 @@ def _mean_something(source: Path, to: Format, choices: Choices) -> None:
 def read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
     """The episodes in `source`, each with its file or set: a folder of ours, a LeRobot data set, LIBERO's HDF5 file, or a folder of these.
 
-    Of several HDF5 files, sorted by name, the task's index counts the files. Raises CheckpointError where it is none of these, and as the readers do.
+    Of several HDF5 files, sorted by name, the task's index counts the files. Raises CheckpointError where it is none of these, and as the readers do;
+    ValueError where `choices.camera` is no camera, is another's, or not of pictures of this size.
     """
+    camera = None if choices.camera is None else _camera(choices.camera)
     for place, episode in _read(source, choices):
-        yield place, libero_hdf5.without_noops(episode) if choices.no_noops else episode
+        seen = episode if camera is None else _seen_by(camera, episode, place, choices.camera)
+        yield place, libero_hdf5.without_noops(seen) if choices.no_noops else seen
+
+
+def _camera(path: Path) -> Camera:
+    try:
+        camera = camera_from_plain(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        want = "intrinsics (3, 3), camera_to_world (4, 4), height, width, and mirrored where it is so"
+        raise ValueError(f"--camera {path}: want a .json file with {want} ({type(error).__name__}: {error})") from error
+    turn = None if camera is None else camera.camera_to_world[:3, :3]
+    if camera is None or turn is None or np.abs(turn @ turn.T - np.eye(3)).max() > 1e-3 or np.linalg.det(turn) < 0 or camera.intrinsics[0, 0] <= 0:
+        raise ValueError(f"--camera {path}: camera_to_world turns by no rotation, or the focal length is not above 0")
+    return camera
+
+
+def _seen_by(camera: Camera, episode: Episode, place: Path, path: Path | None) -> Episode:
+    """`episode`, which readers leave mirrored, as `camera` of file `path` sees it."""
+    if episode.camera is not None:
+        raise ValueError(f"--camera {path}: {place} says itself where its camera stood; leave it out")
+    if episode.frame.shape[1:3] != (camera.height, camera.width):
+        sizes = f"{camera.width} x {camera.height} px, pictures of {place} are {episode.frame.shape[2]} x {episode.frame.shape[1]}"
+        raise ValueError(f"--camera {path}: {sizes}: give intrinsics and size as they are for these pictures")
+    frame = episode.frame if camera.mirrored else np.ascontiguousarray(episode.frame[:, :, ::-1])
+    return dataclasses.replace(episode, frame=frame, camera=camera)
 
 
 def _read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:

@@ -1,8 +1,9 @@
-"""Demonstrations that the user has, made those of a run: its tasks by number and words, its environment's view, its size of pictures."""
+"""Episodes that the user has, made those of a run: its tasks by number and words, its environment's view, its size of pictures."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.config import DemosConfig
 from worldenv.data import convert, libero_hdf5
 from worldenv.data.episode import Episode, EpisodeSet
-from worldenv.envs.contract import TrueEnvironment
+from worldenv.envs.contract import Site
 from worldenv.kernels.frames import resize_lanczos3
 from worldenv.nouns import Camera
 
@@ -26,8 +27,9 @@ _SHARE, _LENGTH = 0.01, 1e-3  # cameras are the same within this share of the pi
 _CLEARLY = 0.7  # another way up: its difference from the environment's picture is below this share of that of the picture as it is
 
 
-def take(env: TrueEnvironment, config: DemosConfig, out: Path) -> dict[str, Any]:
-    """Write the first `config.per_task` demonstrations of every task of `env` in `config.source` to `out`, in the order of the source.
+def take(env: Site, config: DemosConfig, out: Path, setting: str = "demos.source") -> dict[str, Any]:
+    """Write the first `config.per_task` demonstrations of every task of `env` in `config.source` to `out`, in the order of the source, which the
+    user knows as `setting`.
 
     A demonstration is of a task whose words its instruction has, or the name of its file (LIBERO's); case and spaces do not count. Those of other
     tasks and those without success are passed over. Pictures become as large as those of `env`, and mirrored where those are. What is on disk
@@ -36,7 +38,7 @@ def take(env: TrueEnvironment, config: DemosConfig, out: Path) -> dict[str, Any]
     """
     episodes, tasks = EpisodeSet(out), {_plain(words): task for task, words in enumerate(env.tasks)}
     seen, looks = _Seen([0] * len(env.tasks)), _Looks(env)
-    for place, episode in _read(Path(config.source)):
+    for place, episode in _read(Path(config.source), setting):
         named = libero_hdf5.told(place) if place.suffix == ".hdf5" else ""
         task = next((tasks[words] for words in map(_plain, (named, episode.instruction)) if words in tasks), None)
         if task is None:
@@ -54,7 +56,7 @@ def take(env: TrueEnvironment, config: DemosConfig, out: Path) -> dict[str, Any]
             break
     for task, words in enumerate(env.tasks):
         if seen.taken[task] < config.per_task:
-            raise ValueError(_too_few(words, seen.taken[task], seen.failed[task], seen.others, config))
+            raise ValueError(_too_few(words, seen.taken[task], seen.failed[task], seen.others, config, setting))
     if seen.others:
         console.say(f"demos: passed over {seen.others.total()} demonstrations of {len(seen.others)} other tasks in {config.source}")
     episodes.seal()
@@ -69,6 +71,51 @@ def take(env: TrueEnvironment, config: DemosConfig, out: Path) -> dict[str, Any]
         "mean_first_success": float(np.mean([entry.first_success for entry in episodes.entries])),
         "fingerprint": episodes.fingerprint,
     }
+
+
+def take_exploration(env: Site, source: EpisodeSet, demonstrations: EpisodeSet, out: Path) -> dict[str, Any]:
+    """Write all episodes of the tasks of `env` in `source` to `out`, in the order of the source: whether they succeed or not.
+
+    As `take`; those of other tasks are passed over, and those that show what a demonstration does, so that nothing is learned from twice or
+    held out from what is learned. Returns metrics. ValueError where fewer than two are left: one to learn from, one to judge by.
+    """
+    episodes, tasks, looks = EpisodeSet(out), {_plain(words): task for task, words in enumerate(env.tasks)}, _Looks(env)
+    shown = {_motion(one) for one in demonstrations}
+    taken, others, again = [0] * len(env.tasks), Counter[str](), 0
+    for episode in source:
+        task = tasks.get(_plain(episode.instruction))
+        if task is None:
+            others[episode.instruction] += 1
+        elif _motion(episode) in shown:
+            again += 1
+        else:
+            where = f"{source.folder}: {episode.instruction!r}, episode {taken[task]}"
+            _keep(episodes, sum(taken), looks.as_in_env(episode, task, taken[task], where), where)
+            taken[task] += 1
+    if sum(taken) < 2:
+        told = f"; {others.total()} are of other tasks: {', '.join(map(repr, list(others)[:3]))}" if others else ""
+        found = f"{sum(taken)} episodes of the run's tasks that are no demonstrations"
+        raise ValueError(f"explore.source={str(source.folder)!r}: {found}, want 2 at least{told}")
+    episodes.seal()
+    successes = sum(entry.first_success is not None for entry in episodes.entries)
+    return {
+        "episodes": len(episodes),
+        "success": successes / len(episodes),
+        "source": str(source.folder),
+        "passed_over": others.total(),
+        "demonstrations": again,
+        "fingerprint": episodes.fingerprint,
+    }
+
+
+def _motion(episode: Episode) -> bytes:
+    return hashlib.sha256(episode.command.tobytes() + episode.pose.tobytes()).digest()
+
+
+def as_large(frame: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Square pictures (T, H, H, 3) uint8 as large as those of a run, (T, side, side, 3)."""
+    resized: NDArray[np.uint8] = resize_lanczos3(torch.from_numpy(np.ascontiguousarray(frame)), side).numpy()
+    return resized
 
 
 @dataclass
@@ -91,12 +138,12 @@ def _plain(words: str) -> str:
     return " ".join(words.lower().split())
 
 
-def _read(source: Path) -> Iterator[tuple[Path, Episode]]:
+def _read(source: Path, setting: str) -> Iterator[tuple[Path, Episode]]:
     try:
         yield from convert.read(source, convert.Choices())
     except CheckpointError as error:
         flags = "; where it takes a flag, convert it first (python -m worldenv.cli.convert)" if convert.is_lerobot(source) else ""
-        raise CheckpointError(f"demos.source: {error}{flags}") from error
+        raise CheckpointError(f"{setting}: {error}{flags}") from error
 
 
 def _keep(episodes: EpisodeSet, number: int, episode: Episode, where: str) -> None:
@@ -107,12 +154,12 @@ def _keep(episodes: EpisodeSet, number: int, episode: Episode, where: str) -> No
         raise ValueError(f"{where}: not what this stage took from there before it was stopped; take all of them anew: --from demos")
 
 
-def _too_few(words: str, found: int, failed: int, others: Counter[str], config: DemosConfig) -> str:
+def _too_few(words: str, found: int, failed: int, others: Counter[str], config: DemosConfig, setting: str) -> str:
     near = difflib.get_close_matches(_plain(words), list(others), n=3, cutoff=0.0)
     told = f"; instructions there that come near: {', '.join(map(repr, near))}" if near else ""
     without = f" and {failed} without success" if failed else ""
     return (
-        f"demos.source={config.source!r}: {found} demonstrations of {words!r}{without}, demos.per_task={config.per_task}: lower that, "
+        f"{setting}={config.source!r}: {found} demonstrations of {words!r}{without}, demos.per_task={config.per_task}: lower that, "
         f"choose other tasks (--env.tasks), or add demonstrations{told}"
     )
 
@@ -120,7 +167,7 @@ def _too_few(words: str, found: int, failed: int, others: Counter[str], config: 
 class _Looks:
     """Pictures as an environment would have drawn them."""
 
-    def __init__(self, env: TrueEnvironment) -> None:
+    def __init__(self, env: Site) -> None:
         self._env = env
         self._views: dict[int, Camera] = {}
         self._first: dict[int, NDArray[np.uint8]] = {}
@@ -139,7 +186,7 @@ class _Looks:
         if episode.camera is not None and not _same(episode.camera, view):
             raise ValueError(f"{where}: seen by another camera than the environment's, and a run has one view: render it again from there")
         frame = episode.frame if episode.mirrored == view.mirrored else episode.frame[:, :, ::-1]
-        frame = resize_lanczos3(torch.from_numpy(np.ascontiguousarray(frame)), view.height).numpy()
+        frame = as_large(frame, view.height)
         if episode.camera is None:
             self._want_upright(frame[0], task, where)
         return replace(episode, instruction=self._env.tasks[task], task=task, split="train", state_index=index, frame=frame, camera=view)

@@ -1,4 +1,7 @@
-"""What a true environment is to the rest: a Gymnasium environment that knows its camera, tasks and fixed initial states."""
+"""What a true environment is to the rest: a Gymnasium environment that knows its camera, tasks and fixed initial states.
+
+Where only recordings are there, a `Site`, all of that is known, and nobody can act.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ class Snapshot:
     """(H, W, 3): the camera on the hand, where it was asked for."""
 
 
-class TrueEnvironment(Protocol):
-    """Deterministic given task, initial state and actions. Also a `gymnasium.Env`; this is the part that stages use."""
+class Site(Protocol):
+    """Where a robot works: its tasks, how it is seen, and moments from which episodes begin."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -46,18 +49,8 @@ class TrueEnvironment(Protocol):
         """Whose gripper it is: conventions of proprioception and commands."""
         ...
 
-    @property
-    def controller(self) -> ControllerModel:
-        """How commands become motion here: exact for the embedded environment, nominal elsewhere."""
-        ...
-
-    @property
-    def camera(self) -> Camera:
-        """agentview, in the scene of the current episode."""
-        ...
-
     def camera_of(self, task: int) -> Camera:
-        """agentview in the scene of `task`."""
+        """The view of `task`: agentview in its scene, where there are several cameras."""
         ...
 
     def close(self) -> None:
@@ -73,7 +66,21 @@ class TrueEnvironment(Protocol):
         ...
 
     def begin(self, task: int, split: Split, index: int) -> Snapshot:
-        """Put the scene into fixed initial state `index` of `split`; ValueError where there is none."""
+        """What is true in fixed initial state `index` of `split`, into which a scene is put; ValueError where there is none."""
+        ...
+
+
+class TrueEnvironment(Site, Protocol):
+    """Deterministic given task, initial state and actions. Also a `gymnasium.Env`; this is the part that stages use."""
+
+    @property
+    def controller(self) -> ControllerModel:
+        """How commands become motion here: exact for the embedded environment, nominal elsewhere."""
+        ...
+
+    @property
+    def camera(self) -> Camera:
+        """agentview, in the scene of the current episode."""
         ...
 
     def advance(self, command: NDArray[np.floating[Any]], render: bool = True) -> Snapshot:

@@ -15,8 +15,10 @@ import numpy as np
 
 POLICIES = ("sft", "loop")
 """The fine-tuned and the post-trained policy."""
-PROTOCOLS = ("oracle", "limit", "reflector")
-"""Who ends an episode: the success predicate, the step limit, the reflector."""
+TRUE_PROTOCOLS = ("oracle", "limit", "reflector")
+"""Who ends an episode in the true environment: the success predicate, the step limit, the reflector."""
+IMAGINED_PROTOCOLS = ("imagined",)
+"""Of a run from recordings, which has no true environment: the reflector ends an imagined episode, and its word is all there is."""
 
 _Check = Callable[[Any], bool]
 
@@ -91,9 +93,15 @@ _TALLY = ("successes", _COUNT), ("episodes", _COUNT), ("interval", _INTERVAL)
 _AGREED = ("outcome_agreement", "outcome_agreement_sft?")
 _AGREEMENT = ("episodes", "agree", "imagined_successes", "true_successes", "false_positives", "false_negatives")
 _JUDGED = ("auc", "false_stop_rate", "recall", "precision", "ece")
-_EVAL = f"eval.{'|'.join(POLICIES)}.{'|'.join(PROTOCOLS)}"
 
-FIELDS: tuple[Field, ...] = (
+
+def _counted(protocols: tuple[str, ...]) -> Iterator[Field]:
+    where = f"eval.{'|'.join(POLICIES)}.{'|'.join(protocols)}"
+    for name, check in _TALLY:
+        yield from (Field(f"{where}.{name}", check), Field(f"{where}.by_task?.*.{name}", check))
+
+
+_ALWAYS: tuple[Field, ...] = (
     Field("preset", _TEXT),
     Field("seed", _COUNT),
     Field("versions", _TEXT_BY_NAME),
@@ -104,8 +112,6 @@ FIELDS: tuple[Field, ...] = (
     Field("settings.fast", (lambda v: isinstance(v, bool), "true where every stage was cut short (--fast), else false")),
     Field("stages.*.seconds", _AMOUNT),
     Field("stages.*.peak_rss_mb?", _AMOUNT),
-    *(Field(f"{_EVAL}.{name}", check) for name, check in _TALLY),
-    *(Field(f"{_EVAL}.by_task?.*.{name}", check) for name, check in _TALLY),
     Field("eval.paired.wins", _COUNT),
     Field("eval.paired.losses", _COUNT),
     Field("eval.paired.p_value", _SHARE),
@@ -126,7 +132,21 @@ FIELDS: tuple[Field, ...] = (
     Field("loop.metrics", _STEPS),
     Field("loop.curve?", _CURVE),
 )
-"""What a report holds at least, and what it may hold. Other fields are allowed and kept."""
+FIELDS: tuple[Field, ...] = (*_ALWAYS, *_counted(TRUE_PROTOCOLS))
+"""What a report holds at least, and what it may hold. Other fields are allowed and kept. One of a run from recordings has IMAGINED_PROTOCOLS in place
+of TRUE_PROTOCOLS."""
+
+
+def protocols(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """By whom the episodes of this report were ended; the first is the one that its policies are compared by."""
+    return IMAGINED_PROTOCOLS if is_unverified(report) else TRUE_PROTOCOLS
+
+
+def is_unverified(report: Mapping[str, Any]) -> bool:
+    """Nothing in this report was seen to happen in truth but what was recorded before it: its successes are imagined."""
+    found = report.get("eval")
+    found = found.get(POLICIES[0]) if isinstance(found, Mapping) else None
+    return isinstance(found, Mapping) and IMAGINED_PROTOCOLS[0] in found
 
 
 def plain(value: Any, where: str = "report") -> Any:
@@ -194,12 +214,13 @@ def _check_agreement(counts: dict[str, Any], where: str) -> None:
 def validate(report: Mapping[str, Any]) -> None:
     """Check every field of FIELDS and that counts fit together. Raises ValueError naming the first field that is missing or wrong."""
     whole = plain(report)
-    for field in FIELDS:
+    ended_by = protocols(whole)
+    for field in (*_ALWAYS, *_counted(ended_by)):
         check, wanted = field.check
         for where, value in _find(whole, field.path.split("."), ""):
             _need(check(value), f"{where} is {_shown(value)}, want {wanted}")
     for policy in POLICIES:
-        for protocol in PROTOCOLS:
+        for protocol in ended_by:
             tally, where = whole["eval"][policy][protocol], f"eval.{policy}.{protocol}"
             _check_tally(tally, where)
             by_task = tally.get("by_task", {})
@@ -208,9 +229,9 @@ def validate(report: Mapping[str, Any]) -> None:
             for name in ("successes", "episodes"):
                 summed = sum(part[name] for part in by_task.values())
                 _need(not by_task or summed == tally[name], f"{where}.by_task: {name} sum to {summed}, not {tally[name]}")
-    before, after = (whole["eval"][policy]["oracle"] for policy in POLICIES)
+    before, after = (whole["eval"][policy][ended_by[0]] for policy in POLICIES)
     paired = whole["eval"]["paired"]
-    _need(before["episodes"] == after["episodes"], "eval.paired: the policies ran different numbers of oracle episodes")
+    _need(before["episodes"] == after["episodes"], f"eval.paired: the policies ran different numbers of {ended_by[0]} episodes")
     change, surplus = after["successes"] - before["successes"], paired["wins"] - paired["losses"]
     _need(surplus == change, f"eval.paired: wins - losses = {surplus}, but successes changed by {change}")
     lengths = {name: len(whole["world"][name]) for name in ("psnr_by_chunk", "psnr_copy_first_by_chunk", "psnr_ceiling_by_chunk")}

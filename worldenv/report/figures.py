@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from worldenv.report.fields import POLICIES, PROTOCOLS
+from worldenv.report.fields import POLICIES, is_unverified, protocols
 from worldenv.report.plots import Figures, Plot
 from worldenv.report.tables import ENDED_BY, POLICY_NAMES, share
 
@@ -125,21 +125,24 @@ def _inline(svg: bytes, name: str, title: str) -> str:
 
 def _success(report: Mapping[str, Any]) -> Plot:
     figure, (axes,) = axes_of()
+    ended_by = protocols(report)
     for policy, colour, shift in zip(POLICIES, (BEFORE, AFTER), (0.14, -0.14), strict=True):
-        tallies = [report["eval"][policy][protocol] for protocol in PROTOCOLS]
+        tallies = [report["eval"][policy][protocol] for protocol in ended_by]
         rate = np.array([100 * one["successes"] / one["episodes"] for one in tallies])
         ends = 100 * np.array([one["interval"] for one in tallies]).T
         error = np.maximum([rate - ends[0], ends[1] - rate], 0)
-        at = np.arange(len(PROTOCOLS))[::-1] + shift
+        at = np.arange(len(ended_by))[::-1] + shift
         axes.errorbar(rate, at, xerr=error, fmt="o", ms=5, color=colour, capsize=3, elinewidth=1.4, label=POLICY_NAMES[policy])
-    axes.set_yticks(np.arange(len(PROTOCOLS))[::-1], [ENDED_BY[protocol] for protocol in PROTOCOLS])
-    axes.set_ylim(-0.5, len(PROTOCOLS) - 0.5)
+    axes.set_yticks(np.arange(len(ended_by))[::-1], [ENDED_BY[protocol] for protocol in ended_by])
+    axes.set_ylim(-0.5, len(ended_by) - 0.5)
     axes.grid(False, axis="y")
     axes.set_xlim(max(0, axes.get_xlim()[0]), min(100, axes.get_xlim()[1]))
     axes.set_xlabel("episodes that succeed [%]")
     axes.set_ylabel("episode ended by")
     figure.legend(loc="outside upper center", ncols=2)
     caption = "Success in the true environment, test states, with 95 % Wilson intervals."
+    if is_unverified(report):
+        caption = "Imagined success, unverified: the reflector's word on imagined frames, with 95 % Wilson intervals."
     return finished("success", "Success before and after", caption, figure)
 
 
@@ -149,19 +152,22 @@ def _returns(report: Mapping[str, Any]) -> Plot:
     iteration = np.arange(1, len(returns) + 1)
     axes.plot(iteration, returns, color=_IMAGINED, marker="o", ms=3 if len(returns) < 40 else 0, label="imagined return, unverified")
     for policy, at, colour in zip(POLICIES, (0, len(returns) + 1), (BEFORE, AFTER), strict=True):
-        one = report["eval"][policy]["oracle"]
+        one = report["eval"][policy][protocols(report)[0]]
         rate = one["successes"] / one["episodes"]
         ends = np.maximum([[rate - one["interval"][0]], [one["interval"][1] - rate]], 0)
-        label = f"true success: {POLICY_NAMES[policy]}"
+        label = f"{'imagined, greedy' if is_unverified(report) else 'true success'}: {POLICY_NAMES[policy]}"
         axes.errorbar([at], [rate], yerr=ends, fmt="s", ms=4.5, color=colour, capsize=3, elinewidth=1.4, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("iteration")
     axes.set_ylabel("mean return; success")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=3, fontsize=7, columnspacing=1, handletextpad=0.5)
+    squares = "Squares: greedy success in the true environment on test states. Only the squares say whether the policy got better."
+    if is_unverified(report):
+        squares = "Squares: greedy imagined success from held-out first frames. Neither says whether the policy got better."
     caption = (
         "Line: mean return of each iteration's sampled rollouts in the imagined world, from training contexts, by the reflector's own "
-        "judgement. Squares: greedy success in the true environment on test states. Only the squares say whether the policy got better."
+        f"judgement. {squares}"
     )
     return finished("returns", "Return by iteration", caption, figure)
 

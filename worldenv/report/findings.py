@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from worldenv.report import tables
+from worldenv.report.fields import POLICIES, is_unverified, protocols
 
 SIGNIFICANT = 0.05
 """A change is called one where the paired test's p is below this."""
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """True success before and after, with intervals and p, in words that the paired test supports."""
-    before, after = report["eval"]["sft"]["oracle"], report["eval"]["loop"]["oracle"]
+    """True success before and after, with intervals and p, in words that the paired test supports; of a run from recordings, that there is none."""
+    ended_by = protocols(report)[0]
+    before, after = (report["eval"][policy][ended_by] for policy in POLICIES)
     paired = report["eval"]["paired"]
     change = after["successes"] - before["successes"]
 
@@ -25,10 +27,20 @@ def verdict(report: Mapping[str, Any]) -> str:
     if "difference" in paired and "interval" in paired:
         low, high = paired["interval"]
         numbers += f", by {100 * paired['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+    unverified = is_unverified(report)
     pairs = (
+        f"from the same {after['episodes']} held-out first frames: {paired['wins']} gained, {paired['losses']} lost, "
+        f"two-sided exact McNemar {tables.p_value(paired['p_value'])}"
+    ) if unverified else (
         f"on the same {after['episodes']} test episodes: {paired['wins']} gained, {paired['losses']} lost, "
         f"two-sided exact McNemar {tables.p_value(paired['p_value'])}"
     )
+    if unverified:
+        short = "This short run shows that every stage works, and claims nothing. " if report["settings"]["fast"] else ""
+        return (
+            f"{short}Whether post-training changed what the robot does is unverified: this run had recordings and no robot. Imagined success, by the "
+            f"reflector's own judgement, went {numbers}, {pairs}. Evaluate the policy on the robot before you rely on it."
+        )
     if report["settings"]["fast"]:
         return f"This short run shows that every stage works, and claims nothing about success: true success went {numbers}, {pairs}."
     if paired["p_value"] >= SIGNIFICANT:
@@ -40,6 +52,13 @@ def imagined_beside_true(report: Mapping[str, Any]) -> str:
     """The imagined figures of the post-trained policy, each with the true one or the word "unverified"."""
     counts, returns = report["world"]["outcome_agreement"], report["loop"]["returns"]
     n = counts["episodes"]
+    if is_unverified(report):
+        return (
+            f"In the imagined world the mean return went from {returns[0]:.3f} in the first iteration to {returns[-1]:.3f} in the last of "
+            f"{len(returns)}, unverified. Of {n} held-out recordings, imagined from their first frames with their own actions, "
+            f"{counts['imagined_successes']} succeeded in imagination and {counts['true_successes']} in the recording; the outcomes agreed in "
+            f"{counts['agree']}."
+        )
     return (
         f"In the imagined world the mean return went from {returns[0]:.3f} in the first iteration to {returns[-1]:.3f} in the last of "
         f"{len(returns)} (unverified: the reflector's own judgement). Of {n} rollouts with the same actions in both worlds, "
@@ -51,6 +70,16 @@ def imagined_beside_true(report: Mapping[str, Any]) -> str:
 def limits(report: Mapping[str, Any]) -> list[str]:
     """What this report does not show."""
     counts, paired = report["world"]["outcome_agreement"], report["eval"]["paired"]
+    if is_unverified(report):
+        return [
+            "Success of the robot, before or after: it was not there. Imagined success is the reflector's judgement of imagined frames, and "
+            "post-training is rewarded by that same judgement, so it rises where the policy learns to please it, too.",
+            f"One run with one seed ({report['seed']}): intervals and p cover the choice of first frames, not another seed's training.",
+            f"Outcome agreement rests on {counts['episodes']} held-out recordings of the policy before post-training; what the policy does after it "
+            "may be imagined and judged worse.",
+            "PSNR averages over all pixels: a block that is missed or carried along hardly moves it. Read outcome agreement first.",
+            "Seconds hold for this machine and for whatever else ran on it.",
+        ]
     shown = [
         f"One run with one seed ({report['seed']}): intervals and p cover the choice of test episodes, not another seed's training.",
         "Imagined return is the reflector's judgement of imagined frames. It is no evidence of success; the true environment alone is.",

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from worldenv.report import findings, tables
+from worldenv.report.fields import is_unverified
 from worldenv.report.plots import Plot
 from worldenv.report.tables import Table
 from worldenv.report.videos import FPS, Clip
@@ -125,7 +126,7 @@ def _versions(report: Mapping[str, Any]) -> Table:
 
 def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip]) -> Iterator[str]:
     paired = report["eval"]["paired"]
-    measured = paired["p_value"] < findings.SIGNIFICANT and not report["settings"]["fast"]
+    measured = paired["p_value"] < findings.SIGNIFICANT and not report["settings"]["fast"] and not is_unverified(report)
     tone = ("better" if paired["wins"] > paired["losses"] else "worse") if measured else ""
     length, size = tables.duration(report["seconds_total"]), tables.memory(report["peak_rss_mb"])
     short = ", cut short (--fast)" if report["settings"]["fast"] else ""
@@ -134,12 +135,13 @@ def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip
     yield f'<section class="card verdict {tone}"><p>{escape(findings.verdict(report))}</p>'
     yield f'<p class="soft">{escape(findings.imagined_beside_true(report))}</p></section>'
 
-    yield "<h2>Success in the true environment</h2>"
-    yield from _table(tables.success(report))
+    shown = tables.success(report)
+    yield f"<h2>{escape(shown.title)}</h2>"
+    yield from _table(shown)
     if (by_task := tables.success_by_task(report)) is not None:
         yield "<h2>Success by task</h2>"
         yield from _table(by_task)
-    yield "<h2>Imagined against true</h2>"
+    yield f"<h2>Imagined against {'recorded' if is_unverified(report) else 'true'}</h2>"
     yield from _table(tables.imagined(report))
     if (before := tables.imagined_before(report)) is not None:
         yield from _table(before)

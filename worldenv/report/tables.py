@@ -7,24 +7,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worldenv.report.fields import POLICIES, PROTOCOLS
+from worldenv.report.fields import POLICIES, is_unverified, protocols
 
 POLICY_NAMES = {"sft": "fine-tuned", "loop": "post-trained"}
-ENDED_BY = {"oracle": "the success predicate", "limit": "the step limit", "reflector": "the reflector"}
+ENDED_BY = {"oracle": "the success predicate", "limit": "the step limit", "reflector": "the reflector", "imagined": "the reflector, unverified"}
 _SUCCEEDED_IF = {
     "oracle": "the predicate held at any step",
     "limit": "the predicate held at the last step",
     "reflector": "the predicate held where the reflector stopped, or at the last step",
+    "imagined": "the reflector said so of imagined frames; nobody saw a robot do it",
 }
 STAGE_NAMES = {
     "demos": "demonstrations",
     "sft": "fine-tuning of the policy",
     "scale": "scale head of the policy",
-    "explore": "exploration in the true environment",
+    "explore": "exploration, acted or recorded",
     "world": "world model",
     "reward": "reflector and its reward head",
     "loop": "post-training in the imagined world",
-    "eval": "evaluation in the true environment",
+    "eval": "evaluation",
     "report": "this report",
 }
 
@@ -89,28 +90,31 @@ def share(value: float | None) -> str:
 
 
 def success(report: Mapping[str, Any]) -> Table:
-    """Three protocols, both policies."""
+    """Three protocols, both policies; of a run from recordings, what was imagined."""
     evaluation = report["eval"]
     rows = []
-    for protocol in PROTOCOLS:
+    for protocol in protocols(report):
         before, after = (evaluation[policy][protocol] for policy in POLICIES)
         change = 100 * (after["successes"] / after["episodes"] - before["successes"] / before["episodes"])
         rows.append((f"{ENDED_BY[protocol]}\n{_SUCCEEDED_IF[protocol]}", tally(before), tally(after), f"{change:+.1f}"))
     paired = evaluation["paired"]
+    where, by = "Greedy episodes in the true environment, on test states that no training stage saw.", "the success predicate"
+    if is_unverified(report):
+        where = "Greedy episodes in the imagined world, from where recordings began that no training stage saw, each once: no evidence of success."
+        by = "the reflector"
     note = (
-        "Greedy episodes in the true environment, on test states that no training stage saw. Brackets: 95\u00a0% Wilson interval. "
-        f"Paired over the same episodes, ended by the success predicate: {paired['wins']} only the post-trained policy solved, "
-        f"{paired['losses']} only the fine-tuned one; two-sided exact McNemar {p_value(paired['p_value'])}."
+        f"{where} Brackets: 95\u00a0% Wilson interval. Paired over the same episodes, ended by {by}: {paired['wins']} only the post-trained policy "
+        f"solved, {paired['losses']} only the fine-tuned one; two-sided exact McNemar {p_value(paired['p_value'])}."
     )
     columns = ("episode ended by; a success if", *(POLICY_NAMES[policy] for policy in POLICIES), "points")
-    return Table("Success in the true environment", columns, tuple(rows), note=note)
+    return Table("Imagined success, unverified" if is_unverified(report) else "Success in the true environment", columns, tuple(rows), note=note)
 
 
 def success_by_task(report: Mapping[str, Any]) -> Table | None:
     """The same by task, where it was counted by task."""
     evaluation = report["eval"]
     rows = []
-    for protocol in PROTOCOLS:
+    for protocol in protocols(report):
         before, after = (evaluation[policy][protocol].get("by_task", {}) for policy in POLICIES)
         rows += [(task, ENDED_BY[protocol], tally(before[task]), tally(after[task])) for task in before if task in after]
     if not rows:
@@ -122,12 +126,19 @@ def success_by_task(report: Mapping[str, Any]) -> Table | None:
 
 
 def imagined(report: Mapping[str, Any]) -> Table:
-    """Imagined against true outcome of the same actions, of the post-trained policy."""
+    """Imagined against true outcome of the same actions: of the post-trained policy, or as they were recorded."""
+    counts = report["world"]["outcome_agreement"]
+    if is_unverified(report):
+        note = (
+            "Held-out recordings, and the same actions from the same first frames in the imagined world, judged by the reflector there and by the "
+            "recorded labels here; all steps, success at any of them."
+        )
+        return _outcomes("Imagined against recorded outcomes: held-out recordings", counts, note, "recorded")
     note = (
         "The same actions in the imagined world, judged by the reflector, and in the true one, judged by the predicate; "
         "all steps, success at any of them."
     )
-    return _outcomes("Imagined against true outcomes: post-trained policy", report["world"]["outcome_agreement"], note)
+    return _outcomes("Imagined against true outcomes: post-trained policy", counts, note)
 
 
 def imagined_before(report: Mapping[str, Any]) -> Table | None:
@@ -136,7 +147,7 @@ def imagined_before(report: Mapping[str, Any]) -> Table | None:
     return None if counts is None else _outcomes("Imagined against true outcomes: fine-tuned policy", counts, "")
 
 
-def _outcomes(title: str, whole: Mapping[str, Any], note: str) -> Table:
+def _outcomes(title: str, whole: Mapping[str, Any], note: str, truth: str = "true") -> Table:
     def row(name: str, counts: Mapping[str, Any]) -> tuple[str, ...]:
         n = counts["episodes"]
         parts = (f"{counts[key]}/{n}" for key in ("imagined_successes", "true_successes", "agree"))
@@ -145,11 +156,11 @@ def _outcomes(title: str, whole: Mapping[str, Any], note: str) -> Table:
     rows = [row(task, counts) for task, counts in whole["by_task"].items()]
     if "reflector_false_positives" in whole:
         note += (
-            f" On the true videos of these rollouts the reflector alone errs {whole['reflector_false_positives']} times towards success "
+            f" On the {truth} videos of these rollouts the reflector alone errs {whole['reflector_false_positives']} times towards success "
             f"and {whole['reflector_false_negatives']} times towards failure; the rest is the simulator's and the kinematics' share."
         )
     first = f"{title.rpartition(': ')[2]}, task"
-    columns = (first, "imagined success", "true success", "agree", "false positives", "false negatives")
+    columns = (first, "imagined success", f"{truth} success", "agree", "false positives", "false negatives")
     return Table(title, columns, (*rows, row("all tasks", whole)), note=note.strip(), total=True)
 
 
@@ -169,7 +180,7 @@ def reflector(report: Mapping[str, Any]) -> Table:
     if "episodes" in reward and "success_episodes" in reward:
         note = f"{reward['episodes']} episodes, {reward['success_episodes']} of them with a success. "
     if "drawn" in reward:
-        note += "Imagined: of the same commands, judged by what the true environment says of them. "
+        note += "Imagined: of the same commands, judged by the labels of the true ones. "
     else:
         note += "Imagined frames are harder."
     return Table("Reflector on held-out episodes", ("figure", *sources), rows, note=note)

@@ -12,9 +12,10 @@ import torch
 
 from worldenv import checkpoint, config, noise
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.recorded import Recorded
 from worldenv.devices import device_of, gpus_of
 from worldenv.envs import suites
-from worldenv.envs.chosen import ChosenTasks
+from worldenv.envs.chosen import ChosenSite, ChosenTasks
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.kinematics import ControllerModel
 from worldenv.nouns import Camera, Context
@@ -36,7 +37,9 @@ Numbers are the second half of noise keys: no two alike."""
 
 
 def open_env(settings: config.EnvConfig) -> ChosenTasks:
-    """The true environment that `settings` name, with the tasks that they choose."""
+    """The true environment that `settings` name, with the tasks that they choose. RunError where they name recordings."""
+    if settings.recorded:
+        raise RunError("env.name=recorded: no true environment is there, and nobody can act in recordings")
     whole: TrueEnvironment = suites.open_suite(settings.name, settings.image, config=settings)
     return ChosenTasks(whole, settings.tasks)
 
@@ -73,15 +76,22 @@ class Desk:
 
     @functools.cached_property
     def env(self) -> ChosenTasks:
+        """Where one can act. RunError where there are recordings alone."""
         return open_env(self.settings.env)
+
+    @functools.cached_property
+    def site(self) -> ChosenSite:
+        """The environment, or the recordings in its place: for what need not act."""
+        settings = self.settings.env
+        return ChosenSite(Recorded(settings), settings.tasks) if settings.recorded else self.env
 
     @functools.cached_property
     def camera(self) -> Camera:
         """agentview, which all tasks of a run share: the simulator learns to draw one view."""
-        views = [self.env.camera_of(task) for task in range(len(self.env.tasks))]
+        views = [self.site.camera_of(task) for task in range(len(self.site.tasks))]
         for task, view in enumerate(views):
             if not all(np.allclose(getattr(view, name), getattr(views[0], name), atol=1e-6) for name in ("intrinsics", "camera_to_world")):
-                first, other = self.env.tasks[0], self.env.tasks[task]
+                first, other = self.site.tasks[0], self.site.tasks[task]
                 raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --env.tasks")
         return views[0]
 
@@ -89,13 +99,21 @@ class Desk:
         return EpisodeSet(self.run.folder(stage))
 
     @functools.cached_property
+    def held_out(self) -> frozenset[int]:
+        """Episodes of exploration that nothing is learned from, by number."""
+        numbers = [entry.number for entry in self.episodes("explore").entries]
+        held = max(1, round(self.settings.explore.held_out * len(numbers)))
+        order = np.argsort(noise.bits(self.seed, 0, 0, 0, noise.Stream.HOLD_OUT, len(numbers)), kind="stable")
+        return frozenset(numbers[i] for i in order[:held].tolist())
+
+    @functools.cached_property
     def explored(self) -> tuple[list[Episode], list[Episode]]:
         """Exploration for training, and held out."""
-        episodes = list(self.episodes("explore"))
-        held = max(1, round(self.settings.explore.held_out * len(episodes)))
-        order = np.argsort(noise.bits(self.seed, 0, 0, 0, noise.Stream.HOLD_OUT, len(episodes)), kind="stable")
-        chosen = set(order[:held].tolist())
-        return [e for i, e in enumerate(episodes) if i not in chosen], [e for i, e in enumerate(episodes) if i in chosen]
+        episodes = self.episodes("explore")
+        parts: tuple[list[Episode], list[Episode]] = [], []
+        for entry in episodes.entries:
+            parts[entry.number in self.held_out].append(episodes.load(entry.number))
+        return parts
 
     def policy(self, stage: Literal["sft", "scale", "loop"]) -> OpenVLAOFT:
         return policies.load(self.run.folder(stage) / "policy.safetensors", self.device)
@@ -117,11 +135,14 @@ class Desk:
         """Of networks that are on `device`, without one on the run's, with the noise of `seed`, without one the run's."""
         seed = self.seed if seed is None else seed
         latent = (0, 0) if simulator is None else simulator.config.latent  # what is drawn for it
-        return ImaginedWorld(simulator, reflector, self.env.robot, self.controller, self.camera, latent, seed, device or self.device)
+        return ImaginedWorld(simulator, reflector, self.site.robot, self.controller, self.camera, latent, seed, device or self.device)
 
-    def flights(self, replicas: Sequence[Replica], threshold: float, keep_frames: bool = False) -> Flights:
+    def flights(self, replicas: Sequence[Replica], threshold: float, keep_frames: bool = False, greedy: bool = False) -> Flights:
         """On this run's schedule."""
-        return Flights(replicas, seed=self.seed, steps=self.settings.env.steps, threshold=threshold, schedule=self.schedule, keep_frames=keep_frames)
+        steps, schedule = self.settings.env.steps, self.schedule
+        return Flights(
+            replicas, seed=self.seed, steps=steps, threshold=threshold, schedule=schedule, greedy=greedy, keep_frames=keep_frames,
+        )  # fmt: skip
 
     @property
     def schedule(self) -> Schedule:
@@ -133,6 +154,6 @@ class Desk:
     def context(self, task: int, index: int) -> Context:
         """Training state `index` of `task`. Drawn once: a scene takes up to a second to settle, while GPUs wait."""
         if (task, index) not in self._contexts:
-            now = self.env.begin(task, "train", index)
-            self._contexts[task, index] = Context(self.env.tasks[task], task, index, now.frame, now.pose, now.gripper)
+            now = self.site.begin(task, "train", index)
+            self._contexts[task, index] = Context(self.site.tasks[task], task, index, now.frame, now.pose, now.gripper)
         return self._contexts[task, index]

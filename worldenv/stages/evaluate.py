@@ -1,4 +1,4 @@
-"""Stage eval: success in the true environment before and after LOOP, and imagined against true."""
+"""Stage eval: success in the true environment before and after LOOP, and imagined against true; of recordings, what can be said without one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from worldenv.nouns import Context
 from worldenv.policy import weights as policies
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.contract import Judge
+from worldenv.report.fields import POLICIES
+from worldenv.rollout.collect import Assignment
 from worldenv.run import Run, Stage, settings_of, snapshots
 from worldenv.stages.desk import AUDIT_NUMBERS, REPLAY_NUMBERS, Desk
 from worldenv.stages.fleet import Fleet, assembled
@@ -25,7 +27,15 @@ from worldenv.world import ImaginedWorld
 
 
 def evaluate(desk: Desk, stage: Stage) -> None:
-    """Greedy success in the true environment before and after LOOP, on the same test states; imagined against true."""
+    """Success before and after LOOP, and imagined against true."""
+    if desk.settings.env.recorded:
+        _in_imagination(desk, stage)
+    else:
+        _in_truth(desk, stage)
+
+
+def _in_truth(desk: Desk, stage: Stage) -> None:
+    """Greedy success in the true environment, of both policies on the same test states; their imagined rollouts, replayed there."""
     settings, reflector = desk.settings, desk.reflector()
     eta, chosen = reflector.config.threshold, evaluation.starts(desk.env, settings.eval.episodes)
     outcomes = {
@@ -37,11 +47,42 @@ def evaluate(desk: Desk, stage: Stage) -> None:
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
     stage.metrics["curve"] = _curve(desk)
     stage.metrics["world"] = _fidelity(desk, desk.world(reflector, desk.simulator()), desk.explored[1])
-    for i, name in enumerate(("sft", "loop")):
+    for i, name in enumerate(POLICIES):
         pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
         stage.metrics.setdefault("engines", {})[name] = engines
         stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
         checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
+
+
+def _in_imagination(desk: Desk, stage: Stage) -> None:
+    """Greedy success in the learned world, by the reflector, from where held-out recordings began, each once; and these recordings imagined.
+
+    Nothing here is success of a robot. What is true are the recordings: how near the world and the judge come to them is measured.
+    """
+    settings, reflector, held = desk.settings, desk.reflector(desk.judging), desk.explored[1]
+    begun = [episode.context for episode in held[: settings.eval.episodes]]
+    task, hits = np.array([context.task for context in begun]), {}
+    jobs = [Assignment(REPLAY_NUMBERS + i, i, context) for i, context in enumerate(begun)]
+    for name in POLICIES:
+        fleet = audited(desk, desk.policy("scale" if name == "sft" else "loop"), reflector, stage.folder, name)
+        with desk.flights(fleet.replicas, reflector.config.threshold, greedy=True) as flights:
+            flown = {flight.job.group: flight.stopped for flight in flights.fly(jobs)}
+        hits[name] = np.array([flown[i] for i in range(len(begun))])
+        stage.metrics[name] = {"imagined": evaluation.tally(hits[name], task, desk.site.tasks)}
+        stage.metrics.setdefault("engines", {})[name] = fleet.engines
+    checkpoint.save(stage.folder / "outcomes.safetensors", hits)
+    stage.metrics["paired"] = evaluation.paired(hits["sft"], hits["loop"])
+    pairs = _recorded_pairs(desk, held[: settings.report.replays])
+    stage.metrics["world"] = {
+        **_fidelity(desk, desk.world(None, desk.simulator()), held),
+        "outcome_agreement_recorded": audit.agreement(pairs, desk.site.tasks, reflector.config.threshold),
+    }
+    checkpoint.save(stage.folder / "recorded.safetensors", [_plain(pair) for pair in pairs])
+
+
+def _recorded_pairs(desk: Desk, episodes: Sequence[Episode]) -> list[audit.Pair]:
+    world = desk.world(None, desk.simulator())
+    return audit.recorded(world, desk.reflector(), episodes, desk.settings.loop.slots, desk.settings.policy.chunk)
 
 
 def _curve(desk: Desk) -> list[dict[str, Any]]:
@@ -88,21 +129,25 @@ def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audi
 def audit_run(out: Path, name: Literal["sft", "loop"], episodes: int, device: str, kept: Path | None = None) -> dict[str, Any]:
     """The learned world of the run in `out` against the truth: `episodes` rollouts of its policy before ("sft") or after LOOP, imagined and replayed.
 
-    Rollouts are others than those of stage eval, by eager networks, and nothing is written to the run; the pairs are kept in file `kept`. Returns
+    Rollouts are others than those of stage eval, by eager networks, and nothing is written to the run; the pairs are kept in file `kept`. Of a run
+    from recordings, which nobody can replay, they are its held-out recordings, as many as there are, whatever `name` is. Returns
     counts (`audit.agreement`), `psnr_by_chunk` [dB] of imagined against true frames, and `psnr_copy_first_by_chunk`, of the first frame repeated.
     RunError and CheckpointError where a stage has left nothing, or is damaged.
     """
     settings = settings_of(out)
     eager, few = EnginesConfig(back_end="eager"), replace(settings.report, replays=episodes)
     desk = Desk(Run(out, replace(settings, device=device, engines=eager, report=few), leads=False))
-    with tempfile.TemporaryDirectory() as folder:
-        pairs, _ = _replays(desk, name, Path(folder), AUDIT_NUMBERS)
+    if settings.env.recorded:
+        pairs = _recorded_pairs(desk, desk.explored[1][:episodes])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            pairs, _ = _replays(desk, name, Path(folder), AUDIT_NUMBERS)
     if kept is not None:
         checkpoint.save(kept, [_plain(pair) for pair in pairs])
     true, chunk = [pair.true for pair in pairs], settings.policy.chunk
     still = [np.broadcast_to(pair.context.frame, pair.true.shape) for pair in pairs]
     return {
-        **audit.agreement(pairs, desk.env.tasks, desk.reflector().config.threshold),
+        **audit.agreement(pairs, desk.site.tasks, desk.reflector().config.threshold),
         "psnr_by_chunk": audit.psnr_by_chunk([pair.imagined for pair in pairs], true, chunk),
         "psnr_copy_first_by_chunk": audit.psnr_by_chunk(still, true, chunk),
     }
@@ -114,5 +159,5 @@ def _plain(pair: audit.Pair) -> dict[str, Any]:
 
 
 def replayed_pairs(path: Path) -> list[audit.Pair]:
-    """What stage eval stored in `path` (replays-sft.safetensors, replays-loop.safetensors)."""
+    """What stage eval stored in `path` (replays-sft.safetensors, replays-loop.safetensors; of recordings recorded.safetensors)."""
     return [audit.Pair(**{**tree, "context": Context(**tree["context"])}) for tree in checkpoint.load(path)]

@@ -117,7 +117,7 @@ def _copied(policy: OpenVLAOFT, device: torch.device) -> OpenVLAOFT:
 
 
 def _watching(desk: Desk, policy: OpenVLAOFT) -> Watching:
-    return Watching(desk.env.tasks, desk.settings.env.steps, policy.chunk)
+    return Watching(desk.site.tasks, desk.settings.env.steps, policy.chunk)
 
 
 def _precision(desk: Desk) -> Precision:
@@ -130,7 +130,7 @@ def _fitted(
     settings, engines = desk.settings, desk.settings.engines
     if not imagined:  # the true environment is most of such a rollout
         engines = dataclasses.replace(engines, back_end="eager")
-    tasks = len(desk.env.tasks)
+    tasks = len(desk.site.tasks)
     jobs = [Assignment(RECORD_NUMBERS + n, n, desk.context(n % tasks, 0)) for n in range(settings.loop.bucket)]
 
     def rollouts() -> None:

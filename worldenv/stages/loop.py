@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -30,16 +30,16 @@ class _Start(NamedTuple):
     task: int
     state: int
     """Number of the initial state."""
-    demonstration: int | None = None
-    """The demonstration that began there, by number; None: a training state of the environment."""
+    shown: tuple[Literal["demos", "explore"], int] | None = None
+    """The episode that began there, by the stage that has it and its number; None: a training state of the environment."""
 
 
 def contexts_of(desk: Desk, iteration: int) -> list[Context]:
     """The start states of one LOOP iteration: spread over the tasks, training states only, `hard_share` of them hard where a task has such."""
-    loop, tasks = desk.settings.loop, desk.env.tasks
-    pool = [_Start(task, index) for task in range(len(tasks)) for index in range(desk.env.states("train"))]
-    if loop.context_states == "demos":
-        pool = [_Start(e.task, e.state_index, e.number) for e in desk.episodes("demos").entries]
+    loop, tasks = desk.settings.loop, desk.site.tasks
+    pool = [_Start(e.task, e.state_index, ("demos", e.number)) for e in desk.episodes("demos").entries]
+    if loop.context_states == "train":
+        pool = pool + _recorded(desk) if desk.settings.env.recorded else _states(desk)
     failed = _failed_from(desk) if loop.hard_share else []
     chosen = []
     for n in range(loop.contexts):
@@ -48,10 +48,19 @@ def contexts_of(desk: Desk, iteration: int) -> list[Context]:
         mine = hard if hard and n < loop.hard_share * loop.contexts else mine
         draw = noise.integers(desk.seed, noise.Stream.CONTEXT, number, len(mine), 1)
         start = mine[int(draw[0])]
-        # a demonstration knows what it began from, and of somebody else's the environment does not
-        shown = start.demonstration
-        chosen.append(desk.context(start.task, start.state) if shown is None else desk.episodes("demos").load(shown).context)
+        # an episode knows what it began from, and of somebody else's the environment does not
+        chosen.append(desk.context(start.task, start.state) if start.shown is None else desk.episodes(start.shown[0]).load(start.shown[1]).context)
     return chosen
+
+
+def _states(desk: Desk) -> list[_Start]:
+    return [_Start(task, index) for task in range(len(desk.site.tasks)) for index in range(desk.site.states("train"))]
+
+
+def _recorded(desk: Desk, failed: bool = False) -> list[_Start]:
+    """Where recorded exploration began that something is learned from; or that of it which failed."""
+    entries = [e for e in desk.episodes("explore").entries if e.number not in desk.held_out]
+    return [_Start(e.task, e.state_index, ("explore", e.number)) for e in entries if not failed or e.first_success is None]
 
 
 def assignments_of(desk: Desk, iteration: int) -> list[Assignment]:
@@ -62,8 +71,10 @@ def assignments_of(desk: Desk, iteration: int) -> list[Assignment]:
 
 
 def _failed_from(desk: Desk) -> list[_Start]:
-    """Training states from which exploration failed at least once, with noise no wider than LOOP's."""
-    settings, tasks = desk.settings, len(desk.env.tasks)
+    """Training states from which exploration failed at least once, with noise no wider than LOOP's; what was recorded does not say how wide."""
+    settings, tasks = desk.settings, len(desk.site.tasks)
+    if settings.env.recorded:
+        return _recorded(desk, failed=True)
     entries = [e for e in desk.episodes("explore").entries if factor_of(e.number, tasks, settings.explore) <= settings.loop.scale_factor]
     return sorted({_Start(e.task, e.state_index) for e in entries if e.first_success is None})
 

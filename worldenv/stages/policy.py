@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from worldenv.checkpoint import Savepoint
 from worldenv.config import DemosConfig, RunConfig
 from worldenv.data import collect as data
-from worldenv.data import given
+from worldenv.data import given, recorded
 from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.envs import suites
 from worldenv.envs.chosen import ChosenTasks
@@ -47,6 +47,10 @@ class _Expert:
 def demos(desk: Desk, stage: Stage) -> None:
     """Every task is shown a few times: by a scripted expert, or in demonstrations that the user has."""
     settings = desk.settings
+    if settings.env.recorded:
+        shown = dataclasses.replace(settings.demos, source=settings.env.recordings)
+        stage.metrics |= given.take(desk.site, shown, stage.folder, "env.recordings")
+        return
     if settings.demos.source:
         stage.metrics |= given.take(desk.env, settings.demos, stage.folder)
         return
@@ -56,7 +60,7 @@ def demos(desk: Desk, stage: Stage) -> None:
 
 def begun_policy(desk: Desk, episodes: Sequence[Episode], savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
     """What fine-tuning on `episodes` begins from, and the metrics of its prior: a published policy, or random weights that learn to reach first."""
-    settings, env = desk.settings, desk.env
+    settings, env = desk.settings, desk.site
     if settings.sft.start:
         return sft.pretrained(settings.policy, settings.sft, episodes, env.robot, desk.seed, desk.device), {}
     if not settings.sft.prior_steps:
@@ -76,7 +80,7 @@ def begun_policy(desk: Desk, episodes: Sequence[Episode], savepoint: Callable[[s
 def fit_policy(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[OpenVLAOFT, dict[str, Any]]:
     episodes = list(desk.episodes("demos"))
     policy, prior = begun_policy(desk, episodes, savepoint)
-    return policy, prior | sft.sft(policy, episodes, desk.env.robot, desk.settings.sft, desk.seed, savepoint("fit"))
+    return policy, prior | sft.sft(policy, episodes, desk.site.robot, desk.settings.sft, desk.seed, savepoint("fit"))
 
 
 def fine_tune(desk: Desk, stage: Stage) -> None:
@@ -92,13 +96,17 @@ def fine_tune(desk: Desk, stage: Stage) -> None:
 def scale(desk: Desk, stage: Stage) -> None:
     """The scale head learns how far off the policy is."""
     policy, episodes = desk.policy("sft"), list(desk.episodes("demos"))
-    stage.metrics |= scale_head.fit_scale_head(policy, episodes, desk.env.robot, desk.settings.scale, desk.seed, stage.savepoint("fit"))
+    stage.metrics |= scale_head.fit_scale_head(policy, episodes, desk.site.robot, desk.settings.scale, desk.seed, stage.savepoint("fit"))
     policies.save(stage.folder / "policy.safetensors", policy)
 
 
 def explore(desk: Desk, stage: Stage) -> None:
-    """The policy acts with its noise in the true environment, past success."""
+    """The policy acts with its noise in the true environment, past success; or what was recorded of that is taken."""
     settings, policy = desk.settings.explore, desk.run.folder("scale") / "policy.safetensors"
+    if desk.settings.env.recorded:
+        source = recorded.opened(Path(settings.source), "explore.source")
+        stage.metrics |= given.take_exploration(desk.site, source, desk.episodes("demos"), stage.folder)
+        return
     if settings.processes == 1:
         _explore_part(desk.env, policy, desk.settings, stage.folder, desk.device, (0, 1))
     else:

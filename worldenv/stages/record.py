@@ -21,13 +21,13 @@ def write_report(desk: Desk, stage: Stage) -> None:
     metrics = {name: record["metrics"] for name, record in records.items()}
     history = metrics["loop"]["history"]
     measured = dict(metrics["eval"]["world"])
-    settings = desk.settings
+    settings, of_recordings = desk.settings, desk.settings.env.recorded
     written = {
         "preset": settings.preset,
         "seed": settings.seed,
         "fast": settings.fast,
         "settings": config.to_dict(settings),
-        "versions": report.versions(desk.env.versions()["renderer"]),
+        "versions": report.versions(desk.site.versions()["renderer"]),
         "commit": report.commit(),
         "seconds_total": sum(record["seconds"] for record in records.values()),
         "peak_rss_mb": max(record["peak_rss_mb"] for record in records.values()),
@@ -37,22 +37,22 @@ def write_report(desk: Desk, stage: Stage) -> None:
         "scale": metrics["scale"],
         "explore": {**metrics["explore"], "outcomes": report.lengths_by_outcome(desk.episodes("explore").entries)},
         "eval": {name: metrics["eval"][name] for name in ("sft", "loop", "paired")},
-        "world": {**metrics["world"], **measured, "outcome_agreement": measured["outcome_agreement_loop"]},
+        "world": {**metrics["world"], **measured, "outcome_agreement": measured[f"outcome_agreement_{'recorded' if of_recordings else 'loop'}"]},
         "reward": metrics["reward"],
         "loop": {
             "returns": [row["return"] for row in history],
             "engines": metrics["loop"]["engines"],
             "metrics": history,
-            "curve": metrics["eval"]["curve"],
+            **({} if of_recordings else {"curve": metrics["eval"]["curve"]}),
             "seconds_per_iteration": records["loop"]["timings"]["seconds_per_iteration"],
             "rollouts_per_second": records["loop"]["timings"]["rollouts_per_second"],
         },
         "notes": [*_notes(desk), _run_by(metrics["loop"]["engines"])],
     }
-    pairs = replayed_pairs(desk.run.folder("eval") / "replays-loop.safetensors")
+    pairs = replayed_pairs(desk.run.folder("eval") / f"{'recorded' if of_recordings else 'replays-loop'}.safetensors")
     scores = checkpoint.load(desk.run.folder("reward") / "held-out.safetensors")
     figures = report.Figures(score=scores["score"], success=scores["success"])
-    made = report.write(desk.run.out, written, figures, _videos(pairs, desk.reflector().config.threshold, settings.report.videos))
+    made = report.write(desk.run.out, written, figures, _videos(pairs, desk))
     stage.beside += [str(path) for path in made]
 
 
@@ -68,7 +68,9 @@ def _run_by(engines: dict[str, dict[str, Any]]) -> str:
 
 def _notes(desk: Desk) -> list[str]:
     settings = desk.settings
-    states = f"all {desk.env.states('train')} training states of each task"
+    states = f"all {desk.site.states('train')} training states of each task"
+    if settings.env.recorded:
+        states = "where the demonstrations and the exploration of training began"
     if settings.loop.context_states == "demos":
         states = "the first observations of the demonstrations"
     if settings.loop.hard_share:
@@ -87,10 +89,15 @@ def _notes(desk: Desk) -> list[str]:
         f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
     ]
     shown = f"demonstrations read from {settings.demos.source}" if settings.demos.source else "scripted demonstrations"
-    if settings.env.name != "tabletop":
+    if settings.env.recorded:
+        notes.insert(0, (
+            f"No environment: a robot ({desk.site.robot.name}) was recorded, {settings.demos.per_task} demonstrations of each of "
+            f"{len(desk.site.tasks)} tasks and what its policy did. Nothing here was tried on it; what is called true are recordings."
+        ))  # fmt: skip
+    elif settings.env.name != "tabletop":
         own, per_task = suites.step_limit(settings.env.name), settings.demos.per_task
         notes.insert(0, (
-            f"Environment: {settings.env.name}, {len(desk.env.tasks)} of its tasks; {per_task} {shown} a task; one view of "
+            f"Environment: {settings.env.name}, {len(desk.site.tasks)} of its tasks; {per_task} {shown} a task; one view of "
             f"{settings.env.image} px; step limit {settings.env.steps}, where published evaluations have {own}; LIBERO's published initial states, "
             "in order."
         ))  # fmt: skip
@@ -109,8 +116,10 @@ def _notes(desk: Desk) -> list[str]:
     return notes
 
 
-def _videos(pairs: Sequence[audit.Pair], eta: float, most: int) -> list[report.Video]:
+def _videos(pairs: Sequence[audit.Pair], desk: Desk) -> list[report.Video]:
     """A success, a failure, a false stop, an imagined failure that truly succeeded; then whatever comes next."""
+    eta, most = desk.reflector().config.threshold, desk.settings.report.videos
+    shown = "recorded, same commands, held-out recording" if desk.settings.env.recorded else "true, same commands, training state"
 
     def kind(pair: audit.Pair) -> str:
         imagined, true = bool((pair.imagined_score > eta).any()), bool(pair.success.any())
@@ -123,7 +132,7 @@ def _videos(pairs: Sequence[audit.Pair], eta: float, most: int) -> list[report.V
     return [
         report.Video(
             f"{kind(pair)}: {pair.context.instruction}",
-            f"Imagined beside true, same commands, training state {pair.context.state_index}; all {len(pair.command)} steps are shown.",
+            f"Imagined beside {shown} {pair.context.state_index}; all {len(pair.command)} steps are shown.",
             pair.imagined, pair.true, pair.imagined_score, pair.success, eta,
         )
         for pair in ordered[:most]

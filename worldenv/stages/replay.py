@@ -25,11 +25,12 @@ from worldenv.stages.loop import assignments_of, practice_of
 def replay(out: Path, settings: RunConfig, number: int) -> dict[str, Any]:
     """Make rollout `number` of the run in `out` once more, alone, and compare it with the stored one.
 
-    Stored are those of LOOP's iteration that is under way, and stage eval's imagined ones. Returns what is JSON-ready: rollout, of, steps,
-    differs (names of what is not bit-equal), largest_score_difference. Raises RunError where the rollout is not stored, and as the stages do.
+    Stored are those of LOOP's iteration that is under way, and stage eval's imagined ones, but for a run from recordings. Returns what is
+    JSON-ready: rollout, of, steps, differs (names of what is not bit-equal), largest_score_difference. Raises RunError where the rollout is not
+    stored, and as the stages do.
     """
     desk = Desk(Run(out, settings))
-    per = settings.report.replays
+    per = _pairs(settings)
     if REPLAY_NUMBERS <= number < REPLAY_NUMBERS + 2 * per:
         made, stored, differs, of = _replayed_pair(desk, number, *divmod(number - REPLAY_NUMBERS, per))
     else:
@@ -39,6 +40,11 @@ def replay(out: Path, settings: RunConfig, number: int) -> dict[str, Any]:
         "rollout": number, "of": of, "steps": len(made), "bit_equal": not differs, "differs": differs,
         "largest_score_difference": float((made - stored).abs().max()) if same_steps else None,
     }  # fmt: skip
+
+
+def _pairs(settings: RunConfig) -> int:
+    """Rollouts of each policy that stage eval stores."""
+    return 0 if settings.env.recorded else settings.report.replays
 
 
 def _replayed_pair(desk: Desk, number: int, which: int, row: int) -> tuple[torch.Tensor, torch.Tensor, list[str], str]:
@@ -67,8 +73,9 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
     stored = {one.number: one for one in RolloutStore(path).rollouts} if path.is_file() else {}
     if number not in stored:
         under_way = f"{min(stored)} .. {max(stored)} (LOOP's iteration {iteration}, under way), " if stored else ""
-        eval_last = REPLAY_NUMBERS + 2 * desk.settings.report.replays - 1
-        raise RunError(f"rollout {number} is not stored in {desk.run.out}: there are {under_way}{REPLAY_NUMBERS} .. {eval_last} (stage eval)")
+        pairs = _pairs(desk.settings)
+        of_eval = f"{REPLAY_NUMBERS} .. {REPLAY_NUMBERS + 2 * pairs - 1} (stage eval)" if pairs else "none of stage eval, from recordings"
+        raise RunError(f"rollout {number} is not stored in {desk.run.out}: there are {under_way}{of_eval}")
     learner = Learner(desk.policy("scale"), settings, desk.seed)
     if kept is not None:
         learner.load_tree(kept["learner"])

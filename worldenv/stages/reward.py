@@ -31,7 +31,7 @@ def reward(desk: Desk, stage: Stage) -> None:
     )
     reflector: LlavaReflector | ClassifierReflector
     if settings.reward.judge == "classifier":
-        reflector = ClassifierReflector.initialise(settings.reflector, settings.reward.classifier_width, desk.env.tasks, desk.seed).to(desk.device)
+        reflector = ClassifierReflector.initialise(settings.reflector, settings.reward.classifier_width, desk.site.tasks, desk.seed).to(desk.device)
         stage.metrics["classifier"] = frame_classifier.train_classifier(
             reflector, training, settings.reward, desk.seed, stage.savepoint("classifier"), drawn
         )
@@ -59,7 +59,7 @@ def fitted_llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: S
         reflector = reflectors.open_directory(Path(settings.reward.start), settings.reflector, dtype).to(desk.device)
         stage.metrics["backbone"] = {"start": settings.reward.start, "parameters": sum(p.numel() for p in reflector.llava.parameters())}
     else:
-        reflector = reflectors.initialise(settings.reflector, desk.env.tasks, desk.seed).to(desk.device)
+        reflector = reflectors.initialise(settings.reflector, desk.site.tasks, desk.seed).to(desk.device)
         stage.metrics["backbone"] = reward_head.train_backbone(reflector, training, settings.reward, desk.seed, stage.savepoint("backbone"), drawn)
         half_done.save({"reflector": reflectors.to_tree(reflector), "metrics": stage.metrics["backbone"]})
     if settings.reward.head:

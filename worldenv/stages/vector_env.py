@@ -32,9 +32,9 @@ def vector_env(
         return desk.world(reflector, simulator, seed=seed)
 
     return WorldVectorEnv(
-        num_envs, world_of, desk.context, desk.env.tasks, desk.env.states("train"), desk.settings.policy.chunk,
+        num_envs, world_of, desk.context, desk.site.tasks, desk.site.states("train"), desk.settings.policy.chunk,
         desk.settings.env.steps if steps is None else steps, reflector.config.threshold if threshold is None else threshold, render_mode,
-        close=desk.env.close,
+        close=desk.site.close,
     )  # fmt: skip
 
 

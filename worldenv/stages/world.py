@@ -26,14 +26,14 @@ def _world_episodes(desk: Desk) -> tuple[list[Episode], list[Episode]]:
 def fit_world(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[Evac, dict[str, Any]]:
     training, held_out = _world_episodes(desk)
     return world_model.train(
-        desk.settings.simulator, desk.settings.world, training, held_out, desk.camera, desk.env.robot, desk.seed, desk.device, savepoint
+        desk.settings.simulator, desk.settings.world, training, held_out, desk.camera, desk.site.robot, desk.seed, desk.device, savepoint
     )
 
 
 def world(desk: Desk, stage: Stage) -> None:
     """Controller, autoencoder and simulator learn how the world moves and looks; of several processes, all take part."""
     training, _ = _world_episodes(desk)
-    controller = fit([e.pose for e in training], [e.command for e in training], desk.env.robot, margin_m=0.0)
+    controller = fit([e.pose for e in training], [e.command for e in training], desk.site.robot, margin_m=0.0)
     checkpoint.write_text(stage.folder / "controller.json", json.dumps(controller.to_dict()))
     processes.agreed("world")
     simulator, metrics = fit_world(desk, stage.savepoint)

@@ -1,0 +1,436 @@
+"""Runs from what a robot was recorded doing, without an environment: the tabletop's episodes serve as such recordings (docs/own-robot.md).
+
+Wrong versions that were seen to fail here: held-out recordings among LOOP's starts; demonstrations explored twice, and so held out from what is
+learned; failures of exploration left out; the place of the recordings in place of their content deciding what is done again; the camera of the
+first task for all; a ragged episode's PSNR over chunks that it lacks; the truth of a video that of another; imagined success written as true.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from worldenv import audit, checkpoint, config, report, train
+from worldenv.checkpoint import CheckpointError
+from worldenv.cli import convert as convert_command
+from worldenv.cli import eval as eval_command
+from worldenv.cli import train as command
+from worldenv.config import TINY, EnvConfig, RunConfig
+from worldenv.data import convert, given, lerobot
+from worldenv.data.episode import Episode, EpisodeSet, camera_to_plain
+from worldenv.data.recorded import Recorded
+from worldenv.report import tables
+from worldenv.robots.named import named
+from worldenv.run import Run, settings_of
+from worldenv.stages.desk import Desk, open_env
+from worldenv.stages.loop import contexts_of
+from worldenv.stages.replay import replay
+from worldenv.stages.vector_env import vector_env
+
+
+def short(env: EnvConfig, explored: str = "") -> RunConfig:
+    """The tiny preset with every stage cut to a few steps, in `env`."""
+    one = config.fast(TINY)
+    return dataclasses.replace(
+        one,
+        device="cpu",
+        env=env,
+        demos=dataclasses.replace(one.demos, per_task=2),
+        sft=dataclasses.replace(one.sft, steps=2, prior_steps=0),
+        scale=dataclasses.replace(one.scale, steps=2),
+        explore=dataclasses.replace(one.explore, source=explored, episodes=9, held_out=0.3),
+        world=dataclasses.replace(one.world, vae_steps=2, steps=2, batch=2, check_every=2, held_out_clips=2),
+        reward=dataclasses.replace(one.reward, backbone_steps=2, embeddings=24, head_epochs=1),
+        loop=dataclasses.replace(one.loop, contexts=3, iterations=1, batch=6),
+        eval=dataclasses.replace(one.eval, episodes=3, curve_episodes=3),
+        report=dataclasses.replace(one.report, replays=3, videos=2),
+    )
+
+
+def written(folder: Path, *episodes: Episode) -> Path:
+    kept = EpisodeSet(folder)
+    for number, episode in enumerate(episodes):
+        kept.add(number, episode)
+    kept.seal()
+    return folder
+
+
+def recordings(folder: Path, robot: str = "tabletop") -> EnvConfig:
+    return EnvConfig(name="recorded", recordings=str(folder), robot=robot)
+
+
+def cut(episode: Episode, steps: int) -> Episode:
+    """Its first steps; success is said of the last of them."""
+    return dataclasses.replace(
+        episode, frame=episode.frame[: steps + 1], pose=episode.pose[: steps + 1], gripper=episode.gripper[: steps + 1],
+        command=episode.command[:steps], success=np.arange(steps + 1) == steps,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def acted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the tabletop up to its exploration."""
+    out = tmp_path_factory.mktemp("acted") / "run"
+    train.train(out, short(EnvConfig()), until="explore")
+    return out
+
+
+@pytest.fixture(scope="module")
+def ragged(acted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a robot did: episodes of several lengths, some of which succeed, those of a task that is none of the run's, and a demonstration."""
+    explored = list(EpisodeSet(acted / "stages/explore"))
+    some = [cut(e, (19, 32, 24)[i // 3]) if i % 2 else e for i, e in enumerate(explored)]
+    stranger = dataclasses.replace(explored[0], instruction="open the drawer")
+    return written(tmp_path_factory.mktemp("ragged") / "set", *some[:4], stranger, EpisodeSet(acted / "stages/demos").load(0), *some[4:])
+
+
+@pytest.fixture(scope="module")
+def whole(acted: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from recordings, to its report."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train.train(out, short(recordings(acted / "stages/demos"), str(ragged)))
+    return out
+
+
+def metrics(out: Path, stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "stages" / stage / "stage.json").read_text())["metrics"]
+    return found
+
+
+def test_demonstrations_and_exploration_are_what_was_recorded(acted: Path, ragged: Path, whole: Path) -> None:
+    for ours, theirs in zip(EpisodeSet(whole / "stages/demos"), EpisodeSet(acted / "stages/demos"), strict=True):
+        assert ours.content == theirs.content
+    strangers = (4, 5)
+    source = [episode for number, episode in enumerate(EpisodeSet(ragged)) if number not in strangers]
+    for mine, theirs in zip(EpisodeSet(whole / "stages/explore"), source, strict=True):
+        for name in ("frame", "pose", "gripper", "command", "success", "task", "instruction"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+    told = metrics(whole, "explore")
+    assert (told["episodes"], told["passed_over"], told["demonstrations"]) == (9, 1, 1)
+    assert told["success"] == sum(e.first_success is not None for e in source) / 9 > 0
+    assert {e.steps for e in EpisodeSet(whole / "stages/explore")} == {19, 24, 32}
+
+
+def test_the_report_says_unverified_and_claims_no_true_success(whole: Path) -> None:
+    told, page = report.read(whole), (whole / "report.html").read_text()
+    assert told["eval"]["sft"].keys() == {"imagined"}
+    held = Desk(Run(whole, short(EnvConfig()), leads=False)).held_out
+    assert told["eval"]["loop"]["imagined"]["episodes"] == min(3, len(held)) == 3
+    assert told["world"]["outcome_agreement"]["episodes"] == 3
+    assert "curve" not in told["loop"]
+    assert told["notes"][0].startswith("No environment: a robot (tabletop) was recorded, 2 demonstrations of each of 3 tasks")
+    for text in ("is unverified: this run had recordings and no robot", "Imagined success, unverified", "Imagined against recorded"):
+        assert text in page
+    for text in ("Success in the true environment", "true success", "test states that no"):
+        assert text not in page
+    assert '<section class="card verdict "' in page  # whatever p is, no colour of a finding
+
+
+def test_recordings_are_the_truth_of_what_is_imagined(whole: Path) -> None:
+    desk = Desk(Run(whole, settings_of(whole), leads=False))
+    pairs = checkpoint.load(whole / "stages/eval/recorded.safetensors")
+    assert len(pairs) == 3
+    for pair, episode in zip(pairs, desk.explored[1], strict=True):
+        assert np.array_equal(pair["true"], episode.frame[1:])
+        assert np.array_equal(pair["success"], episode.success[1:])
+        assert np.array_equal(pair["command"], episode.command)
+        assert pair["imagined"].shape == pair["true"].shape
+        assert pair["imagined_score"].shape == pair["true_score"].shape == (episode.steps,)
+    psnr = metrics(whole, "eval")["world"]["psnr_by_chunk"]
+    longest = max(e.steps for e in desk.explored[1])
+    assert len(psnr) == -(-longest // 8)
+    assert all(5 < one < 60 for one in psnr)
+
+
+def test_psnr_of_ragged_episodes_is_of_those_that_have_the_chunk() -> None:
+    true = [np.zeros((4, 2, 2, 3), np.uint8), np.zeros((3, 2, 2, 3), np.uint8), np.zeros((8, 2, 2, 3), np.uint8)]
+    drawn = [frames + np.uint8(1 + i) for i, frames in enumerate(true)]
+    by = [audit.psnr(ours, truth) for ours, truth in zip(drawn, true, strict=True)]
+    assert audit.psnr_by_chunk(drawn, true, 4) == pytest.approx([np.mean(by), by[2]])
+
+
+def test_loop_begins_where_recordings_began_that_it_may_learn_from(acted: Path, ragged: Path, whole: Path) -> None:
+    settings = short(recordings(acted / "stages/demos"), str(ragged))
+    often = dataclasses.replace(settings, loop=dataclasses.replace(settings.loop, contexts=30, batch=30, hard_share=0.5))
+    desk = Desk(Run(whole, often, leads=False))
+    held = {e.frame[0].tobytes() for e in desk.explored[1]}
+    demos = {e.frame[0].tobytes() for e in desk.episodes("demos")}
+    learned = {e.frame[0].tobytes(): e for e in desk.explored[0]}
+    begun = [context for iteration in range(3) for context in contexts_of(desk, iteration)]
+    hard = [context for i, context in enumerate(begun) if i % 30 < 15]
+    failed_of = {e.task for e in desk.explored[0] if e.first_success is None}
+    for context in begun:
+        key = context.frame.tobytes()
+        assert key in demos or key in learned
+        assert key not in held - demos - learned.keys()
+    assert all(learned[c.frame.tobytes()].first_success is None for c in hard if c.task in failed_of)
+    assert {c.frame.tobytes() for c in begun} & demos
+    only = dataclasses.replace(often, loop=dataclasses.replace(often.loop, context_states="demos", hard_share=0.0))
+    assert {c.frame.tobytes() for c in contexts_of(Desk(Run(whole, only, leads=False)), 0)} <= demos
+
+
+def test_what_else_reads_a_run_reads_this_one(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert eval_command.main(["audit", str(whole), "--episodes", "9", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = metrics(whole, "eval")["world"]
+    assert found["episodes"] == 3
+    assert found["agree"] == told["outcome_agreement_recorded"]["agree"]
+    assert found["psnr_by_chunk"] == pytest.approx(told["psnr_by_chunk"])
+    with pytest.raises(ValueError, match="none of stage eval, from recordings"):
+        replay(whole, settings_of(whole), 1 << 31)
+    world = vector_env(whole, 2, device="cpu")
+    seen, _ = world.reset(seed=3)
+    _, reward, *_ = world.step(np.zeros(world.action_space.shape, np.float32))
+    starts = {e.frame[0].tobytes() for e in EpisodeSet(whole / "stages/demos")}
+    assert {frame.tobytes() for frame in seen["frame"]} <= starts
+    assert reward.shape == (2,)
+    world.close()
+
+
+def test_the_stage_that_needs_a_robot_says_what_to_do(acted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "tiny", "--fast", "--device", "cpu", "--sft.steps", "2", "--sft.prior-steps", "0", "--scale.steps", "2"]
+    words += ["--env.name", "recorded", "--env.recordings", str(acted / "stages/demos"), "--env.robot", "tabletop", "--demos.per-task", "2"]
+    assert command.main([*words, "--out", str(tmp_path / "run")]) == 1
+    assert "explore.source: env.name=recorded has nothing to explore: run --until scale" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert command.main([*words, "--out", str(tmp_path / "run"), "--until", "scale"]) == 0
+    assert (tmp_path / "run/stages/scale/policy.safetensors").is_file()
+    more = ["--explore.source", str(tmp_path / "nowhere"), "--reuse", str(tmp_path / "run")]
+    assert command.main([*words, "--out", str(tmp_path / "more"), *more]) == 1
+    assert f"explore.source='{tmp_path / 'nowhere'}': nothing is there" in capsys.readouterr().err
+
+
+def test_what_was_recorded_decides_and_not_where_it_lies(acted: Path, ragged: Path, tmp_path: Path) -> None:
+    source = tmp_path / "first"
+    shutil.copytree(acted / "stages/demos", source)
+    shutil.copytree(ragged, tmp_path / "explored")
+    settings = short(recordings(source), str(tmp_path / "explored"))
+    train.train(tmp_path / "a", settings, until="explore")
+    source.rename(tmp_path / "moved")
+    moved = short(recordings(tmp_path / "moved"), str(ragged))
+    train.train(tmp_path / "b", moved, until="explore", reuse=[tmp_path / "a"])
+    for stage in ("demos", "sft", "scale", "explore"):
+        first, other = (json.loads((tmp_path / run / f"stages/{stage}/stage.json").read_text()) for run in "ab")
+        assert first["fingerprint"] == other["fingerprint"], stage
+    more = dataclasses.replace(EpisodeSet(ragged).load(0), source="another day")
+    grown = written(tmp_path / "grown", *EpisodeSet(ragged), more)
+    train.train(tmp_path / "c", short(recordings(tmp_path / "moved"), str(grown)), until="explore", reuse=[tmp_path / "a"])
+    assert metrics(tmp_path / "c", "explore")["episodes"] == 10
+    assert json.loads((tmp_path / "c/stages/scale/stage.json").read_text())["seconds"] == json.loads(
+        (tmp_path / "a/stages/scale/stage.json").read_text()
+    )["seconds"], "taken over"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ({"name": "recorded"}, r"env\.name=recorded without env\.recordings: say where its demonstrations lie"),
+        ({"name": "recorded", "recordings": "x"}, r"env\.name=recorded without env\.robot: say whose they are"),
+        ({"recordings": "x"}, r"env\.recordings='x': tabletop has its own"),
+        ({"robot": "panda"}, r"env\.robot='panda': tabletop has its own"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_refused(words: dict[str, str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        EnvConfig(**words)  # type: ignore[arg-type]
+
+
+def test_settings_that_ask_an_environment_are_refused() -> None:
+    settings = short(recordings(Path("x")), "y")
+    for change, why in (
+        ({"demos": dataclasses.replace(settings.demos, source="z")}, r"demos\.source='z': with env\.name=recorded the demonstrations are env\.rec"),
+        ({"loop": dataclasses.replace(settings.loop, control="true-simulator")}, "no true environment"),
+        ({"sft": dataclasses.replace(settings.sft, prior_steps=1)}, "with recorded set it to 0"),
+        ({"env": EnvConfig()}, r"explore\.source='y': the policy explores tabletop itself"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            dataclasses.replace(settings, **change)  # type: ignore[arg-type]
+
+
+def test_a_site_is_what_its_recordings_show(acted: Path, tmp_path: Path) -> None:
+    episodes = list(EpisodeSet(acted / "stages/demos"))
+    site = Recorded(recordings(written(tmp_path / "set", *reversed(episodes[1:]))))
+    assert site.tasks == tuple(dict.fromkeys(e.instruction for e in reversed(episodes)))
+    assert (site.states("train"), site.states("test")) == (1, 0)  # of one task a single one is left
+    now = site.begin(0, "train", 0)
+    assert np.array_equal(now.frame, episodes[-1].frame[0])
+    assert np.array_equal(now.pose, episodes[-1].pose[0])
+    for task, split, index in ((0, "train", 1), (0, "test", 0)):
+        with pytest.raises(ValueError, match="and none is number"):
+            site.begin(task, split, index)  # type: ignore[arg-type]
+    half = Recorded(dataclasses.replace(recordings(tmp_path / "set"), image=32))
+    assert half.begin(0, "train", 0).frame.shape == (32, 32, 3)
+    assert half.camera_of(0).intrinsics[0, 0] == site.camera_of(0).intrinsics[0, 0] / 2
+    blind = written(tmp_path / "blind", dataclasses.replace(episodes[0], camera=None))
+    with pytest.raises(ValueError, match=r"blind: episode 0 does not say where its camera stood.*--camera FILE"):
+        Recorded(recordings(blind)).camera_of(0)
+    with pytest.raises(CheckpointError, match=r"env\.recordings='.*empty': no episodes there"):
+        Recorded(recordings(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="robot 'arm': want one of agibot_g1, panda, tabletop"):
+        Recorded(recordings(tmp_path / "set", "arm"))
+
+
+def test_exploration_of_other_tasks_alone_is_one_line(acted: Path, tmp_path: Path) -> None:
+    site, demos = Recorded(recordings(acted / "stages/demos")), EpisodeSet(acted / "stages/demos")
+    stranger = dataclasses.replace(demos.load(0), instruction="open the drawer")
+    why = "0 episodes of the run's tasks that are no demonstrations, want 2 .*1 are of other tasks: 'open the drawer'"
+    with pytest.raises(ValueError, match=why):
+        given.take_exploration(site, EpisodeSet(written(tmp_path / "set", stranger, demos.load(0))), demos, tmp_path / "out")
+
+
+def test_a_report_of_recordings_has_its_own_successes(whole: Path) -> None:
+    told = report.read(whole)
+    for change, why in (
+        (lambda r: r["eval"]["loop"].pop("imagined"), r"eval\.loop\.imagined"),
+        (lambda r: r["eval"]["sft"]["imagined"].update(successes=99), r"eval\.sft\.imagined"),
+        (lambda r: r["eval"]["paired"].update(wins=r["eval"]["paired"]["wins"] + 1), r"eval\.paired"),
+    ):
+        wrong = copy.deepcopy(told)
+        change(wrong)  # type: ignore[no-untyped-call]
+        with pytest.raises(ValueError, match=why):
+            report.validate(wrong)
+    assert tables.success(told).title == "Imagined success, unverified"
+    assert "recorded success" in tables.imagined(told).columns
+
+
+@pytest.mark.slow
+def test_the_same_world_and_judge_are_learned_as_where_it_was_recorded(acted: Path, tmp_path: Path) -> None:
+    """Nothing of the environment but its episodes goes into them: bit for bit."""
+    shutil.copytree(acted, tmp_path / "acted")
+    train.train(tmp_path / "acted", short(EnvConfig()), until="reward")
+    settings = short(recordings(acted / "stages/demos"), str(acted / "stages/explore"))
+    train.train(tmp_path / "run", settings, until="reward")
+    for name in ("sft/policy", "scale/policy", "world/simulator", "reward/reflector"):
+        ours, theirs = (checkpoint.load(tmp_path / run / f"stages/{name}.safetensors") for run in ("run", "acted"))
+        mine, other = (one.get("weights", one) for one in (ours, theirs))
+        assert mine.keys() == other.keys()
+        for part, value in mine.items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, other[part]), (name, part)
+        files = [(tmp_path / run / f"stages/{name}.safetensors").read_bytes() for run in ("run", "acted")]
+        assert files[0] == files[1], name
+
+
+# docs/own-robot.md
+
+
+MANUAL = (Path(__file__).resolve().parents[1] / "docs/own-robot.md").read_text()
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", MANUAL, re.DOTALL)
+
+
+class Arm:
+    """The tabletop in the place of somebody's robot."""
+
+    def __init__(self) -> None:
+        self.env, self.begun = open_env(EnvConfig()), 0
+
+    def reset(self) -> None:
+        self.now = self.env.begin(1, "train", 20 + self.begun)
+        self.begun += 1
+
+    def look(self) -> tuple[np.ndarray, np.ndarray, float]:
+        return self.now.frame, self.now.pose, self.now.gripper
+
+    def move(self, command: np.ndarray) -> None:
+        self.now = self.env.advance(command)
+
+    def is_done(self) -> bool:
+        return self.now.success
+
+
+def test_the_code_of_the_manual_records_what_a_run_takes(whole: Path, tmp_path: Path) -> None:
+    arm, (code,) = Arm(), blocks("python")
+    site = Recorded(recordings(whole / "stages/demos"))
+    given_ = {
+        "arm": arm, "run": whole, "device": "cpu", "robot_file": "tabletop", "out": tmp_path / "explored", "episodes": 2, "steps": 24,
+        "instruction": site.tasks[1], "camera": arm.env.camera_of(1),
+    }  # fmt: skip
+    exec(code, given_)
+    arm.env.close()
+    told = given.take_exploration(site, EpisodeSet(tmp_path / "explored"), EpisodeSet(whole / "stages/demos"), tmp_path / "taken")
+    assert (told["episodes"], told["passed_over"]) == (2, 0)
+    for episode in EpisodeSet(tmp_path / "taken"):
+        assert (episode.task, episode.steps) == (1, 24)
+        env = open_env(EnvConfig())
+        env.begin(1, "train", 20 + episode.state_index)
+        again = [env.advance(one) for one in episode.command]
+        env.close()
+        assert np.array_equal(np.stack([moment.pose for moment in again]), episode.pose[1:])
+
+
+def test_the_robot_and_the_camera_of_the_manual_are_such(tmp_path: Path) -> None:
+    camera, robot = blocks("json")
+    (tmp_path / "camera.json").write_text(camera)
+    (tmp_path / "arm.json").write_text(robot)
+    seen = convert._camera(tmp_path / "camera.json")
+    assert (seen.height, seen.width, seen.mirrored) == (256, 256, False)
+    arm = named("panda"), named(str(tmp_path / "arm.json"))
+    differing = {f.name for f in dataclasses.fields(arm[0]) if getattr(arm[0], f.name) != getattr(arm[1], f.name)}
+    assert differing == json.loads(robot).keys() - {"like", "holds_turn", "gripper_shares"} | {
+        name for name in ("holds_turn", "gripper_shares") if getattr(arm[0], name) != json.loads(robot)[name]
+    }
+    for name in re.findall(r"^\| `([a-z_`, ]+)` \|", MANUAL, re.MULTILINE):
+        for field in name.replace("`", "").split(", "):
+            assert field in {f.name for f in dataclasses.fields(arm[0])}, field
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "not JSON"),
+        ("[]", '"like" is one of agibot_g1, panda, tabletop'),
+        ('{"like": "ur5"}', '"like" is one of'),
+        ('{"like": "panda", "name": "x"}', "no source: whose numbers"),
+        ('{"like": "panda", "name": "panda", "source": "s"}', "'panda' is that of another robot"),
+        ('{"like": "panda", "name": "x", "source": "s", "fingers": 2}', "unknown fingers; a robot has name, source"),
+        ('{"like": "panda", "name": "x", "source": "s", "finger_m": "wide"}', "finger_m='wide'.*want a number"),
+        ('{"like": "panda", "name": "x", "source": "s", "gain": [1, 2]}', "gain=.*want a list of 6"),
+        ('{"like": "panda", "name": "x", "source": "s", "gripper_step": 3}', "gripper_step=3"),
+    ],
+)
+def test_a_file_that_describes_no_robot_is_one_line(text: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "arm.json").write_text(text)
+    with pytest.raises(ValueError, match=why) as refused:
+        named(str(tmp_path / "arm.json"))
+    assert str(refused.value).startswith(str(tmp_path / "arm.json"))
+
+
+def test_a_set_without_a_camera_is_given_one(acted: Path, tmp_path: Path) -> None:
+    episode = EpisodeSet(acted / "stages/demos").load(0)
+    assert episode.camera is not None
+    lerobot.write(tmp_path / "set", [dataclasses.replace(episode, camera=None)])
+    for mirrored in (False, True):
+        file = tmp_path / f"camera-{mirrored}.json"
+        file.write_text(json.dumps(camera_to_plain(dataclasses.replace(episode.camera, mirrored=mirrored))))
+        out = tmp_path / f"out-{mirrored}"
+        assert convert_command.main([str(tmp_path / "set"), "--camera", str(file), "--out", str(out)]) == 0
+        (made,) = EpisodeSet(out)
+        assert made.camera is not None
+        assert (made.mirrored, made.camera.mirrored) == (mirrored, mirrored)
+        assert np.array_equal(made.camera.intrinsics, episode.camera.intrinsics)
+        assert np.array_equal(made.frame, episode.frame if mirrored else episode.frame[:, :, ::-1])
+    plain = camera_to_plain(dataclasses.replace(episode.camera))
+    assert plain is not None
+    turned = np.array(plain["camera_to_world"])
+    turned[:3, 0] *= -1
+    for change, why in (
+        ({"height": 128}, "64 x 128 px, pictures of .* are 64 x 64"),
+        ({"intrinsics": [[1.0]]}, r"want a \.json file with intrinsics \(3, 3\)"),
+        ({"camera_to_world": turned.tolist()}, "turns by no rotation"),
+    ):
+        (tmp_path / "wrong.json").write_text(json.dumps({**plain, **change}))
+        with pytest.raises(ValueError, match=why):
+            list(convert.read(tmp_path / "set", convert.Choices(camera=tmp_path / "wrong.json")))
+    with pytest.raises(ValueError, match="says itself where its camera stood"):
+        list(convert.read(acted / "stages/demos", convert.Choices(camera=tmp_path / "camera-True.json")))

@@ -20,12 +20,12 @@ import torch
 from worldenv.benchmarks import harness, networks
 from worldenv.benchmarks.bench_chunk_loop import rollout
 from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work
-from worldenv.config import PRESETS
 from worldenv.engines.recipe import relative_error
 from worldenv.kernels import action_map, ddim_step, frames, laplace, philox
 from worldenv.kernels.action_map import Brush
 from worldenv.noise import Stream
 from worldenv.nouns import Camera, StatePath
+from worldenv.presets import PRESETS
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.simulator.schedule import Sampler, latent_scales
 

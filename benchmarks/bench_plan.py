@@ -17,7 +17,7 @@ import numpy as np
 
 from worldenv import _core
 from worldenv.benchmarks.plan_costs import GPUS, Affine, Workload, on_gpu, paper, read_profile
-from worldenv.config import PAPER
+from worldenv.presets import PAPER
 
 BUCKETS = (1, 2, 4, 8, 16)
 _SLOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from worldenv.benchmarks.harness import Agreement, Row, Setting, Variants, Work, compare
-from worldenv.config import LLAVA_ONEVISION, LLAVA_VOCAB, PRESETS, ReflectorConfig
+from worldenv.config import ReflectorConfig
+from worldenv.presets import LLAVA_ONEVISION, LLAVA_VOCAB, PRESETS
 from worldenv.reflector import flops
 from worldenv.reflector.flops import INSTRUCTION
 from worldenv.reflector.frames import Sampler

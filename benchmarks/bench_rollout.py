@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from worldenv import _core, compiled, config, kinematics, noise, run
+from worldenv import _core, compiled, config, kinematics, noise, presets, run
 from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
 from worldenv.benchmarks.plan_costs import Affine, fitted
@@ -186,7 +186,7 @@ def prepared(args: RolloutArgs) -> Bench:
         raise ValueError(f"{names}: want at least 1 of each; --mean-end between 0 and 1")
     if args.streams > 1 and device_of(args.device).type != "cuda":
         raise ValueError(f"--streams {args.streams} on {args.device}: a CPU's workers have one; take more --threads")
-    tiny = config.PRESETS["tiny"]
+    tiny = presets.PRESETS["tiny"]
     devices = gpus_of(device_of(args.device), args.gpus)
     if args.limit < 1 or args.limit % tiny.policy.chunk:
         raise ValueError(f"--limit {args.limit}: want a multiple of the chunk of {tiny.policy.chunk} frames")

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from worldenv import compiled, config, noise
+from worldenv import compiled, config, noise, presets
 from worldenv.benchmarks import networks
 from worldenv.benchmarks.harness import Row, Setting, Variants, Work, ceilings, count_flops, measure, spread
-from worldenv.config import EVAC, LLAVA_ONEVISION, OPENVLA_OFT
 from worldenv.engines import backend
 from worldenv.engines.recipe import EngineError, Precision, Range, symbol
 from worldenv.engines.store import DEFAULT_STORE, Store
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
+from worldenv.presets import EVAC, LLAVA_ONEVISION, OPENVLA_OFT
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.judge import LlavaReflector, Watching
 from worldenv.simulator.evac import Evac
@@ -74,7 +74,7 @@ def subject(
         return _published(size == "narrow", device, precision)
     from worldenv.benchmarks import bench_rollout  # asks for an environment's packages, which the published sizes do without
 
-    config.preset(preset)
+    presets.preset(preset)
     if of_run is not None and not (of_run / "run.json").is_file():
         raise ValueError(f"--run {of_run}: no run there (no run.json)")
     args = bench_rollout.RolloutArgs(rollouts=4, group=1, slots=rows, bucket=rows, run=of_run, device=str(device))

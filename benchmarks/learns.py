@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from worldenv import checkpoint, config, evaluation, report, train
+from worldenv import checkpoint, config, evaluation, presets, report, train
 from worldenv.cli.arguments import parse
 from worldenv.config import RunConfig
 from worldenv.data.episode import Episode
@@ -86,8 +86,8 @@ def _folder(args: LearnsArgs) -> Path:
 
 def settings_for(args: LearnsArgs) -> RunConfig:
     """The preset with what `args` take out."""
-    chosen = config.preset(args.preset)
-    chosen = config.fast(chosen) if args.fast else chosen
+    chosen = presets.preset(args.preset)
+    chosen = presets.fast(chosen) if args.fast else chosen
     return dataclasses.replace(
         chosen,
         seed=args.seed,

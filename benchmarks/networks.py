@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from worldenv.benchmarks.harness import Setting
-from worldenv.config import EVAC, PRESETS, SimulatorConfig
+from worldenv.config import SimulatorConfig
 from worldenv.nouns import ActionMap
+from worldenv.presets import EVAC, PRESETS
 from worldenv.simulator.evac import DELTA_DIM, Evac
 
 _SEED = 20250923

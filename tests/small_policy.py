@@ -9,10 +9,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from worldenv import noise
-from worldenv.config import OPENVLA_OFT, LlamaConfig, PolicyConfig, VisionConfig
+from worldenv.config import LlamaConfig, PolicyConfig, VisionConfig
 from worldenv.nouns import ActionChunk, Context, Observation, Rollout
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PUBLISHED_EMPTY, PUBLISHED_PAD, PromptTokenizer, Statistics, prompt
+from worldenv.presets import OPENVLA_OFT
 
 INSTRUCTIONS = ("push the red block onto the strip", "lift the mug", "open the top drawer of the cabinet")
 SMALL = PolicyConfig(

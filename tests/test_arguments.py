@@ -11,11 +11,12 @@ import torch
 
 from worldenv.cli import train
 from worldenv.cli.arguments import parse, value_of
-from worldenv.config import TINY, EnvConfig, RunConfig
+from worldenv.config import EnvConfig, RunConfig
 from worldenv.devices import device_of
 from worldenv.envs import libero
 from worldenv.envs.tabletop import Tabletop
 from worldenv.learning.loop import memory
+from worldenv.presets import TINY
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from worldenv import config, train
+from worldenv import config, presets, train
 from worldenv.config import DemosConfig, EnvConfig
 from worldenv.data import collect
 from worldenv.data.episode import EpisodeSet
@@ -67,7 +67,7 @@ def test_episodes_carry_the_numbers_of_the_run(whole, tmp_path):
 
 def test_a_run_of_one_task_demonstrates_that_task_alone(tmp_path):
     settings = dataclasses.replace(
-        config.fast(config.TINY), env=EnvConfig(tasks=(2,), train_states=4, test_states=30), demos=DemosConfig(per_task=1, after_success=8)
+        presets.fast(presets.TINY), env=EnvConfig(tasks=(2,), train_states=4, test_states=30), demos=DemosConfig(per_task=1, after_success=8)
     )
     train.train(tmp_path, settings, only="demos")
     (entry,) = EpisodeSet(tmp_path / "stages/demos").entries
@@ -76,7 +76,7 @@ def test_a_run_of_one_task_demonstrates_that_task_alone(tmp_path):
 
 
 def test_tasks_that_are_seen_by_different_cameras_are_named(tmp_path, monkeypatch):
-    desk = Desk(Run(tmp_path, config.fast(config.TINY)))
+    desk = Desk(Run(tmp_path, presets.fast(presets.TINY)))
     seen = desk.env.camera_of(0)
     assert desk.camera is not None
     del desk.__dict__["camera"]
@@ -87,13 +87,13 @@ def test_tasks_that_are_seen_by_different_cameras_are_named(tmp_path, monkeypatc
 
 
 def test_the_preset_of_libero_can_be_and_is_cut_short():
-    settings = config.preset("libero")
+    settings = presets.preset("libero")
     assert settings.env.steps % settings.policy.chunk == 0
     assert settings.env.steps <= 220
-    short = config.fast(settings)
+    short = presets.fast(settings)
     assert short.fast
     assert len(short.env.tasks) == 1
     assert short.explore.episodes * short.env.steps < 1000  # frames to draw
     assert config.from_dict(config.RunConfig, config.to_dict(short)) == short
     with pytest.raises(ValueError, match=r"the prior's scenes are the tabletop's"):
-        dataclasses.replace(settings, sft=config.TINY.sft)
+        dataclasses.replace(settings, sft=presets.TINY.sft)

@@ -15,11 +15,11 @@ from test_simulator import SMALL as SIMULATOR
 
 from worldenv import compiled
 from worldenv.benchmarks import engine_rows, networks
-from worldenv.config import EVAC, EVAC_RLINF, LLAVA_ONEVISION, OPENVLA_OFT, TINY
 from worldenv.engines import backend, export, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
 from worldenv.engines.eager import Eager
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
 from worldenv.kernels import group_norm
+from worldenv.presets import EVAC, EVAC_RLINF, LLAVA_ONEVISION, OPENVLA_OFT, TINY
 from worldenv.reflector import judge as judge_module
 from worldenv.reflector import weights
 from worldenv.reflector.contract import scored

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import fidelity
 from tests.test_world_model import episode
-from worldenv import config
+from worldenv import presets
 from worldenv.run import Run
 
 
@@ -77,7 +77,7 @@ def runs(tmp_path: Path) -> Any:
     """Make a run's folder with an explored stage."""
 
     def make(name: str, explored: str = "same", **changes: Any) -> Path:
-        settings = config.TINY
+        settings = presets.TINY
         for section, values in changes.items():
             settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **values)})
         run = Run(tmp_path / name, settings)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from test_data_formats import strip_ours
 
-from worldenv import config, train
+from worldenv import presets, train
 from worldenv.cli import train as command
 from worldenv.config import DemosConfig, EnvConfig
 from worldenv.data import given, lerobot
@@ -242,8 +242,8 @@ def test_a_set_that_takes_a_flag_says_where_to_give_it(env: ChosenTasks, shown: 
 
 def test_loop_begins_where_the_demonstrations_began(shown: Path, tmp_path: Path) -> None:
     source = written(tmp_path / "source", *reversed(list(EpisodeSet(shown))))
-    loop = dataclasses.replace(config.TINY.loop, contexts=6, batch=6, hard_share=0.0, context_states="demos")
-    settings = dataclasses.replace(config.TINY, device="cpu", demos=DemosConfig(per_task=2, source=str(source)), loop=loop)
+    loop = dataclasses.replace(presets.TINY.loop, contexts=6, batch=6, hard_share=0.0, context_states="demos")
+    settings = dataclasses.replace(presets.TINY, device="cpu", demos=DemosConfig(per_task=2, source=str(source)), loop=loop)
     train.train(tmp_path / "run", settings, until="demos")
     desk = Desk(Run(tmp_path / "run", settings))
     for context in (one for iteration in range(3) for one in contexts_of(desk, iteration)):

@@ -21,9 +21,10 @@ from test_simulator import trained
 
 from worldenv import noise
 from worldenv.benchmarks import engine_rows
-from worldenv.config import TINY, LoopConfig
+from worldenv.config import LoopConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Rollout
+from worldenv.presets import TINY
 from worldenv.rollout.collect import Flight, Replica, Schedule, placement
 from worldenv.run import Run, RunError
 from worldenv.stages import fleet

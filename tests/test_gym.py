@@ -17,7 +17,7 @@ from test_reflector import SMALL as SMALL_REFLECTOR
 from test_rollout_bits import CHUNKS, SEED, SMALL_SIMULATOR, contexts, networks
 from test_simulator import trained
 
-from worldenv import checkpoint, config
+from worldenv import checkpoint, presets
 from worldenv.gym import WorldVectorEnv
 from worldenv.kinematics import ControllerModel
 from worldenv.reflector import weights as reflectors
@@ -194,14 +194,14 @@ def test_what_does_not_fit_is_refused(changed: dict[str, Any], says: str, replic
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Of which stages world and reward are done, with random weights."""
-    made = Run(tmp_path / "run", config.TINY)
-    simulator = Evac.initialised(config.TINY.simulator, 0)
+    made = Run(tmp_path / "run", presets.TINY)
+    simulator = Evac.initialised(presets.TINY.simulator, 0)
     (made.folder("world")).mkdir(parents=True)
     checkpoint.save(made.folder("world") / "simulator.safetensors", simulators.to_tree(simulator))
-    env = open_env(config.TINY.env)
+    env = open_env(presets.TINY.env)
     (made.folder("world") / "controller.json").write_text(json.dumps(ControllerModel.of(env.robot).to_dict()))
-    judge = reflectors.initialise(config.TINY.reflector, env.tasks, 0)
-    judge.head = reflectors.fresh_head(config.TINY.reflector, 0)
+    judge = reflectors.initialise(presets.TINY.reflector, env.tasks, 0)
+    judge.head = reflectors.fresh_head(presets.TINY.reflector, 0)
     reflectors.save(made.folder("reward") / "reflector.safetensors", judge)
     made._lock.close()
     return made.out
@@ -213,7 +213,7 @@ def test_a_runs_world_is_made_by_name(run: Path) -> None:
     env = gymnasium.make_vec(opened.ID, num_envs=2, run=run, device="cpu", steps=16, threshold=1.0)
     seen, told = env.reset(seed=0)
     assert seen["frame"].shape == (2, 64, 64, 3)
-    assert all(words in open_env(config.TINY.env).tasks for words in told["instruction"])
+    assert all(words in open_env(presets.TINY.env).tasks for words in told["instruction"])
     for chunk in range(2):
         _, _, _, truncated, _ = env.step(env.action_space.sample())
         assert truncated.tolist() == [chunk == 1] * 2

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from worldenv import config, evaluation
+from worldenv import evaluation, presets
 from worldenv.benchmarks import learns, learns_figures
 from worldenv.benchmarks.learns import LearnsArgs
 from worldenv.data.episode import Episode, EpisodeSet
@@ -105,8 +105,8 @@ def test_switches_reach_the_settings_and_name_the_variant():
     assert (settings.seed, settings.loop.control, settings.loop.termination, settings.world.extra_data) == (4, "shuffle", False, False)
     again = LearnsArgs(seed=4, control="shuffle", permutation=2)
     assert learns.settings_for(again).loop.permutation == 2
-    assert learns.settings_for(LearnsArgs()) == config.TINY
-    assert dataclasses.replace(settings, loop=config.TINY.loop, world=config.TINY.world, seed=0) == config.TINY
+    assert learns.settings_for(LearnsArgs()) == presets.TINY
+    assert dataclasses.replace(settings, loop=presets.TINY.loop, world=presets.TINY.world, seed=0) == presets.TINY
 
 
 def test_a_bad_command_line_is_refused(capsys):

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from worldenv import config, train
+from worldenv import presets, train
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.episode import EpisodeSet
 from worldenv.run import Run, RunError
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.libero, pytest.mark.slow]
 
 
 def test_demonstrations_in_libero_are_of_the_chosen_task_and_go_into_every_format(tmp_path):
-    settings = config.fast(config.preset("libero"))
+    settings = presets.fast(presets.preset("libero"))
     train.train(tmp_path / "run", settings, until="demos")
     (episode,) = EpisodeSet(tmp_path / "run/stages/demos")
     assert episode.instruction == "pick up the black bowl between the plate and the ramekin and place it on the plate"
@@ -37,7 +37,7 @@ def test_demonstrations_in_libero_are_of_the_chosen_task_and_go_into_every_forma
 
 
 def test_a_file_as_libero_publishes_it_is_what_the_environment_showed(tmp_path):
-    settings = config.fast(config.preset("libero"))
+    settings = presets.fast(presets.preset("libero"))
     train.train(tmp_path / "run", settings, until="demos")
     (episode,) = EpisodeSet(tmp_path / "run/stages/demos")
     file = tmp_path / f"{episode.instruction.replace(' ', '_')}_demo.hdf5"
@@ -59,7 +59,7 @@ def test_a_file_as_libero_publishes_it_is_what_the_environment_showed(tmp_path):
 
 
 def test_tasks_of_scenes_with_different_cameras_are_refused(tmp_path):
-    settings = config.fast(config.preset("libero"))
+    settings = presets.fast(presets.preset("libero"))
     env = dataclasses.replace(settings.env, name="libero_10", tasks=(0, 2))  # a living room and a kitchen
     desk = Desk(Run(tmp_path, dataclasses.replace(settings, env=env)))
     with pytest.raises(RunError, match="different cameras"):

@@ -16,7 +16,7 @@ import torch
 from small_policy import LIKE, SMALL, observation, published_policy, rollouts, small_policy, uniform
 
 from worldenv import checkpoint
-from worldenv.config import OPENVLA_OFT, LoopConfig
+from worldenv.config import LoopConfig
 from worldenv.learning.loop import memory
 from worldenv.learning.loop import update as update_module
 from worldenv.learning.loop.advantage import baseline, leave_one_out
@@ -26,6 +26,7 @@ from worldenv.nouns import Rollout
 from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.weights import fill
+from worldenv.presets import OPENVLA_OFT
 
 CONFIG = LoopConfig(group=4, contexts=2, batch=4, microbatch=5, lora_rank=4, lora_alpha=2)
 

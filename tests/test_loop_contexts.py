@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from worldenv import config
+from worldenv import config, presets
 from worldenv.run import Run
 from worldenv.stages import loop as stage_loop
 from worldenv.stages.desk import Desk
@@ -32,11 +32,11 @@ def entries(explore: config.ExploreConfig) -> list[Any]:
 
 def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> list[list[tuple[int, int]]]:
     settings = dataclasses.replace(
-        config.TINY,
+        presets.TINY,
         env=config.EnvConfig(train_states=12),
         eval=config.EvalConfig(),
         explore=config.ExploreConfig(episodes=90, factors=(1.0, 4.0, 8.0)),
-        loop=dataclasses.replace(config.TINY.loop, contexts=CONTEXTS, batch=8, hard_share=share, scale_factor=4.0),
+        loop=dataclasses.replace(presets.TINY.loop, contexts=CONTEXTS, batch=8, hard_share=share, scale_factor=4.0),
     )
     desk = Desk(Run(tmp_path / f"{share}", settings))
     monkeypatch.setattr(Desk, "episodes", lambda _, stage: SimpleNamespace(entries=entries(settings.explore) if stage == "explore" else []))
@@ -61,7 +61,7 @@ def test_without_a_share_states_are_drawn_as_ever(tmp_path: Path, monkeypatch: p
 
 def test_a_start_state_is_drawn_once(tmp_path: Path) -> None:
     """In LIBERO a scene takes up to a second to settle."""
-    desk, begun = Desk(Run(tmp_path, config.TINY)), []
+    desk, begun = Desk(Run(tmp_path, presets.TINY)), []
     begin = desk.env.begin
     desk.env.begin = lambda *which: begun.append(which) or begin(*which)  # type: ignore[assignment,func-returns-value,method-assign]
     first = desk.context(1, 3)
@@ -72,7 +72,7 @@ def test_a_start_state_is_drawn_once(tmp_path: Path) -> None:
 
 def test_rollouts_of_an_iteration_that_was_learned_from_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the savepoint and the removal, a run would keep them for ever, as part of the stage's output."""
-    run = Run(tmp_path / "run", dataclasses.replace(config.TINY, loop=dataclasses.replace(config.TINY.loop, iterations=1)))
+    run = Run(tmp_path / "run", dataclasses.replace(presets.TINY, loop=dataclasses.replace(presets.TINY.loop, iterations=1)))
     nothing = SimpleNamespace(load_tree=lambda _: None, policy=None, merged=lambda: None, export_adapter=lambda _: None, share=lambda _: None)
     monkeypatch.setattr(stage_loop, "Learner", lambda *_: nothing)
     monkeypatch.setattr(stage_loop, "practice_of", lambda *_: SimpleNamespace(fleet=SimpleNamespace(engines={}, policies=[None])))

@@ -10,12 +10,12 @@ import torch
 from small_policy import INSTRUCTIONS, SMALL, observation, small_policy, uniform
 
 from worldenv import checkpoint
-from worldenv.config import TINY
 from worldenv.nouns import Observation
 from worldenv.policy import laplace
 from worldenv.policy.contract import Policy
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.weights import fill, from_published, load, never_read, save
+from worldenv.presets import TINY
 
 
 def test_it_is_a_policy() -> None:

@@ -11,7 +11,6 @@ import torch
 from small_policy import INSTRUCTIONS, statistics
 from tokenizers import Tokenizer, models
 
-from worldenv.config import TINY
 from worldenv.kernels.frames import centre_crop, normalise_pixels, resize_lanczos3
 from worldenv.policy.processing import (
     BOS,
@@ -26,6 +25,7 @@ from worldenv.policy.processing import (
     prompt,
     rotate_180,
 )  # fmt: skip
+from worldenv.presets import TINY
 
 
 def test_prompt_is_the_published_one() -> None:

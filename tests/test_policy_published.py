@@ -18,11 +18,12 @@ from small_policy import LIKE, observation, uniform
 from small_policy import published_policy as policy
 
 from worldenv.checkpoint import CheckpointError
-from worldenv.config import OPENVLA_OFT, PolicyConfig
+from worldenv.config import PolicyConfig
 from worldenv.policy import lora, published
 from worldenv.policy.openvla_oft import Network
 from worldenv.policy.published import adapted, open_directory, save_directory, shapes
 from worldenv.policy.weights import never_read
+from worldenv.presets import OPENVLA_OFT
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldenv import config
+from worldenv import presets
 from worldenv.checkpoint import Savepoint
 from worldenv.config import DemosConfig, EnvConfig
 from worldenv.data.collect import demonstrate
@@ -76,7 +76,7 @@ def test_on_its_way_is_half_of_the_distance_to_its_own_puck(env):
 
 
 def test_a_tower_begins_with_positions_as_strong_as_what_it_sees():
-    tower = VisionTower(config.TINY.policy.dino, config.TINY.policy.image)
+    tower = VisionTower(presets.TINY.policy.dino, presets.TINY.policy.image)
     tower.begin()
     place = tower.pos_embed[0]
     assert float(place.pow(2).mean()) == pytest.approx(0.5, abs=0.01)
@@ -86,7 +86,7 @@ def test_a_tower_begins_with_positions_as_strong_as_what_it_sees():
 
 
 def test_a_policy_that_begins_from_reaching_is_told_of_the_demonstrations(tmp_path):
-    fast = config.fast(config.TINY)
+    fast = presets.fast(presets.TINY)
     settings = dataclasses.replace(fast, sft=dataclasses.replace(fast.sft, batch=4, prior_per_task=2, prior_steps=3))
     desk = Desk(Run(tmp_path / "run", settings))
     demonstrate(desk.env.whole, pusher, pusher.VARIATION, 32, DemosConfig(per_task=1), 0, tmp_path / "demos")

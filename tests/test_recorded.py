@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 import torch
 
-from worldenv import audit, checkpoint, config, report, train
+from worldenv import audit, checkpoint, presets, report, train
 from worldenv.checkpoint import CheckpointError
 from worldenv.cli import convert as convert_command
 from worldenv.cli import eval as eval_command
 from worldenv.cli import train as command
-from worldenv.config import TINY, EnvConfig, RunConfig
+from worldenv.config import EnvConfig, RunConfig
 from worldenv.data import convert, given, lerobot
 from worldenv.data.episode import Episode, EpisodeSet, camera_to_plain
 from worldenv.data.recorded import Recorded
+from worldenv.presets import TINY
 from worldenv.report import tables
 from worldenv.robots.named import named
 from worldenv.run import Run, settings_of
@@ -39,7 +40,7 @@ from worldenv.stages.vector_env import vector_env
 
 def short(env: EnvConfig, explored: str = "") -> RunConfig:
     """The tiny preset with every stage cut to a few steps, in `env`."""
-    one = config.fast(TINY)
+    one = presets.fast(TINY)
     return dataclasses.replace(
         one,
         device="cpu",

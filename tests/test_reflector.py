@@ -22,7 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv.checkpoint import CheckpointError
-from worldenv.config import LLAVA_ONEVISION, LLAVA_VOCAB, ReflectorConfig
+from worldenv.config import ReflectorConfig
+from worldenv.presets import LLAVA_ONEVISION, LLAVA_VOCAB
 from worldenv.reflector import cache, flops, frames, graphs, judge, llava, prompt, weights
 from worldenv.reflector.contract import Reflector
 from worldenv.reflector.head import RewardHead

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from worldenv import noise
 from worldenv.checkpoint import Savepoint
-from worldenv.config import PRESETS, ReflectorConfig, RewardConfig
+from worldenv.config import ReflectorConfig, RewardConfig
 from worldenv.data.episode import Episode
 from worldenv.learning import reward_head
 from worldenv.learning.reward_head import Labelled, auc, calibration_error, fit_head, measure, score, stops, train_backbone
+from worldenv.presets import PRESETS
 from worldenv.reflector import weights
 from worldenv.reflector.frames import shown
 from worldenv.reflector.judge import LlavaReflector

@@ -22,11 +22,12 @@ from test_simulator import trained
 from worldenv import kinematics, noise
 from worldenv.benchmarks.bench_rollout import THRESHOLD, DrawnEnds
 from worldenv.benchmarks.networks import randomised
-from worldenv.config import TINY, LoopConfig, PolicyConfig, ReflectorConfig, SimulatorConfig
+from worldenv.config import LoopConfig, PolicyConfig, ReflectorConfig, SimulatorConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Camera, Context, Rollout
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer
+from worldenv.presets import TINY
 from worldenv.reflector import weights
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.rollout.collect import Assignment, Flight, Flights, Query, Replica, RolloutError, Schedule, draw_uniform

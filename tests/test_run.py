@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from worldenv import config, train
+from worldenv import config, presets, train
 from worldenv.checkpoint import CheckpointError
 from worldenv.run import RECORD, Run, RunError, settings_of
 
@@ -35,11 +35,11 @@ def changed(settings, path, value):
 
 @pytest.fixture
 def run(tmp_path):
-    return Run(tmp_path / "out", config.TINY)
+    return Run(tmp_path / "out", presets.TINY)
 
 
 def test_settings_round_trip(run):
-    assert settings_of(run.out) == config.TINY
+    assert settings_of(run.out) == presets.TINY
 
 
 def test_settings_of_another_version_are_named(run):
@@ -61,11 +61,11 @@ def test_a_stage_is_done_when_its_record_matches(run):
 
 def test_the_fingerprint_follows_settings_and_inputs(run):
     work(run, "demos", "f", "one")
-    first = run.fingerprint("sft", [config.TINY.sft], ["demos"])
-    assert first == run.fingerprint("sft", [config.TINY.sft], ["demos"])
-    assert first != run.fingerprint("sft", [dataclasses.replace(config.TINY.sft, steps=1)], ["demos"])
+    first = run.fingerprint("sft", [presets.TINY.sft], ["demos"])
+    assert first == run.fingerprint("sft", [presets.TINY.sft], ["demos"])
+    assert first != run.fingerprint("sft", [dataclasses.replace(presets.TINY.sft, steps=1)], ["demos"])
     work(run, "demos", "g", "two")
-    assert first != run.fingerprint("sft", [config.TINY.sft], ["demos"])
+    assert first != run.fingerprint("sft", [presets.TINY.sft], ["demos"])
 
 
 def test_an_input_without_output_is_named(run):
@@ -155,64 +155,64 @@ def test_what_lies_beside_a_stage_is_made_again_where_it_is_gone(run):
 )
 def test_a_stage_is_done_again_where_a_setting_that_it_reads_is_another(path, value, made_again):
     """Of its own settings; what comes by its inputs comes by theirs."""
-    other = changed(config.TINY, path, value)
+    other = changed(presets.TINY, path, value)
 
     def reads(plan, settings):
         return config.fingerprint(*plan.settings(settings))
 
-    assert {name for name, plan in train.STAGES.items() if reads(plan, config.TINY) != reads(plan, other)} == made_again
+    assert {name for name, plan in train.STAGES.items() if reads(plan, presets.TINY) != reads(plan, other)} == made_again
 
 
 def test_two_processes_do_not_share_a_folder(run):
     with pytest.raises(RunError, match="another process"):
-        Run(run.out, config.TINY)
+        Run(run.out, presets.TINY)
 
 
 def test_other_settings_and_other_folders_are_refused(tmp_path):
-    Run(tmp_path / "a", config.TINY)._lock.close()
-    other = dataclasses.replace(config.TINY, loop=dataclasses.replace(config.TINY.loop, iterations=7))
-    with pytest.raises(RunError, match=rf"loop\.iterations: {config.TINY.loop.iterations} there, 7 asked"):
+    Run(tmp_path / "a", presets.TINY)._lock.close()
+    other = dataclasses.replace(presets.TINY, loop=dataclasses.replace(presets.TINY.loop, iterations=7))
+    with pytest.raises(RunError, match=rf"loop\.iterations: {presets.TINY.loop.iterations} there, 7 asked"):
         Run(tmp_path / "a", other)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("precious")
     with pytest.raises(RunError, match="no run of ours"):
-        Run(tmp_path / "b", config.TINY)
+        Run(tmp_path / "b", presets.TINY)
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["thesis.tex"]
 
 
 def test_a_run_goes_on_with_networks_in_other_places(tmp_path):
-    Run(tmp_path, config.TINY)._lock.close()
-    placed = dataclasses.replace(config.TINY.loop, streams=2, apart="reflector", apart_gpus=1)
-    run = Run(tmp_path, dataclasses.replace(config.TINY, loop=placed))
-    assert settings_of(tmp_path) == config.TINY  # as long as it is only looked at, as a replay does
+    Run(tmp_path, presets.TINY)._lock.close()
+    placed = dataclasses.replace(presets.TINY.loop, streams=2, apart="reflector", apart_gpus=1)
+    run = Run(tmp_path, dataclasses.replace(presets.TINY, loop=placed))
+    assert settings_of(tmp_path) == presets.TINY  # as long as it is only looked at, as a replay does
     run.keep_settings()
     run._lock.close()
     assert settings_of(tmp_path).loop == placed
     with pytest.raises(RunError, match=r"loop\.slots: 16 there, 3 asked"):
-        Run(tmp_path, dataclasses.replace(config.TINY, loop=dataclasses.replace(placed, slots=3)))
+        Run(tmp_path, dataclasses.replace(presets.TINY, loop=dataclasses.replace(placed, slots=3)))
 
 
 def test_what_loop_has_done_is_kept_where_networks_move(tmp_path):
     """A stage with other settings is begun anew; where its rollouts are made is none that counts."""
 
     def begun(loop):
-        settings = dataclasses.replace(config.TINY, loop=loop)
+        settings = dataclasses.replace(presets.TINY, loop=loop)
         run = Run(tmp_path, settings)
         return run, run.fingerprint("loop", train.STAGES["loop"].settings(settings), [])
 
-    run, fingerprint = begun(config.TINY.loop)
+    run, fingerprint = begun(presets.TINY.loop)
     fail(run, "loop", fingerprint)
     run._lock.close()
-    run, fingerprint = begun(dataclasses.replace(config.TINY.loop, streams=2, apart="reflector", apart_gpus=1))
+    run, fingerprint = begun(dataclasses.replace(presets.TINY.loop, streams=2, apart="reflector", apart_gpus=1))
     with run.at_work("loop", fingerprint) as stage:
         assert stage.savepoint("x").load() == {"step": 5}
 
 
 @pytest.mark.parametrize("name", ["loop", "eval"])
 def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_path):
-    settings = dataclasses.replace(config.TINY, device="cpu")
+    settings = dataclasses.replace(presets.TINY, device="cpu")
     Run(tmp_path, settings)._lock.close()
-    placed = dataclasses.replace(config.TINY.loop, apart="reflector", apart_gpus=1)
+    placed = dataclasses.replace(presets.TINY.loop, apart="reflector", apart_gpus=1)
     with pytest.raises(RunError, match=r"on cpu: reflector on 1 of 1 devices"):
         train.train(tmp_path, dataclasses.replace(settings, loop=placed), until=name)
     assert not (tmp_path / "stages").exists()
@@ -229,7 +229,7 @@ def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_pat
     [("demos", "demos", "source"), ("sft", "sft", "start"), ("world", "world", "initial"), ("reward", "reward", "start")],
 )
 def test_what_the_user_brings_and_is_not_there_is_named_before_any_work(stage, section, field, tmp_path):
-    settings = changed(dataclasses.replace(config.TINY, device="cpu"), f"{section}.{field}", str(tmp_path / "nowhere"))
+    settings = changed(dataclasses.replace(presets.TINY, device="cpu"), f"{section}.{field}", str(tmp_path / "nowhere"))
     with pytest.raises(RunError, match=rf"{section}\.{field}=.*nowhere.*stage {stage} begins from it.*--{section}\.{field}"):
         train.train(tmp_path / "run", settings)
     assert not (tmp_path / "run").exists()
@@ -243,14 +243,14 @@ def test_what_the_user_brings_and_is_not_there_is_named_before_any_work(stage, s
 
 
 def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):
-    Run(tmp_path, config.TINY)._lock.close()
-    run = Run(tmp_path, dataclasses.replace(config.TINY, gpus=3))
+    Run(tmp_path, presets.TINY)._lock.close()
+    run = Run(tmp_path, dataclasses.replace(presets.TINY, gpus=3))
     run.keep_settings()
     assert settings_of(tmp_path).gpus == 3
 
 
 def test_a_stage_is_taken_from_another_run_and_neither_can_harm_the_other(run, tmp_path):
-    other, stranger = Run(tmp_path / "other", config.TINY), tmp_path / "stranger"
+    other, stranger = Run(tmp_path / "other", presets.TINY), tmp_path / "stranger"
     work(other, "demos", "f", "theirs")
     assert not run.borrow("demos", "g", [other.out])
     assert not run.check("demos", "f")
@@ -263,7 +263,7 @@ def test_a_stage_is_taken_from_another_run_and_neither_can_harm_the_other(run, t
 
 
 def test_a_stage_is_taken_from_a_run_that_may_only_be_read(run, tmp_path):
-    other = Run(tmp_path / "other", config.TINY)
+    other = Run(tmp_path / "other", presets.TINY)
     work(other, "demos", "f")
     other.folder("demos").chmod(0o555)
     assert run.borrow("demos", "f", [other.out])
@@ -272,14 +272,14 @@ def test_a_stage_is_taken_from_a_run_that_may_only_be_read(run, tmp_path):
 
 
 def test_a_report_is_not_taken_since_it_lies_in_the_other_run(run, tmp_path):
-    other = Run(tmp_path / "other", config.TINY)
+    other = Run(tmp_path / "other", presets.TINY)
     with other.at_work("report", "f") as current:
         current.beside.append("report.html")
     assert not run.borrow("report", "f", [other.out])
 
 
 def test_a_disk_that_is_full_while_a_stage_is_taken_says_so(run, tmp_path, monkeypatch):
-    other = Run(tmp_path / "other", config.TINY)
+    other = Run(tmp_path / "other", presets.TINY)
     work(other, "demos", "f")
 
     def full(*_):
@@ -296,7 +296,7 @@ def test_a_disk_that_is_full_while_a_stage_is_taken_says_so(run, tmp_path, monke
 
 
 def test_an_unfinished_or_damaged_stage_is_not_taken(run, tmp_path):
-    other = Run(tmp_path / "other", config.TINY)
+    other = Run(tmp_path / "other", presets.TINY)
     fail(other, "demos")
     assert not run.borrow("demos", "f", [other.out])
     work(other, "sft", "f")
@@ -309,7 +309,7 @@ def test_an_unfinished_or_damaged_stage_is_not_taken(run, tmp_path):
 
 
 def test_a_stage_that_is_done_again_and_stopped_goes_on_and_a_finished_one_begins_anew(tmp_path, monkeypatch):
-    settings, found = dataclasses.replace(config.TINY, device="cpu"), []
+    settings, found = dataclasses.replace(presets.TINY, device="cpu"), []
 
     def work(_, stage):
         found.append(stage.savepoint("fit").load())

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from benchmarks import engine_rows
-from worldenv import config
+from worldenv import config, presets
 from worldenv.cli import train
 from worldenv.run import Run
 
 EVERY = {
-    **config.PRESETS,
-    **{f"{name}, fast": config.fast(settings) for name, settings in config.PRESETS.items()},
-    **config.RELEASED,
-    "OpenVLA-OFT": config.OPENVLA_OFT,
-    "LLaVA-OneVision": config.LLAVA_ONEVISION,
+    **presets.PRESETS,
+    **{f"{name}, fast": presets.fast(settings) for name, settings in presets.PRESETS.items()},
+    **presets.RELEASED,
+    "OpenVLA-OFT": presets.OPENVLA_OFT,
+    "LLaVA-OneVision": presets.LLAVA_ONEVISION,
     "narrow EVAC": engine_rows.NARROW_EVAC,
     "narrow OpenVLA-OFT": engine_rows.NARROW_OFT,
     "narrow LLaVA": engine_rows.NARROW_LLAVA,
@@ -33,9 +33,9 @@ def test_what_is_stored_comes_back(name: str) -> None:
 
 
 def test_a_whole_number_is_a_number_and_none_is_none() -> None:
-    plain = config.to_dict(config.TINY)
+    plain = config.to_dict(presets.TINY)
     plain["sft"]["lr"] = 0
-    assert config.from_dict(config.RunConfig, plain) == dataclasses.replace(config.TINY, sft=dataclasses.replace(config.TINY.sft, lr=0.0))
+    assert config.from_dict(config.RunConfig, plain) == dataclasses.replace(presets.TINY, sft=dataclasses.replace(presets.TINY.sft, lr=0.0))
     plain["demos"]["after_success"], plain["policy"]["scale_ceiling"] = 3, 2
     read = config.from_dict(config.RunConfig, plain)
     assert (read.demos.after_success, read.policy.scale_ceiling, read.policy.llama.kv_heads) == (3, 2.0, None)
@@ -65,7 +65,7 @@ def test_a_whole_number_is_a_number_and_none_is_none() -> None:
     ],
 )
 def test_a_damaged_run_is_named_in_one_line(name: str, value: Any, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run(tmp_path, config.TINY)._lock.close()
+    Run(tmp_path, presets.TINY)._lock.close()
     path = tmp_path / "run.json"
     stored = json.loads(path.read_text())
     *sections, last = name.split(".")

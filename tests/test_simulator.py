@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from worldenv import checkpoint, noise
-from worldenv.config import EVAC, EVAC_RLINF, PRESETS, ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
+from worldenv.config import ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig
 from worldenv.kernels.group_norm import group_norm, group_norm_ref
 from worldenv.nouns import ActionMap
+from worldenv.presets import EVAC, EVAC_RLINF, PRESETS
 from worldenv.simulator import schedule, weights
 from worldenv.simulator.conditioning import ClipTower, Resampler, clip_picture
 from worldenv.simulator.contract import Simulator

@@ -12,7 +12,7 @@ from worldenv.benchmarks.bench_chunk_loop import rollout_flops
 from worldenv.benchmarks.bench_hoisting import step_counts
 from worldenv.benchmarks.harness import Setting
 from worldenv.benchmarks.networks import PUBLISHED_SIZES
-from worldenv.config import EVAC, PRESETS
+from worldenv.presets import EVAC, PRESETS
 
 DEAD = 51_118_080
 """Parameters of the 64 matrices of the released U-Net that no block reads."""

@@ -19,7 +19,7 @@ from test_sft import LORA, episodes, savepoint
 from worldenv import compiled, noise, train
 from worldenv.checkpoint import CheckpointError
 from worldenv.cli import train as command_line
-from worldenv.config import TINY, EnvConfig, LoopConfig, ScaleConfig, SftConfig
+from worldenv.config import EnvConfig, LoopConfig, ScaleConfig, SftConfig
 from worldenv.data.collect import Start, act_out
 from worldenv.envs.tabletop import Tabletop
 from worldenv.learning.chunks import Chunks
@@ -32,6 +32,7 @@ from worldenv.policy.openvla_oft import BACKBONE, OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer
 from worldenv.policy.published import open_base, save_directory
 from worldenv.policy.weights import from_published, load, save
+from worldenv.presets import TINY
 from worldenv.robots.tabletop import TABLETOP
 
 CPU = torch.device("cpu")

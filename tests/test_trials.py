@@ -27,7 +27,7 @@ from small_policy import SMALL, statistics
 from worldenv import checkpoint, evaluation
 from worldenv.cli import eval as command_line
 from worldenv.cli import files
-from worldenv.config import EnvConfig, preset, to_dict
+from worldenv.config import EnvConfig, to_dict
 from worldenv.data.collect import Start
 from worldenv.envs.contract import Snapshot
 from worldenv.envs.offscreen import NoOpenGL
@@ -36,6 +36,7 @@ from worldenv.policy import weights as policies
 from worldenv.policy.lerobot import LeRobotError, LeRobotPolicy
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer
+from worldenv.presets import preset
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.run import RunError
 from worldenv.trials import runner

@@ -9,10 +9,11 @@ import pytest
 import small_policy
 import torch
 
-from worldenv import checkpoint, config, report, train
+from worldenv import checkpoint, presets, report, train
 from worldenv.cli import train as command
-from worldenv.config import PAPER, TINY, RunConfig
+from worldenv.config import RunConfig
 from worldenv.policy import lora, published
+from worldenv.presets import PAPER, TINY
 from worldenv.reflector import weights as reflectors
 from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
@@ -29,7 +30,7 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     simulator = replace(TINY.simulator, **sampler, denoise_steps=2)
     checkpoint.save(folder / "evac.safetensors", simulators.to_tree(Evac.initialised(simulator, 0)))
     judge = replace(TINY.reflector, sampler=PAPER.reflector.sampler)
-    short = config.fast(replace(PAPER, device="cpu", env=TINY.env, policy=TINY.policy, simulator=simulator, reflector=judge))
+    short = presets.fast(replace(PAPER, device="cpu", env=TINY.env, policy=TINY.policy, simulator=simulator, reflector=judge))
     return replace(
         short,
         sft=replace(short.sft, start=str(folder / "openvla"), steps=4, batch=4, microbatch=2),
@@ -81,4 +82,4 @@ def test_what_the_paper_states_is_what_the_preset_has() -> None:
     assert (reward.head, reward.head_epochs, reward.head_batch, reward.head_lr, reward.judge) == (True, 50, 8, 1e-4, "llava")
     assert (PAPER.reflector.threshold, PAPER.reflector.frames, PAPER.reflector.image, PAPER.reflector.sampler) == (0.5, 32, 384, "uniform")
     assert (PAPER.demos.per_task, PAPER.policy.scale_floor, PAPER.policy.chunk, PAPER.env.name) == (5, 0.0, 8, "libero_spatial")
-    assert PAPER.policy == config.OPENVLA_OFT
+    assert PAPER.policy == presets.OPENVLA_OFT

@@ -16,7 +16,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from worldenv import action_map, checkpoint, config, console, kinematics, noise
+from worldenv import action_map, checkpoint, console, kinematics, noise, presets
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.data import episode as episodes
@@ -30,7 +30,7 @@ from worldenv.robots.named import named
 from worldenv.simulator import weights
 from worldenv.simulator.evac import DELTA_DIM, Evac
 
-MODELS = {**config.RELEASED, "tiny": config.TINY.simulator}
+MODELS = {**presets.RELEASED, "tiny": presets.TINY.simulator}
 _BANNER = 28
 _LEAST_STD = 1e-4  # of a delta [m, rad]: dimensions that never move stay at 0
 _TURN_TOLERANCE = 1e-3

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from worldenv import config, distributed, run, train
+from worldenv import distributed, presets, run, train
 from worldenv.cli import files
 from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
@@ -63,8 +63,8 @@ def _defaults(argv: Sequence[str]) -> TrainArgs:
         return TrainArgs(run.settings_of(replayed), out=replayed)
     if (folder := value_of(argv, "--resume")) is not None:
         return TrainArgs(run.settings_of(Path(folder)), out=Path(folder), resume=Path(folder))
-    chosen = config.preset(value_of(argv, "--preset") or "tiny")
-    return TrainArgs(config.fast(chosen) if "--fast" in argv else chosen)
+    chosen = presets.preset(value_of(argv, "--preset") or "tiny")
+    return TrainArgs(presets.fast(chosen) if "--fast" in argv else chosen)
 
 
 def _settings(args: TrainArgs) -> RunConfig:

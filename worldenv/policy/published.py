@@ -29,12 +29,13 @@ from torch import nn
 
 from worldenv import checkpoint, noise
 from worldenv.checkpoint import CheckpointError
-from worldenv.config import OPENVLA_OFT, PolicyConfig, VisionConfig
+from worldenv.config import PolicyConfig, VisionConfig
 from worldenv.policy import lora
 from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead, begin
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.processing import Bounds, PromptTokenizer, Statistics
 from worldenv.policy.weights import fill, from_published, never_read
+from worldenv.presets import OPENVLA_OFT
 
 _TIMM = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
 """The released towers, DINOv2 first."""

@@ -122,7 +122,7 @@ def _fill_parts(simulator: Evac, parts: Mapping[str, Tensors], name: str) -> Non
         cure, latents = "", parts.get("image_resampler", {}).get("latents")
         if latents is not None and any(one.startswith("latents ") for one in wrong.get("image_resampler", {}).get("mis-shaped", [])):
             cure = f". It has {latents.shape[1]} image tokens, these settings {simulator.config.image_resampler.queries}: "
-            cure += "take simulator.image_resampler.queries from the file (128: RLinf's fine-tuned EVAC, config.EVAC_RLINF)"
+            cure += "take simulator.image_resampler.queries from the file (128: RLinf's fine-tuned EVAC, presets.EVAC_RLINF)"
         raise CheckpointError(f"{name}: " + "; ".join(f"{part}: {_listed(misfits)}" for part, misfits in wrong.items()) + cure)
     for part, (given, _) in fitting.items():
         getattr(simulator, part).load_state_dict(given)

@@ -21,11 +21,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from worldenv.config import OPENVLA_OFT, LoopConfig, PolicyConfig
+from worldenv.config import LoopConfig, PolicyConfig
 from worldenv.learning.loop.update import HEADS
 from worldenv.nouns import ACTION_DIM
 from worldenv.policy import laplace, lora
 from worldenv.policy.openvla_oft import Network
+from worldenv.presets import OPENVLA_OFT
 
 PROMPT = 32
 """Tokens of a prompt, as long as LIBERO's."""

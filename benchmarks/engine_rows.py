@@ -27,7 +27,7 @@ from worldenv.benchmarks.harness import Row, Setting, Variants, Work, ceilings, 
 from worldenv.engines import backend
 from worldenv.engines.recipe import EngineError, Precision, Range, symbol
 from worldenv.engines.store import DEFAULT_STORE, Store
-from worldenv.policy.openvla_oft import Network, OpenVLAOFT
+from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.presets import EVAC, LLAVA_ONEVISION, OPENVLA_OFT
 from worldenv.reflector import weights as reflectors
@@ -174,14 +174,12 @@ def _published_case(variant: str, name: str, setting: Setting) -> Row:
 def random_policy(size: config.PolicyConfig, setting: Setting) -> OpenVLAOFT:
     """With random weights, drawn where they will run: on a CPU, billions of them take minutes. For a vocabulary and statistics that mean nothing."""
     statistics = Statistics.of([torch.randn(8, 7).numpy()], [torch.randn(8, size.proprio).numpy()], "random numbers")
-    with torch.device("meta"):
-        network = Network(size)
-    network.to_empty(device=setting.device)
-    network.initialize(torch.Generator(setting.device).manual_seed(noise.torch_seed(0, noise.Stream.WEIGHTS)))
+    words, seed = PromptTokenizer.build(_INSTRUCTIONS), noise.torch_seed(0, noise.Stream.WEIGHTS)
+    policy = OpenVLAOFT.create(size, words, statistics, seed, setting.device, drawn_on=setting.device)
+    network = policy.network.eval().requires_grad_(False)
     for part in (network.vision_backbone, network.projector, network.language_model):
         part.to(setting.dtype)
-    network.eval().requires_grad_(False)
-    return OpenVLAOFT(size, network, PromptTokenizer.build(_INSTRUCTIONS), statistics)
+    return policy
 
 
 def random_reflector(size: config.ReflectorConfig, setting: Setting) -> LlavaReflector:

@@ -34,6 +34,7 @@ from worldenv.policy.vision import VisionBackbone
 
 BACKBONE, HEADS = "policy_backbone", "policy_heads"
 """Names of what runs its networks."""
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,16 @@ class OpenVLAOFT:
 
     @classmethod
     def create(
-        cls, config: PolicyConfig, tokenizer: PromptTokenizer, statistics: Statistics, torch_seed: int, device: torch.device
-    ) -> OpenVLAOFT:
-        """A policy with random weights; `torch_seed` from `noise.torch_seed`."""
+        cls, config: PolicyConfig, tokenizer: PromptTokenizer, statistics: Statistics, torch_seed: int, device: torch.device,
+        drawn_on: torch.device = _CPU,
+    ) -> OpenVLAOFT:  # fmt: skip
+        """A policy with random weights; `torch_seed` from `noise.torch_seed`. The same numbers whatever `device` is, where they are drawn on a CPU:
+        billions of them take minutes there.
+        """
         with torch.device("meta"):  # torch's own start would be thrown away, and draws from the global generator
             network = Network(config)
-        network.to_empty(device="cpu")
-        network.initialize(torch.Generator().manual_seed(torch_seed))
+        network.to_empty(device=drawn_on)
+        network.initialize(torch.Generator(drawn_on).manual_seed(torch_seed))
         return cls(config, network.to(device), tokenizer, statistics)
 
     @property

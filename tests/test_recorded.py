@@ -254,7 +254,7 @@ def test_settings_that_ask_an_environment_are_refused() -> None:
     for change, why in (
         ({"demos": dataclasses.replace(settings.demos, source="z")}, r"demos\.source='z': with env\.name=recorded the demonstrations are env\.rec"),
         ({"loop": dataclasses.replace(settings.loop, control="true-simulator")}, "no true environment"),
-        ({"sft": dataclasses.replace(settings.sft, prior_steps=1)}, "with recorded set it to 0"),
+        ({"sft": dataclasses.replace(settings.sft, prior_steps=1), "env": recordings(Path("x"), "panda")}, "with recorded set it to 0"),
         ({"env": EnvConfig()}, r"explore\.source='y': the policy explores tabletop itself"),
     ):
         with pytest.raises(ValueError, match=why):

@@ -849,7 +849,7 @@ class RunConfig:
                 f"policy.head=tokens, sft.start={self.sft.start!r}, sft.steps=0: a directory is taken as it is for its L1 head; fine-tune it "
                 "(sft.steps), or set policy.head to laplace"
             )
-        if self.sft.prior_steps and not self.sft.start and self.env.name != "tabletop":
+        if self.sft.prior_steps and not self.sft.start and "tabletop" not in (self.env.name, self.env.robot):
             raise ValueError(f"sft.prior_steps={self.sft.prior_steps}: the prior's scenes are the tabletop's; with {self.env.name} set it to 0")
         _want_multiple("env.steps", self.env.steps, "policy.chunk", self.policy.chunk)
         if not self.env.image == self.simulator.height == self.simulator.width:

@@ -25,6 +25,7 @@ class Recorded:
         self._folder, self._image = Path(config.recordings), config.image
         self._robot = named.named(config.robot)
         self._episodes = opened(self._folder, "env.recordings")
+        self._views: dict[int, Camera] = {}
         self._numbers: dict[str, list[int]] = {}
         for entry in self._episodes.entries:
             self._numbers.setdefault(entry.instruction, []).append(entry.number)
@@ -39,17 +40,18 @@ class Recorded:
         """See `Site`."""
         return self._robot
 
-    @functools.lru_cache  # noqa: B019 - a run has one site, and it lives as long
     def camera_of(self, task: int) -> Camera:
         """See `Site`: that of the task's first demonstration. ValueError where that does not say where its camera stood."""
-        number = self._numbers[self.tasks[task]][0]
-        camera = self._episodes.load(number).camera
-        if camera is None:
-            raise ValueError(
-                f"{self._folder}: episode {number} does not say where its camera stood, and rollouts draw what the robot does into its picture: "
-                "give it (python -m worldenv.cli.convert SOURCE --camera FILE --out FOLDER; docs/own-robot.md)"
-            )
-        return action_map.resized(camera, self._image, self._image)
+        if task not in self._views:
+            number = self._numbers[self.tasks[task]][0]
+            camera = self._episodes.load(number).camera
+            if camera is None:
+                raise ValueError(
+                    f"{self._folder}: episode {number} does not say where its camera stood, and rollouts draw what the robot does into its picture: "
+                    "give it (python -m worldenv.cli.convert SOURCE --camera FILE --out FOLDER; docs/own-robot.md)"
+                )
+            self._views[task] = action_map.resized(camera, self._image, self._image)
+        return self._views[task]
 
     def close(self) -> None:
         """See `Site`: nothing draws."""

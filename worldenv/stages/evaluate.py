@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from worldenv import audit, checkpoint, evaluation
 from worldenv.config import EnginesConfig
@@ -59,25 +60,30 @@ def _in_imagination(desk: Desk, stage: Stage) -> None:
 
     Nothing here is success of a robot. What is true are the recordings: how near the world and the judge come to them is measured.
     """
-    settings, reflector, held = desk.settings, desk.reflector(desk.judging), desk.explored[1]
+    settings, held, hits = desk.settings, desk.explored[1], {}
     begun = [episode.context for episode in held[: settings.eval.episodes]]
-    task, hits = np.array([context.task for context in begun]), {}
-    jobs = [Assignment(REPLAY_NUMBERS + i, i, context) for i, context in enumerate(begun)]
     for name in POLICIES:
-        fleet = audited(desk, desk.policy("scale" if name == "sft" else "loop"), reflector, stage.folder, name)
-        with desk.flights(fleet.replicas, reflector.config.threshold, greedy=True) as flights:
-            flown = {flight.job.group: flight.stopped for flight in flights.fly(jobs)}
-        hits[name] = np.array([flown[i] for i in range(len(begun))])
-        stage.metrics[name] = {"imagined": evaluation.tally(hits[name], task, desk.site.tasks)}
-        stage.metrics.setdefault("engines", {})[name] = fleet.engines
+        hits[name], engines = _imagined(desk, name, begun, stage.folder)
+        stage.metrics[name] = {"imagined": evaluation.tally(hits[name], np.array([context.task for context in begun]), desk.site.tasks)}
+        stage.metrics.setdefault("engines", {})[name] = engines
     checkpoint.save(stage.folder / "outcomes.safetensors", hits)
     stage.metrics["paired"] = evaluation.paired(hits["sft"], hits["loop"])
     pairs = _recorded_pairs(desk, held[: settings.report.replays])
     stage.metrics["world"] = {
         **_fidelity(desk, desk.world(None, desk.simulator()), held),
-        "outcome_agreement_recorded": audit.agreement(pairs, desk.site.tasks, reflector.config.threshold),
+        "outcome_agreement_recorded": audit.agreement(pairs, desk.site.tasks, settings.reflector.threshold),
     }
     checkpoint.save(stage.folder / "recorded.safetensors", [_plain(pair) for pair in pairs])
+
+
+def _imagined(desk: Desk, name: str, contexts: Sequence[Context], folder: Path) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+    """Whether the reflector ended each greedy rollout of policy `name` from `contexts`, (n,); and what ran them."""
+    reflector = desk.reflector(desk.judging)
+    fleet = audited(desk, desk.policy("scale" if name == "sft" else "loop"), reflector, folder, name)
+    jobs = [Assignment(REPLAY_NUMBERS + i, i, context) for i, context in enumerate(contexts)]
+    with desk.flights(fleet.replicas, reflector.config.threshold, greedy=True) as flights:
+        flown = {flight.job.group: flight.stopped for flight in flights.fly(jobs)}
+    return np.array([flown[i] for i in range(len(contexts))]), fleet.engines
 
 
 def _recorded_pairs(desk: Desk, episodes: Sequence[Episode]) -> list[audit.Pair]:

@@ -26,12 +26,15 @@ from worldenv.cli import eval as eval_command
 from worldenv.cli import train as command
 from worldenv.config import EnvConfig, RunConfig
 from worldenv.data import convert, given, lerobot
-from worldenv.data.episode import Episode, EpisodeSet, camera_to_plain
+from worldenv.data.episode import Episode, EpisodeSet, camera_to_plain, read_camera
 from worldenv.data.recorded import Recorded
+from worldenv.kinematics import fit
 from worldenv.presets import TINY
 from worldenv.report import tables
 from worldenv.robots.named import named
-from worldenv.run import Run, settings_of
+from worldenv.robots.tabletop import TABLETOP
+from worldenv.run import Run, RunError, settings_of
+from worldenv.stages import evaluate, world
 from worldenv.stages.desk import Desk, open_env
 from worldenv.stages.loop import contexts_of
 from worldenv.stages.replay import replay
@@ -122,6 +125,7 @@ def test_demonstrations_and_exploration_are_what_was_recorded(acted: Path, ragge
     for mine, theirs in zip(EpisodeSet(whole / "stages/explore"), source, strict=True):
         for name in ("frame", "pose", "gripper", "command", "success", "task", "instruction"):
             assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+    assert 0 < metrics(whole, "world")["kinematics"]["position_mm"] < 20
     told = metrics(whole, "explore")
     assert (told["episodes"], told["passed_over"], told["demonstrations"]) == (9, 1, 1)
     assert told["success"] == sum(e.first_success is not None for e in source) / 9 > 0
@@ -147,7 +151,7 @@ def test_recordings_are_the_truth_of_what_is_imagined(whole: Path) -> None:
     desk = Desk(Run(whole, settings_of(whole), leads=False))
     pairs = checkpoint.load(whole / "stages/eval/recorded.safetensors")
     assert len(pairs) == 3
-    for pair, episode in zip(pairs, desk.explored[1], strict=True):
+    for pair, episode in zip(pairs, evaluate._spread(desk.explored[1]), strict=True):
         assert np.array_equal(pair["true"], episode.frame[1:])
         assert np.array_equal(pair["success"], episode.success[1:])
         assert np.array_equal(pair["command"], episode.command)
@@ -226,10 +230,18 @@ def test_what_was_recorded_decides_and_not_where_it_lies(acted: Path, ragged: Pa
     for stage in ("demos", "sft", "scale", "explore"):
         first, other = (json.loads((tmp_path / run / f"stages/{stage}/stage.json").read_text()) for run in "ab")
         assert first["fingerprint"] == other["fingerprint"], stage
+    train.train(tmp_path / "a", dataclasses.replace(moved, loop=dataclasses.replace(moved.loop, contexts=3)), until="explore")
     more = dataclasses.replace(EpisodeSet(ragged).load(0), source="another day")
     grown = written(tmp_path / "grown", *EpisodeSet(ragged), more)
     train.train(tmp_path / "c", short(recordings(tmp_path / "moved"), str(grown)), until="explore", reuse=[tmp_path / "a"])
     assert metrics(tmp_path / "c", "explore")["episodes"] == 10
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a/stages").rglob("*")}
+    with pytest.raises(RunError, match=r"explore\.source='.*grown': not what stage explore of .* took; .*--reuse .*a\), or lose"):
+        train.train(tmp_path / "a", short(recordings(tmp_path / "moved"), str(grown)), until="explore")
+    fewer = written(tmp_path / "fewer", *list(EpisodeSet(tmp_path / "moved"))[::-1])
+    with pytest.raises(RunError, match=r"env\.recordings='.*fewer' or env\.robot: not what stage demos"):
+        train.train(tmp_path / "a", short(recordings(fewer), str(ragged)), until="explore")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a/stages").rglob("*")} == before
     assert json.loads((tmp_path / "c/stages/scale/stage.json").read_text())["seconds"] == json.loads(
         (tmp_path / "a/stages/scale/stage.json").read_text()
     )["seconds"], "taken over"
@@ -276,8 +288,10 @@ def test_a_site_is_what_its_recordings_show(acted: Path, tmp_path: Path) -> None
     assert half.begin(0, "train", 0).frame.shape == (32, 32, 3)
     assert half.camera_of(0).intrinsics[0, 0] == site.camera_of(0).intrinsics[0, 0] / 2
     blind = written(tmp_path / "blind", dataclasses.replace(episodes[0], camera=None))
-    with pytest.raises(ValueError, match=r"blind: episode 0 does not say where its camera stood.*--camera FILE"):
+    with pytest.raises(ValueError, match=r"blind: episode 0: does not say where its camera stood.*--camera FILE"):
         Recorded(recordings(blind)).camera_of(0)
+    loud = written(tmp_path / "loud", episodes[0], dataclasses.replace(episodes[1], instruction=f" {episodes[1].instruction.upper()}"))
+    assert Recorded(recordings(loud)).tasks == (episodes[0].instruction,)
     with pytest.raises(CheckpointError, match=r"env\.recordings='.*empty': no episodes there"):
         Recorded(recordings(tmp_path / "empty"))
     with pytest.raises(ValueError, match="robot 'arm': want one of agibot_g1, panda, tabletop"):
@@ -358,9 +372,10 @@ class Arm:
 def test_the_code_of_the_manual_records_what_a_run_takes(whole: Path, tmp_path: Path) -> None:
     arm, (code,) = Arm(), blocks("python")
     site = Recorded(recordings(whole / "stages/demos"))
+    (tmp_path / "camera.json").write_text(json.dumps(camera_to_plain(arm.env.camera_of(1))))
     given_ = {
         "arm": arm, "run": whole, "device": "cpu", "robot_file": "tabletop", "out": tmp_path / "explored", "episodes": 2, "steps": 24,
-        "instruction": site.tasks[1], "camera": arm.env.camera_of(1),
+        "instruction": site.tasks[1], "camera_file": tmp_path / "camera.json",
     }  # fmt: skip
     exec(code, given_)
     arm.env.close()
@@ -379,7 +394,7 @@ def test_the_robot_and_the_camera_of_the_manual_are_such(tmp_path: Path) -> None
     camera, robot = blocks("json")
     (tmp_path / "camera.json").write_text(camera)
     (tmp_path / "arm.json").write_text(robot)
-    seen = convert._camera(tmp_path / "camera.json")
+    seen = read_camera(tmp_path / "camera.json")
     assert (seen.height, seen.width, seen.mirrored) == (256, 256, False)
     arm = named("panda"), named(str(tmp_path / "arm.json"))
     differing = {f.name for f in dataclasses.fields(arm[0]) if getattr(arm[0], f.name) != getattr(arm[1], f.name)}
@@ -389,6 +404,12 @@ def test_the_robot_and_the_camera_of_the_manual_are_such(tmp_path: Path) -> None
     for name in re.findall(r"^\| `([a-z_`, ]+)` \|", MANUAL, re.MULTILINE):
         for field in name.replace("`", "").split(", "):
             assert field in {f.name for f in dataclasses.fields(arm[0])}, field
+
+
+def test_of_an_arm_what_is_otherwise_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "arm.json").write_text('{"like": "panda", "name": "mine", "source": "s", "arms": [{"tool_m": 0.1034}]}')
+    (arm,), (like,) = named(str(tmp_path / "arm.json")).arms, named("panda").arms
+    assert arm == dataclasses.replace(like, tool_m=0.1034)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +424,12 @@ def test_the_robot_and_the_camera_of_the_manual_are_such(tmp_path: Path) -> None
         ('{"like": "panda", "name": "x", "source": "s", "finger_m": "wide"}', "finger_m='wide'.*want a number"),
         ('{"like": "panda", "name": "x", "source": "s", "gain": [1, 2]}', "gain=.*want a list of 6"),
         ('{"like": "panda", "name": "x", "source": "s", "gripper_step": 3}', "gripper_step=3"),
+        ('{"like": "panda", "name": "x", "source": "s", "control_hz": -5}', "control_hz=.*more than 0"),
+        ('{"like": "panda", "name": "x", "source": "s", "action_scale": [0, 1, 1, 1, 1, 1]}', "action_scale=.*more than 0"),
+        ('{"like": "panda", "name": "x", "source": "s", "gain": [NaN, 1, 1, 1, 1, 1]}', "finite"),
+        ('{"like": "panda", "name": "x", "source": "s", "coupling": [[1.0]]}', "want 6 rows of 18"),
+        ('{"like": "panda", "name": "x", "source": "s", "gripper_shares": [2, 1]}', "gripper_shares"),
+        ('{"like": "panda", "name": "x", "source": "s", "arms": [{"tools": 1}]}', "tools"),
     ],
 )
 def test_a_file_that_describes_no_robot_is_one_line(text: str, why: str, tmp_path: Path) -> None:
@@ -419,6 +446,10 @@ def test_a_set_without_a_camera_is_given_one(acted: Path, tmp_path: Path) -> Non
     for mirrored in (False, True):
         file = tmp_path / f"camera-{mirrored}.json"
         file.write_text(json.dumps(camera_to_plain(dataclasses.replace(episode.camera, mirrored=mirrored))))
+        own = written(tmp_path / f"own-{mirrored}", dataclasses.replace(episode, camera=None))
+        (kept,) = (one for _, one in convert.read(own, convert.Choices(camera=file)))  # as they were taken
+        assert np.array_equal(kept.frame, episode.frame)
+        assert kept.mirrored == mirrored
         out = tmp_path / f"out-{mirrored}"
         assert convert_command.main([str(tmp_path / "set"), "--camera", str(file), "--out", str(out)]) == 0
         (made,) = EpisodeSet(out)
@@ -450,3 +481,76 @@ def test_the_policy_of_the_manual_is_rolled_out(whole: Path, capsys: pytest.Capt
     for rollout in made["rollouts"]:
         assert (rollout.action[rollout.live][:, 0] == 0.5).all()
         assert rollout.stopped or rollout.steps == 32
+
+
+def test_views_signs_and_hands_are_one(acted: Path, tmp_path: Path) -> None:
+    episodes = list(EpisodeSet(acted / "stages/demos"))
+
+    def mirrored(one: Episode) -> Episode:
+        assert one.camera is not None
+        frame = np.ascontiguousarray(one.frame[:, :, ::-1])
+        return dataclasses.replace(one, frame=frame, camera=dataclasses.replace(one.camera, mirrored=True))
+
+    def turned(one: Episode) -> Episode:
+        return dataclasses.replace(one, pose=one.pose * np.array([1, 1, 1, -1, -1, -1, -1.0]))
+
+    some = written(tmp_path / "set", episodes[0], mirrored(turned(episodes[1])), *episodes[2:4], *map(turned, episodes[4:]))
+    site = Recorded(recordings(some))
+    for index in range(2):
+        now = site.begin(0, "train", index)
+        assert np.array_equal(now.frame, episodes[index].frame[0])
+        assert np.array_equal(now.pose, episodes[index].pose[0])
+    given.take(site, dataclasses.replace(TINY.demos, per_task=2, source=str(some)), tmp_path / "out", "env.recordings")
+    for mine, original in zip(EpisodeSet(tmp_path / "out"), episodes, strict=True):
+        assert np.array_equal(mine.pose, original.pose)
+        assert np.array_equal(mine.frame, original.frame)
+    hand = written(tmp_path / "hand", *episodes[:2], *map(mirrored, episodes[2:]))
+    with pytest.raises(RunError, match="are seen by different cameras"):
+        train.train(tmp_path / "run", short(recordings(hand)), until="demos")
+    near = episodes[0].camera
+    assert near is not None
+    moved = near.camera_to_world.copy()
+    moved[0, 3] += 5e-4
+    wobbly = [dataclasses.replace(e, camera=dataclasses.replace(near, camera_to_world=moved)) for e in episodes[2:]]
+    train.train(tmp_path / "wobbly", short(recordings(written(tmp_path / "close", *episodes[:2], *wobbly))), until="demos")
+
+
+def test_what_cannot_go_well_is_said_at_once(acted: Path, ragged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = short(recordings(acted / "stages/demos"), str(ragged))
+    with pytest.raises(ValueError, match=r"env\.steps=8: demonstrations take up to \d+ control steps to succeed; want at least (24|32)"):
+        train.train(tmp_path / "brief", dataclasses.replace(settings, env=dataclasses.replace(settings.env, steps=8)), until="demos")
+    for wrong, why in (
+        (short(recordings(acted / "stages/demos"), str(tmp_path)), r"explore\.source='.*': no episodes there"),
+        (short(recordings(tmp_path / "nothing")), r"env\.recordings='.*nothing': no episodes there"),
+        (short(recordings(acted / "stages/demos", "arm.json")), r"robot 'arm\.json'"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            train.train(tmp_path / "never", wrong, until="explore" if wrong.explore.source else "demos")
+        assert not (tmp_path / "never").exists(), "the corrected command is another run's"
+    brief = written(tmp_path / "short", *(cut(marked(e, i), 4) for i, e in enumerate(EpisodeSet(acted / "stages/explore"))))
+    train.train(tmp_path / "run", settings, until="scale")
+    with pytest.raises(ValueError, match=r"what is learned from of it has 4 control steps at most, want a chunk of 8"):
+        train.train(tmp_path / "run", short(recordings(acted / "stages/demos"), str(brief)), until="explore")
+    blind = written(tmp_path / "blind", *(dataclasses.replace(e, camera=None) for e in EpisodeSet(acted / "stages/explore")))
+    with pytest.raises(ValueError, match=r"blind: .*, episode 0: does not say where its camera stood"):
+        train.train(tmp_path / "run", short(recordings(acted / "stages/demos"), str(blind)), until="explore")
+
+
+def test_held_out_are_of_every_task_and_in_turn(acted: Path, tmp_path: Path) -> None:
+    explored = [marked(e, i) for i, e in enumerate(EpisodeSet(acted / "stages/explore"))]
+    by_task = sorted(explored, key=lambda e: e.task)  # as people record
+    settings = short(recordings(acted / "stages/demos"), str(written(tmp_path / "set", *by_task)))
+    settings = dataclasses.replace(settings, explore=dataclasses.replace(settings.explore, held_out=0.6))
+    train.train(tmp_path / "run", settings, until="explore")
+    held = Desk(Run(tmp_path / "run", settings, leads=False)).explored[1]
+    assert [e.task for e in held] == [0, 0, 1, 1, 2, 2]
+    assert [e.task for e in evaluate._spread(held)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_commands_that_are_not_the_robots_are_said(acted: Path) -> None:
+    episodes = list(EpisodeSet(acted / "stages/demos"))
+    controller = fit([e.pose for e in episodes], [e.command for e in episodes], TABLETOP, margin_m=0.0)
+    assert world._off(controller, episodes, 8)["unexplained"] < world._UNEXPLAINED / 4
+    swapped = [dataclasses.replace(e, command=np.ascontiguousarray(e.command[:, [1, 2, 0, 3, 4, 5, 6]])) for e in episodes]
+    controller = fit([e.pose for e in swapped], [e.command for e in swapped], TABLETOP, margin_m=0.0)
+    assert world._off(controller, swapped, 8)["unexplained"] > 1.5 * world._UNEXPLAINED

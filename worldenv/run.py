@@ -157,7 +157,7 @@ class Run:
             self.keep_settings()
 
     def keep_settings(self) -> None:
-        """Store the settings, where what is stored has the networks on other GPUs, or nothing is stored."""
+        """Store the settings, where what is stored has the networks on other GPUs, recordings elsewhere, or nothing is stored."""
         known = self.out / "run.json"
         if not known.is_file() or settings_of(self.out) != self.settings:
             checkpoint.write_text(known, json.dumps({"settings": config.to_dict(self.settings)}, indent=1))
@@ -257,8 +257,13 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _where_asked(stored: config.RunConfig, asked: config.RunConfig) -> config.RunConfig:
-    """`stored` with the GPUs of `asked`: which of them make the rollouts may change when a run goes on, since they make the same ones."""
-    return dataclasses.replace(stored, gpus=asked.gpus, loop=stored.loop.placed_as(asked.loop))
+    """`stored` with what may change when a run goes on: which GPUs make the rollouts, since they make the same ones; and where recordings lie, since
+    what they hold is compared (worldenv.train)."""
+    placed = dataclasses.replace(stored, gpus=asked.gpus, loop=stored.loop.placed_as(asked.loop))
+    if not (stored.env.recorded and asked.env.recorded):
+        return placed
+    env = dataclasses.replace(stored.env, recordings=asked.env.recordings, robot=asked.env.robot)
+    return dataclasses.replace(placed, env=env, explore=dataclasses.replace(stored.explore, source=asked.explore.source))
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from worldenv import config, console
+from worldenv import console
 from worldenv.checkpoint import Savepoint
 from worldenv.config import LoopConfig, RunConfig
 from worldenv.data import recorded
@@ -41,19 +41,15 @@ class Plan:
 
 
 def _site(settings: RunConfig) -> list[Any]:
-    """Where it happens: the environment, or what the recordings hold that stand in its place, wherever they lie."""
+    """Where it happens: the environment; or what the recordings hold that stand in its place, wherever they lie, and what a run makes of them."""
     env = settings.env
-    return [_without(env, "recordings", "robot"), recorded.fingerprint(env)] if env.recorded else [env]
+    return [env.name, env.tasks, env.image, env.steps, recorded.fingerprint(env)] if env.recorded else [env]
 
 
 def _exploration(settings: RunConfig) -> list[Any]:
     """As `_site`, of what the policy does there."""
     explore = settings.explore
-    return [_without(explore, "source"), recorded.opened(Path(explore.source), "explore.source").fingerprint] if explore.source else [explore]
-
-
-def _without(settings: Any, *names: str) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict(settings).items() if name not in names}
+    return [explore.held_out, recorded.opened(Path(explore.source), "explore.source").fingerprint] if settings.env.recorded else [explore]
 
 
 STAGES: dict[str, Plan] = {
@@ -113,7 +109,7 @@ def _want_brought(settings: RunConfig, names: Sequence[str]) -> None:
     if "explore" in names and settings.env.recorded and not settings.explore.source:
         raise RunError(
             "explore.source: env.name=recorded has nothing to explore: run --until scale, let its policy act on the robot, record and label that, "
-            "then give the folder in a new --out with --reuse (--explore.source; docs/own-robot.md)"
+            "then go on with that folder (--explore.source; docs/own-robot.md)"
         )
     brought = {
         "demos": ("demos.source", settings.demos.source),
@@ -125,6 +121,25 @@ def _want_brought(settings: RunConfig, names: Sequence[str]) -> None:
     for stage, (name, path) in brought.items():
         if stage in names and path and not Path(path).exists():
             raise RunError(f"{name}={path!r}: nothing is there, and stage {stage} begins from it; say where it lies (--{name})")
+    if settings.env.recorded:
+        recorded.fingerprint(settings.env)
+        if settings.explore.source:
+            recorded.opened(Path(settings.explore.source), "explore.source")
+
+
+def _want_unchanged(run: Run, again: Sequence[str]) -> None:
+    """RunError where recordings hold something else than when a stage took them: doing it again would throw away what came of it."""
+    settings = run.settings
+    for stage, setting, path in (("demos", "env.recordings", settings.env.recordings), ("explore", "explore.source", settings.explore.source)):
+        if not settings.env.recorded or stage in again or not done(run.out, stage):
+            continue
+        now = recorded.fingerprint(settings.env) if stage == "demos" else recorded.opened(Path(path), setting).fingerprint
+        if run.record(stage)["metrics"]["recordings"] != now:
+            with_robot = " or env.robot" if stage == "demos" else ""
+            raise RunError(
+                f"{setting}={path!r}{with_robot}: not what stage {stage} of {run.out} took; take what did not change over into a new --out "
+                f"(--reuse {run.out}), or lose what came of it: --from {stage}"
+            )
 
 
 def train(
@@ -145,6 +160,7 @@ def train(
     again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
     _want_brought(settings, [name for name in names if name in again or not any(done(folder, name) for folder in (out, *reuse))])
     run = Run(out, settings)
+    _want_unchanged(run, again)
     desk = Desk(run)
     if {"loop", "eval"} & set(names):
         _ = desk.places  # said before hours of work, and before anything is forgotten

@@ -29,7 +29,7 @@ from worldenv.envs.offscreen import NoOpenGL
 from worldenv.evaluation import Protocol
 from worldenv.nouns import ACTION_DIM
 from worldenv.policy.lerobot import LeRobotError
-from worldenv.run import snapshots
+from worldenv.run import settings_of, snapshots
 from worldenv.stages.evaluate import audit_run
 from worldenv.trials import actors, inspection, runner
 from worldenv.trials.runner import EPISODES_PER_TASK, Evaluation
@@ -111,14 +111,16 @@ class CompareArgs:
 
 @dataclass(frozen=True)
 class AuditArgs:
-    """A run's learned world against the truth: rollouts of its policy with LOOP's noise, imagined, then the same commands in its true environment."""
+    """A run's learned world against the truth: rollouts of its policy with LOOP's noise, imagined, then the same commands in its true environment.
+
+    Of a run from recordings: its held-out recordings, imagined."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run; its stages to reward are needed, with --policy loop also loop."""
     policy: Literal["loop", "scale"] = "loop"
-    """Whose rollouts: the policy after LOOP, or the one that it began from."""
+    """Whose rollouts: the policy after LOOP, or the one that it began from. Recordings are of whoever was recorded."""
     episodes: int = 48
-    """Rollouts, from training states spread over the tasks."""
+    """Rollouts, from training states spread over the tasks; recordings at most."""
     out: Path | None = None
     """File for the pairs (.safetensors): context, commands, frames, scores, success."""
     force: bool = False
@@ -327,17 +329,19 @@ def _audit(argv: Sequence[str]) -> int:
         files.vacant(args.out, args.force)
     with files.written(args.out) if args.out is not None else contextlib.nullcontext():
         found = audit_run(args.run, "sft" if args.policy == "scale" else "loop", args.episodes, args.device, args.out)
+    truth = "recorded" if settings_of(args.run).env.recorded else "true"
     rows = [*((name, one) for name, one in found["by_task"].items()), ("all", found)]
     for name, one in rows:
         low, high = (100 * end for end in evaluation.wilson(one["agree"], one["episodes"])) if one["episodes"] else (0.0, 100.0)
         print(
             f"{name[:60]:60}  agree {one['agree']:3}/{one['episodes']:<3} [{low:5.1f}, {high:5.1f}] %  imagined {one['imagined_successes']:3}, "
-            f"true {one['true_successes']:3}; only imagined {one['false_positives']}, only true {one['false_negatives']}; "
-            f"the reflector on true frames: {one['reflector_false_positives']}, {one['reflector_false_negatives']}"
+            f"{truth} {one['true_successes']:3}; only imagined {one['false_positives']}, only {truth} {one['false_negatives']}; "
+            f"the reflector on {truth} frames: {one['reflector_false_positives']}, {one['reflector_false_negatives']}"
         )
     for name, title in (("psnr_by_chunk", "imagined"), ("psnr_copy_first_by_chunk", "first frame repeated")):
         print(f"PSNR by chunk, {title}: {' '.join(f'{value:.1f}' for value in found[name])} dB")
-    print(json.dumps({"run": str(args.run), "policy": args.policy, "out": str(args.out) if args.out else None, **found}))
+    whose = args.policy if truth == "true" else truth
+    print(json.dumps({"run": str(args.run), "policy": whose, "out": str(args.out) if args.out else None, **found}))
     return 0
 
 

@@ -68,7 +68,8 @@ def _show(run: Path) -> int:
         if (table := make(record)) is not None:
             print("", *tables.for_terminal(table), sep="\n")
     print()
-    print(json.dumps({"page": str(page), "seconds": record["seconds_total"], "paired": record["eval"]["paired"]}))
+    unverified = {"unverified": True} if "unverified" in record else {}
+    print(json.dumps({"page": str(page), "seconds": record["seconds_total"], "paired": record["eval"]["paired"], **unverified}))
     return 0
 
 

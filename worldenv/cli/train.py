@@ -64,6 +64,8 @@ def _defaults(argv: Sequence[str]) -> TrainArgs:
     if (folder := value_of(argv, "--resume")) is not None:
         return TrainArgs(run.settings_of(Path(folder)), out=Path(folder), resume=Path(folder))
     chosen = presets.preset(value_of(argv, "--preset") or "tiny")
+    if value_of(argv, "--env.name") == "recorded":  # a preset's choice of tasks is of its own environment
+        chosen = dataclasses.replace(chosen, env=dataclasses.replace(chosen.env, tasks=()))
     return TrainArgs(presets.fast(chosen) if "--fast" in argv else chosen)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import numpy as np
 
 from worldenv.checkpoint import CheckpointError
 from worldenv.data import lerobot, libero_hdf5
-from worldenv.data.episode import Episode, EpisodeSet, camera_from_plain
+from worldenv.data.episode import Episode, EpisodeSet, read_camera
 from worldenv.nouns import Camera
+from worldenv.robots.named import named
 
 Format = Literal["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"]
 """The formats that are written."""
@@ -34,6 +34,8 @@ class Choices:
     """LeRobot sets that were made elsewhere: pictures are upright and mirrored, as OpenVLA-OFT's; else they are upright."""
     frames: lerobot.Frames = "h264-lossless"
     """LeRobot sets that are written: how pictures are kept."""
+    robot: str = "panda"
+    """LeRobot sets and LIBERO's files: whose gripper it is, by whose width fingers become an opening: agibot_g1, panda, tabletop, or a .json file."""
     camera: Path | None = None
     """Where the pictures were taken from, for episodes that do not say it: .json with intrinsics (3, 3) [px], camera_to_world (4, 4) [m], both in
     OpenCV's axes, height and width [px] of the pictures, and mirrored, where pictures are to stay as OpenVLA-OFT's (docs/own-robot.md)."""
@@ -51,6 +53,8 @@ def _mean_something(source: Path, to: Format, choices: Choices) -> None:
     usual = Choices()
     reading = {"--view": choices.view is not None, "--gripper": choices.gripper != usual.gripper, "--no-mirrored": not choices.mirrored}
     changed = [flag for flag, given in reading.items() if given]
+    if choices.robot != usual.robot and source.is_dir() and not is_lerobot(source) and not list(source.glob("*.hdf5")):
+        raise ValueError(f"--robot {choices.robot}: says whose fingers LeRobot's and LIBERO's data hold, ours hold openings; leave it out")
     if changed and source.exists() and not is_lerobot(source):
         raise ValueError(f"{changed[0]}: says how a LeRobot data set is read, and {source} is none; leave it out")
     if choices.frames != usual.frames and not to.startswith("lerobot"):
@@ -63,44 +67,33 @@ def read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
     Of several HDF5 files, sorted by name, the task's index counts the files. Raises CheckpointError where it is none of these, and as the readers do;
     ValueError where `choices.camera` is no camera, is another's, or not of pictures of this size.
     """
-    camera = None if choices.camera is None else _camera(choices.camera)
+    camera = None if choices.camera is None else read_camera(choices.camera)
     for place, episode in _read(source, choices):
         seen = episode if camera is None else _seen_by(camera, episode, place, choices.camera)
         yield place, libero_hdf5.without_noops(seen) if choices.no_noops else seen
 
 
-def _camera(path: Path) -> Camera:
-    try:
-        camera = camera_from_plain(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        want = "intrinsics (3, 3), camera_to_world (4, 4), height, width, and mirrored where it is so"
-        raise ValueError(f"--camera {path}: want a .json file with {want} ({type(error).__name__}: {error})") from error
-    turn = None if camera is None else camera.camera_to_world[:3, :3]
-    if camera is None or turn is None or np.abs(turn @ turn.T - np.eye(3)).max() > 1e-3 or np.linalg.det(turn) < 0 or camera.intrinsics[0, 0] <= 0:
-        raise ValueError(f"--camera {path}: camera_to_world turns by no rotation, or the focal length is not above 0")
-    return camera
-
-
 def _seen_by(camera: Camera, episode: Episode, place: Path, path: Path | None) -> Episode:
-    """`episode`, which readers leave mirrored, as `camera` of file `path` sees it."""
+    """`episode`, as `camera` of file `path` sees it: readers of others' formats leave pictures mirrored, those in our own are as they were taken."""
     if episode.camera is not None:
         raise ValueError(f"--camera {path}: {place} says itself where its camera stood; leave it out")
     if episode.frame.shape[1:3] != (camera.height, camera.width):
         sizes = f"{camera.width} x {camera.height} px, pictures of {place} are {episode.frame.shape[2]} x {episode.frame.shape[1]}"
         raise ValueError(f"--camera {path}: {sizes}: give intrinsics and size as they are for these pictures")
-    frame = episode.frame if camera.mirrored else np.ascontiguousarray(episode.frame[:, :, ::-1])
-    return dataclasses.replace(episode, frame=frame, camera=camera)
+    as_taken = camera.mirrored or not (is_lerobot(place) or place.suffix == ".hdf5")
+    return dataclasses.replace(episode, frame=episode.frame if as_taken else np.ascontiguousarray(episode.frame[:, :, ::-1]), camera=camera)
 
 
 def _read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
-    files = sorted(source.glob("*.hdf5"))
+    files, robot = sorted(source.glob("*.hdf5")), named(choices.robot)
     if source.is_file():
-        yield from ((source, episode) for _, episode in libero_hdf5.read(source))
+        yield from ((source, episode) for _, episode in libero_hdf5.read(source, robot))
     elif is_lerobot(source):
-        yield from ((source, episode) for _, episode in lerobot.read(source, view=choices.view, gripper=choices.gripper, mirrored=choices.mirrored))
+        read_so = lerobot.read(source, robot, choices.view, choices.gripper, choices.mirrored)
+        yield from ((source, episode) for _, episode in read_so)
     elif files:
         for task, file in enumerate(files):
-            yield from ((file, episode) for _, episode in libero_hdf5.read(file, task=task))
+            yield from ((file, episode) for _, episode in libero_hdf5.read(file, robot, task))
     elif list(source.glob("*.npz")):
         yield from ((source, episode) for episode in EpisodeSet(source))
     else:

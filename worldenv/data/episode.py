@@ -138,6 +138,19 @@ def camera_from_plain(plain: Mapping[str, Any] | None) -> Camera | None:
     return Camera(**{**plain, **{name: np.array(plain[name], np.float64) for name in ("intrinsics", "camera_to_world")}})
 
 
+def read_camera(path: Path) -> Camera:
+    """The camera that a .json file describes, as `camera_to_plain` writes it, `mirrored` where it is so. ValueError that names the file if none."""
+    try:
+        camera = camera_from_plain(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        want = "intrinsics (3, 3), camera_to_world (4, 4), height, width, and mirrored where it is so"
+        raise ValueError(f"{path}: want a .json file with {want} ({type(error).__name__}: {error})") from error
+    turn = None if camera is None else camera.camera_to_world[:3, :3]
+    if camera is None or turn is None or np.abs(turn @ turn.T - np.eye(3)).max() > 1e-3 or np.linalg.det(turn) < 0 or camera.intrinsics[0, 0] <= 0:
+        raise ValueError(f"{path}: camera_to_world turns by no rotation, or the focal length is not above 0")
+    return camera
+
+
 def _words(episode: Episode) -> dict[str, Any]:
     """What is no array, as JSON."""
     return {

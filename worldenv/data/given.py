@@ -19,15 +19,17 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.config import DemosConfig
 from worldenv.data import convert, libero_hdf5
 from worldenv.data.episode import Episode, EpisodeSet
-from worldenv.envs.contract import Site
+from worldenv.envs.contract import Site, Snapshot
 from worldenv.kernels.frames import resize_lanczos3
 from worldenv.nouns import Camera
+from worldenv.robots.contract import signed_like
 
 _SHARE, _LENGTH = 0.01, 1e-3  # cameras are the same within this share of the picture's side, and this length [m] and cosine
+_DEMOS = "demos.source"
 _CLEARLY = 0.7  # another way up: its difference from the environment's picture is below this share of that of the picture as it is
 
 
-def take(env: Site, config: DemosConfig, out: Path, setting: str = "demos.source") -> dict[str, Any]:
+def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> dict[str, Any]:
     """Write the first `config.per_task` demonstrations of every task of `env` in `config.source` to `out`, in the order of the source, which the
     user knows as `setting`.
 
@@ -36,19 +38,19 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = "demos.source
     already is not written again. Returns metrics. ValueError, naming the file or the task and the cure, where a task has too few, where pictures
     cannot be those of `env`, and where `out` holds other demonstrations; CheckpointError as the readers do.
     """
-    episodes, tasks = EpisodeSet(out), {_plain(words): task for task, words in enumerate(env.tasks)}
+    episodes, tasks = EpisodeSet(out), {plain(words): task for task, words in enumerate(env.tasks)}
     seen, looks = _Seen([0] * len(env.tasks)), _Looks(env)
     for place, episode in _read(Path(config.source), setting):
         named = libero_hdf5.told(place) if place.suffix == ".hdf5" else ""
-        task = next((tasks[words] for words in map(_plain, (named, episode.instruction)) if words in tasks), None)
+        task = next((tasks[words] for words in map(plain, (named, episode.instruction)) if words in tasks), None)
         if task is None:
             seen.others[episode.instruction] += 1
         elif seen.taken[task] < config.per_task and episode.first_success is None:
             seen.failed[task] += 1
         elif seen.taken[task] < config.per_task:
             where = f"{place}: {episode.instruction!r}, demonstration {seen.taken[task]}"
-            shown = looks.as_in_env(episode, task, seen.taken[task], where)
-            _keep(episodes, task * config.per_task + seen.taken[task], shown, where)
+            shown = looks.as_in_env(episode if setting == _DEMOS else want_camera(episode, where), task, seen.taken[task], where)
+            _keep(episodes, task * config.per_task + seen.taken[task], shown, where, "demos")
             seen.taken[task] += 1
             seen.sides[episode.frame.shape[1]] += 1
             seen.flipped += episode.mirrored != looks.view(task).mirrored
@@ -79,18 +81,18 @@ def take_exploration(env: Site, source: EpisodeSet, demonstrations: EpisodeSet, 
     As `take`; those of other tasks are passed over, and those that show what a demonstration does, so that nothing is learned from twice or
     held out from what is learned. Returns metrics. ValueError where fewer than two are left: one to learn from, one to judge by.
     """
-    episodes, tasks, looks = EpisodeSet(out), {_plain(words): task for task, words in enumerate(env.tasks)}, _Looks(env)
+    episodes, tasks, looks = EpisodeSet(out), {plain(words): task for task, words in enumerate(env.tasks)}, _Looks(env)
     shown = {_motion(one) for one in demonstrations}
     taken, others, again = [0] * len(env.tasks), Counter[str](), 0
     for episode in source:
-        task = tasks.get(_plain(episode.instruction))
+        task = tasks.get(plain(episode.instruction))
         if task is None:
             others[episode.instruction] += 1
         elif _motion(episode) in shown:
             again += 1
         else:
             where = f"{source.folder}: {episode.instruction!r}, episode {taken[task]}"
-            _keep(episodes, sum(taken), looks.as_in_env(episode, task, taken[task], where), where)
+            _keep(episodes, sum(taken), looks.as_in_env(want_camera(episode, where), task, taken[task], where), where, "explore")
             taken[task] += 1
     if sum(taken) < 2:
         told = f"; {others.total()} are of other tasks: {', '.join(map(repr, list(others)[:3]))}" if others else ""
@@ -106,6 +108,16 @@ def take_exploration(env: Site, source: EpisodeSet, demonstrations: EpisodeSet, 
         "demonstrations": again,
         "fingerprint": episodes.fingerprint,
     }
+
+
+def want_camera(episode: Episode, where: str) -> Episode:
+    """`episode`. ValueError, from `where`, that says how to give it a camera where it has none."""
+    if episode.camera is None:
+        raise ValueError(
+            f"{where}: does not say where its camera stood, and rollouts draw what the robot does into its picture: give it one "
+            "(python -m worldenv.cli.convert SOURCE --camera FILE --out FOLDER; docs/own-robot.md)"
+        )
+    return episode
 
 
 def _motion(episode: Episode) -> bytes:
@@ -134,7 +146,8 @@ class _Seen:
     """Those whose pictures were flipped left to right."""
 
 
-def _plain(words: str) -> str:
+def plain(words: str) -> str:
+    """Instructions are the same where these are: case and spaces do not count."""
     return " ".join(words.lower().split())
 
 
@@ -146,16 +159,16 @@ def _read(source: Path, setting: str) -> Iterator[tuple[Path, Episode]]:
         raise CheckpointError(f"{setting}: {error}{flags}") from error
 
 
-def _keep(episodes: EpisodeSet, number: int, episode: Episode, where: str) -> None:
-    """Write `episode` as `number`, where a killed stage has not."""
+def _keep(episodes: EpisodeSet, number: int, episode: Episode, where: str, stage: str) -> None:
+    """Write `episode` as `number`, where killed stage `stage` has not."""
     if number not in episodes:
         episodes.add(number, episode)
     elif episodes.load(number).content != episode.content:
-        raise ValueError(f"{where}: not what this stage took from there before it was stopped; take all of them anew: --from demos")
+        raise ValueError(f"{where}: not what this stage took from there before it was stopped; take all of them anew: --from {stage}")
 
 
 def _too_few(words: str, found: int, failed: int, others: Counter[str], config: DemosConfig, setting: str) -> str:
-    near = difflib.get_close_matches(_plain(words), list(others), n=3, cutoff=0.0)
+    near = difflib.get_close_matches(plain(words), list(others), n=3, cutoff=0.0)
     told = f"; instructions there that come near: {', '.join(map(repr, near))}" if near else ""
     without = f" and {failed} without success" if failed else ""
     return (
@@ -170,7 +183,7 @@ class _Looks:
     def __init__(self, env: Site) -> None:
         self._env = env
         self._views: dict[int, Camera] = {}
-        self._first: dict[int, NDArray[np.uint8]] = {}
+        self._beginnings: dict[int, Snapshot] = {}
 
     def view(self, task: int) -> Camera:
         """The environment's camera in the scene of `task`."""
@@ -178,25 +191,36 @@ class _Looks:
             self._views[task] = self._env.camera_of(task)
         return self._views[task]
 
+    def _began(self, task: int) -> Snapshot:
+        """Where an episode of `task` may begin."""
+        if task not in self._beginnings:
+            self._beginnings[task] = self._env.begin(task, "train", 0)
+        return self._beginnings[task]
+
     def as_in_env(self, episode: Episode, task: int, index: int, where: str) -> Episode:
         """`episode` as demonstration `index` of `task`. ValueError, from `where`, if it is seen from elsewhere or turned."""
         view, (height, width) = self.view(task), episode.frame.shape[1:3]
         if height != width:
             raise ValueError(f"{where}: pictures of {width} x {height} px, where the environment's are square: cut them to squares first")
-        if episode.camera is not None and not _same(episode.camera, view):
-            raise ValueError(f"{where}: seen by another camera than the environment's, and a run has one view: render it again from there")
+        if episode.camera is not None and not same_view(episode.camera, view):
+            raise ValueError(
+                f"{where}: seen by another camera than the environment's, and a run has one view: render it again from there; recordings of a robot: "
+                "give them the camera that they share"
+            )
         frame = episode.frame if episode.mirrored == view.mirrored else episode.frame[:, :, ::-1]
         frame = as_large(frame, view.height)
         if episode.camera is None:
             self._want_upright(frame[0], task, where)
-        return replace(episode, instruction=self._env.tasks[task], task=task, split="train", state_index=index, frame=frame, camera=view)
+        pose = signed_like(episode.pose, self._began(task).pose)
+        return replace(
+            episode, instruction=self._env.tasks[task], task=task, split="train", state_index=index, frame=frame, pose=pose, camera=view,
+        )  # fmt: skip
 
     def _want_upright(self, first: NDArray[np.uint8], task: int, where: str) -> None:
         """ValueError where the `first` picture (H, W, 3), whose camera is not known, is more like the environment's when it is turned or mirrored."""
-        if task not in self._first:
-            self._first[task] = self._env.begin(task, "train", 0).frame
+        shown = self._began(task).frame
         ways = {"as it is": first, "mirrored": first[:, ::-1], "upside down": first[::-1], "turned by 180 degrees": first[::-1, ::-1]}
-        apart = {way: float(np.abs(picture.astype(np.float64) - self._first[task]).mean()) for way, picture in ways.items()}
+        apart = {way: float(np.abs(picture.astype(np.float64) - shown).mean()) for way, picture in ways.items()}
         best = min(apart, key=lambda way: apart[way])
         if apart[best] < _CLEARLY * apart["as it is"]:
             cure = "turn its pictures first"
@@ -205,7 +229,7 @@ class _Looks:
             raise ValueError(f"{where}: its first picture is like the environment's when it is {best}: {cure}")
 
 
-def _same(given: Camera, view: Camera) -> bool:
-    """Whether both see the same, whatever their pictures' sizes."""
+def same_view(given: Camera, view: Camera) -> bool:
+    """Whether both see the same, whatever their pictures' sizes, and whether these are mirrored."""
     inside = [camera.intrinsics[:2] / np.array([[camera.width], [camera.height]]) for camera in (given, view)]
     return bool(np.allclose(inside[0], inside[1], atol=_SHARE) and np.allclose(given.camera_to_world, view.camera_to_world, atol=_LENGTH))

@@ -9,12 +9,12 @@ from pathlib import Path
 from worldenv import action_map
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import EnvConfig
-from worldenv.data.episode import EpisodeSet
-from worldenv.data.given import as_large
+from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.given import as_large, plain, want_camera
 from worldenv.envs.contract import Snapshot, Split
 from worldenv.nouns import Camera
 from worldenv.robots import named
-from worldenv.robots.contract import Robot
+from worldenv.robots.contract import Robot, signed_like
 
 
 class Recorded:
@@ -27,13 +27,17 @@ class Recorded:
         self._episodes = opened(self._folder, "env.recordings")
         self._views: dict[int, Camera] = {}
         self._numbers: dict[str, list[int]] = {}
+        self._tasks: list[str] = []
         for entry in self._episodes.entries:
-            self._numbers.setdefault(entry.instruction, []).append(entry.number)
+            if plain(entry.instruction) not in self._numbers:
+                self._tasks.append(entry.instruction)
+            self._numbers.setdefault(plain(entry.instruction), []).append(entry.number)
+        self._sign = self._episodes.load(self._episodes.entries[0].number).pose[0]
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """See `Site`: in the order in which they first appear."""
-        return tuple(self._numbers)
+        return tuple(self._tasks)
 
     @property
     def robot(self) -> Robot:
@@ -43,13 +47,8 @@ class Recorded:
     def camera_of(self, task: int) -> Camera:
         """See `Site`: that of the task's first demonstration. ValueError where that does not say where its camera stood."""
         if task not in self._views:
-            number = self._numbers[self.tasks[task]][0]
-            camera = self._episodes.load(number).camera
-            if camera is None:
-                raise ValueError(
-                    f"{self._folder}: episode {number} does not say where its camera stood, and rollouts draw what the robot does into its picture: "
-                    "give it (python -m worldenv.cli.convert SOURCE --camera FILE --out FOLDER; docs/own-robot.md)"
-                )
+            camera = self._load(task, 0).camera
+            assert camera is not None
             self._views[task] = action_map.resized(camera, self._image, self._image)
         return self._views[task]
 
@@ -68,9 +67,15 @@ class Recorded:
         """See `Site`."""
         if not 0 <= index < self.states(split):
             raise ValueError(f"{self._folder}: {self.states(split)} {split} states of each task, and none is number {index}")
-        episode = self._episodes.load(self._numbers[self.tasks[task]][index])
-        frame = as_large(episode.frame[:1], self._image)[0]
-        return Snapshot(frame, episode.pose[0], float(episode.gripper[0]), bool(episode.success[0]))
+        episode = self._load(task, index)
+        first = episode.frame[:1] if episode.mirrored == self.camera_of(task).mirrored else episode.frame[:1, :, ::-1]
+        pose = signed_like(episode.pose[0], self._sign)
+        return Snapshot(as_large(first, self._image)[0], pose, float(episode.gripper[0]), bool(episode.success[0]))
+
+    def _load(self, task: int, index: int) -> Episode:
+        """Demonstration `index` of `task`. ValueError where it does not say where its camera stood."""
+        number = self._numbers[plain(self._tasks[task])][index]
+        return want_camera(self._episodes.load(number), f"{self._folder}: episode {number}")
 
 
 def opened(folder: Path, setting: str) -> EpisodeSet:
@@ -87,6 +92,7 @@ def opened(folder: Path, setting: str) -> EpisodeSet:
 @functools.cache
 def fingerprint(config: EnvConfig) -> str:
     """SHA-256 (64 hex digits) of everything that a `Recorded` is made from. Errors as there."""
+    named.named(config.robot)
     robot = Path(config.robot)
     described = robot.read_bytes() if robot.is_file() else config.robot.encode()
     return hashlib.sha256(opened(Path(config.recordings), "env.recordings").fingerprint.encode() + described).hexdigest()

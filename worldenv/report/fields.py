@@ -103,6 +103,7 @@ def _counted(protocols: tuple[str, ...]) -> Iterator[Field]:
 
 _ALWAYS: tuple[Field, ...] = (
     Field("preset", _TEXT),
+    Field("unverified?", (lambda v: v is True, "true where successes are imagined, else nothing")),
     Field("seed", _COUNT),
     Field("versions", _TEXT_BY_NAME),
     Field("commit", _TEXT),

@@ -143,7 +143,8 @@ def _success(report: Mapping[str, Any]) -> Plot:
     caption = "Success in the true environment, test states, with 95 % Wilson intervals."
     if is_unverified(report):
         caption = "Imagined success, unverified: the reflector's word on imagined frames, with 95 % Wilson intervals."
-    return finished("success", "Success before and after", caption, figure)
+    title = "Imagined success before and after, unverified" if is_unverified(report) else "Success before and after"
+    return finished("success", title, caption, figure)
 
 
 def _returns(report: Mapping[str, Any]) -> Plot:
@@ -274,8 +275,9 @@ def _calibration(report: Mapping[str, Any], figures: Figures) -> Plot | None:
     lower.set_xlabel("score")
     lower.set_xlim(-0.03, 1.03)
     figure.legend(loc="outside upper center", ncols=2, fontsize=7.5)
+    frames = "Held-out recorded frames" if is_unverified(report) else "Held-out frames of the true environment"
     caption = (
-        f"Held-out frames of the true environment in {_BINS} bins of the score, and how many lie in each. Expected calibration error "
+        f"{frames} in {_BINS} bins of the score, and how many lie in each. Expected calibration error "
         f"{share(report['reward']['ece'])}, AUC {share(report['reward']['auc'])}. Above the dashed line the reflector is too shy, "
         "below it too bold."
     )

@@ -33,7 +33,7 @@ def _distribution(found: Outcomes) -> Plot:
     axes.set_xlabel("control steps")
     axes.set_ylabel("episodes")
     figure.legend(loc="outside upper center", ncols=2)
-    caption = "Length of an episode: of a success, until the predicate first held; of a failure, as long as it ran (cf. the paper's Figure 10a)."
+    caption = "Length of an episode: of a success, until the task was first done; of a failure, as long as it ran (cf. the paper's Figure 10a)."
     return finished("lengths", "Lengths of episodes", caption, figure)
 
 

@@ -106,8 +106,8 @@ def _plot(plot: Plot) -> str:
     return f"<figure><h3>{escape(plot.title)}</h3>{plot.inline}{caption}</figure>"
 
 
-def _video(clip: Clip) -> str:
-    names = ("imagined", "true, same actions") if clip.has_true else ("imagined",)
+def _video(clip: Clip, truth: str) -> str:
+    names = ("imagined", f"{truth}, same actions") if clip.has_true else ("imagined",)
     sides = "".join(f"<span>{name}</span>" for name in names)
     length = f"{clip.frames} frames, {clip.frames / FPS:.1f} s."
     data = base64.b64encode(clip.mp4).decode("ascii")
@@ -125,7 +125,7 @@ def _versions(report: Mapping[str, Any]) -> Table:
 
 
 def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip]) -> Iterator[str]:
-    paired = report["eval"]["paired"]
+    paired, truth = report["eval"]["paired"], "recorded" if is_unverified(report) else "true"
     measured = paired["p_value"] < findings.SIGNIFICANT and not report["settings"]["fast"] and not is_unverified(report)
     tone = ("better" if paired["wins"] > paired["losses"] else "worse") if measured else ""
     length, size = tables.duration(report["seconds_total"]), tables.memory(report["peak_rss_mb"])
@@ -139,9 +139,9 @@ def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip
     yield f"<h2>{escape(shown.title)}</h2>"
     yield from _table(shown)
     if (by_task := tables.success_by_task(report)) is not None:
-        yield "<h2>Success by task</h2>"
+        yield f"<h2>{escape(by_task.title)}</h2>"
         yield from _table(by_task)
-    yield f"<h2>Imagined against {'recorded' if is_unverified(report) else 'true'}</h2>"
+    yield f"<h2>Imagined against {truth}</h2>"
     yield from _table(tables.imagined(report))
     if (before := tables.imagined_before(report)) is not None:
         yield from _table(before)
@@ -159,9 +159,9 @@ def _body(report: Mapping[str, Any], plots: Sequence[Plot], clips: Sequence[Clip
         if any(clip.has_strip for clip in clips):
             yield '<p class="note legend"><span><i style="background:#60a0ff"></i>reflector’s score, one column per frame</span>'
             yield '<span><i style="background:#ff9646"></i>score above the threshold (dotted)</span>'
-            yield '<span><i style="background:#46c878"></i>the success predicate holds</span></p>'
+            yield '<span><i style="background:#46c878"></i>the task is done</span></p>'
         yield '<div class="videos">'
-        yield from map(_video, clips)
+        yield from (_video(clip, truth) for clip in clips)
         yield "</div>"
 
     yield "<h2>Reflector</h2>"

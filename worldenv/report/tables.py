@@ -100,7 +100,7 @@ def success(report: Mapping[str, Any]) -> Table:
     paired = evaluation["paired"]
     where, by = "Greedy episodes in the true environment, on test states that no training stage saw.", "the success predicate"
     if is_unverified(report):
-        where = "Greedy episodes in the imagined world, from where recordings began that no training stage saw, each once: no evidence of success."
+        where = "Greedy episodes in the imagined world, from where held-out recordings began, each once: no evidence of success."
         by = "the reflector"
     note = (
         f"{where} Brackets: 95\u00a0% Wilson interval. Paired over the same episodes, ended by {by}: {paired['wins']} only the post-trained policy "
@@ -122,7 +122,8 @@ def success_by_task(report: Mapping[str, Any]) -> Table | None:
     order = {task: i for i, task in enumerate(dict.fromkeys(row[0] for row in rows))}
     rows.sort(key=lambda row: order[row[0]])
     columns = ("task", "episode ended by", *(POLICY_NAMES[policy] for policy in POLICIES))
-    return Table("Success by task", columns, tuple(rows), words=(0, 1))
+    title = "Imagined success by task, unverified" if is_unverified(report) else "Success by task"
+    return Table(title, columns, tuple(rows), words=(0, 1))
 
 
 def imagined(report: Mapping[str, Any]) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, overload
 
@@ -15,6 +17,18 @@ Rgb = tuple[int, int, int]
 """A colour, each 0 .. 255."""
 Six = tuple[float, float, float, float, float, float]
 """One number for each of x y z [m] and rx ry rz [rad], world frame."""
+
+
+def signed_like(pose: NDArray[np.float64], like: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`pose` (..., 7) with the sign of its quaternions that is nearer to that of `like` (7,): the same turn, and `Robot.proprio` follows the sign.
+
+    Of an episode (T, 7), whose sign is continuous, all change where the first does.
+    """
+    first = pose.reshape(-1, 7)[0, 3:]
+    turned = pose.copy()
+    if first @ like[3:] < 0:
+        turned[..., 3:] *= -1
+    return turned
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,16 @@ class Robot:
     """Shares of the gripper's ramp, now and one step ago, in its opening; the rest is its last opening."""
 
     def __post_init__(self) -> None:
+        for name, given in (("control_hz", (self.control_hz,)), ("finger_m", (self.finger_m,)), ("action_scale", self.action_scale)):
+            if not all(0.0 < one < math.inf for one in given):
+                raise ValueError(f"{self.name}: {name}={given}, want more than 0")
+        shares, rows = self.gripper_shares, self.coupling or ()
+        if not all(map(math.isfinite, (*self.gain, *self.decay, *itertools.chain(*rows)))):
+            raise ValueError(f"{self.name}: gain={self.gain}, decay={self.decay}, coupling={self.coupling}: want finite numbers")
+        if self.coupling is not None and [len(row) for row in rows] != [18] * 6:
+            raise ValueError(f"{self.name}: coupling of {[len(row) for row in rows]} numbers a row, want 6 rows of 18")
+        if min(shares) < 0.0 or sum(shares) > 1.0 or not 0 <= self.background <= 255:
+            raise ValueError(f"{self.name}: gripper_shares={shares}, background={self.background}: want shares of 1 in all at most, and 0 .. 255")
         if not 0.0 < self.gripper_step <= 1.0:
             raise ValueError(f"{self.name}: gripper_step={self.gripper_step}, want a share of full travel in (0, 1]")
         if any(not 0.0 <= d < 1.0 for d in self.decay):

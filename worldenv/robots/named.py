@@ -19,7 +19,8 @@ _LIKE = "like"
 
 
 def named(which: str) -> Robot:
-    """The robot of that name, or that of the JSON file `which`: `like`, a name, and every field of `Robot` that is otherwise (docs/own-robot.md).
+    """The robot of that name, or that of the JSON file `which`: `like`, a name, and every field of `Robot` that is otherwise (docs/own-robot.md);
+    of its arms, too, what is otherwise.
 
     Its own `name` and `source` must be among them. Raises ValueError that names the file and the field for what is missing, unknown, of another
     type or out of range.
@@ -43,7 +44,10 @@ def named(which: str) -> Robot:
         raise ValueError(f"{path}: no {' and no '.join(missing)}: whose numbers are these, and where do they come from?")
     if changes["name"] in ROBOTS:
         raise ValueError(f"{path}: name {changes['name']!r} is that of another robot; give it one of its own")
+    like = config.to_dict(ROBOTS[given[_LIKE]])
+    if isinstance(arms := changes.get("arms"), list) and len(arms) == len(like["arms"]) and all(isinstance(arm, dict) for arm in arms):
+        changes["arms"] = [{**one, **arm} for one, arm in zip(like["arms"], arms, strict=True)]
     try:
-        return config.from_dict(Robot, {**config.to_dict(ROBOTS[given[_LIKE]]), **changes})
+        return config.from_dict(Robot, {**like, **changes})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -12,6 +12,7 @@ import torch
 
 from worldenv import checkpoint, config, noise
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.given import same_view
 from worldenv.data.recorded import Recorded
 from worldenv.devices import device_of, gpus_of
 from worldenv.envs import suites
@@ -90,7 +91,7 @@ class Desk:
         """agentview, which all tasks of a run share: the simulator learns to draw one view."""
         views = [self.site.camera_of(task) for task in range(len(self.site.tasks))]
         for task, view in enumerate(views):
-            if not all(np.allclose(getattr(view, name), getattr(views[0], name), atol=1e-6) for name in ("intrinsics", "camera_to_world")):
+            if view.mirrored != views[0].mirrored or not same_view(view, views[0]):
                 first, other = self.site.tasks[0], self.site.tasks[task]
                 raise RunError(f"{first!r} and {other!r} are seen by different cameras; choose tasks of one scene with --env.tasks")
         return views[0]
@@ -100,11 +101,18 @@ class Desk:
 
     @functools.cached_property
     def held_out(self) -> frozenset[int]:
-        """Episodes of exploration that nothing is learned from, by number."""
-        numbers = [entry.number for entry in self.episodes("explore").entries]
-        held = max(1, round(self.settings.explore.held_out * len(numbers)))
-        order = np.argsort(noise.bits(self.seed, 0, 0, 0, noise.Stream.HOLD_OUT, len(numbers)), kind="stable")
-        return frozenset(numbers[i] for i in order[:held].tolist())
+        """Episodes of exploration that nothing is learned from, by number: a share of all, of recordings a share of each task's."""
+        entries = self.episodes("explore").entries
+        order = np.argsort(noise.bits(self.seed, 0, 0, 0, noise.Stream.HOLD_OUT, len(entries)), kind="stable").tolist()
+        if not self.settings.env.recorded:
+            return frozenset(entries[i].number for i in order[: self._to_hold(len(entries))])
+        by_task = [[entries[i].number for i in order if entries[i].task == task] for task in range(len(self.site.tasks))]
+        return frozenset(number for some in by_task if len(some) > 1 for number in some[: self._to_hold(len(some))]) or frozenset(
+            entries[i].number for i in order[:1]
+        )
+
+    def _to_hold(self, episodes: int) -> int:
+        return max(1, round(self.settings.explore.held_out * episodes))
 
     @functools.cached_property
     def explored(self) -> tuple[list[Episode], list[Episode]]:

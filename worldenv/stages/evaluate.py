@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def _in_imagination(desk: Desk, stage: Stage) -> None:
 
     Nothing here is success of a robot. What is true are the recordings: how near the world and the judge come to them is measured.
     """
-    settings, held, hits = desk.settings, desk.explored[1], {}
+    settings, held, hits = desk.settings, _spread(desk.explored[1]), {}
     begun = [episode.context for episode in held[: settings.eval.episodes]]
     for name in POLICIES:
         hits[name], engines = _imagined(desk, name, begun, stage.folder)
@@ -84,6 +85,16 @@ def _imagined(desk: Desk, name: str, contexts: Sequence[Context], folder: Path) 
     with desk.flights(fleet.replicas, reflector.config.threshold, greedy=True) as flights:
         flown = {flight.job.group: flight.stopped for flight in flights.fly(jobs)}
     return np.array([flown[i] for i in range(len(contexts))]), fleet.engines
+
+
+def _spread(episodes: Sequence[Episode]) -> list[Episode]:
+    """`episodes` in turn of their tasks: people record one after the other, and the first few are to be of all."""
+    seen = Counter[int]()
+    turns = []
+    for episode in episodes:
+        turns.append((seen[episode.task], episode.task))
+        seen[episode.task] += 1
+    return [episodes[i] for i in sorted(range(len(episodes)), key=lambda i: turns[i])]
 
 
 def _recorded_pairs(desk: Desk, episodes: Sequence[Episode]) -> list[audit.Pair]:
@@ -144,7 +155,7 @@ def audit_run(out: Path, name: Literal["sft", "loop"], episodes: int, device: st
     eager, few = EnginesConfig(back_end="eager"), replace(settings.report, replays=episodes)
     desk = Desk(Run(out, replace(settings, device=device, engines=eager, report=few), leads=False))
     if settings.env.recorded:
-        pairs = _recorded_pairs(desk, desk.explored[1][:episodes])
+        pairs = _recorded_pairs(desk, _spread(desk.explored[1])[:episodes])
     else:
         with tempfile.TemporaryDirectory() as folder:
             pairs, _ = _replays(desk, name, Path(folder), AUDIT_NUMBERS)

@@ -48,8 +48,11 @@ def demos(desk: Desk, stage: Stage) -> None:
     """Every task is shown a few times: by a scripted expert, or in demonstrations that the user has."""
     settings = desk.settings
     if settings.env.recorded:
+        _ = desk.camera  # one for all, said before there is anything
         shown = dataclasses.replace(settings.demos, source=settings.env.recordings)
         stage.metrics |= given.take(desk.site, shown, stage.folder, "env.recordings")
+        stage.metrics["recordings"] = recorded.fingerprint(settings.env)
+        _want_time(desk)
         return
     if settings.demos.source:
         stage.metrics |= given.take(desk.env, settings.demos, stage.folder)
@@ -106,12 +109,31 @@ def explore(desk: Desk, stage: Stage) -> None:
     if desk.settings.env.recorded:
         source = recorded.opened(Path(settings.source), "explore.source")
         stage.metrics |= given.take_exploration(desk.site, source, desk.episodes("demos"), stage.folder)
+        stage.metrics["recordings"] = source.fingerprint
+        _want_chunks(desk)
         return
     if settings.processes == 1:
         _explore_part(desk.env, policy, desk.settings, stage.folder, desk.device, (0, 1))
     else:
         data.explore_apart(functools.partial(_explore_apart, policy, desk.settings, stage.folder, desk.devices), settings.processes)
     stage.metrics |= data.explored(len(desk.env.tasks), settings, stage.folder)
+
+
+def _want_time(desk: Desk) -> None:
+    """ValueError where rollouts end before the demonstrations have done the task."""
+    takes, limit = max(entry.first_success or 0 for entry in desk.episodes("demos").entries), desk.settings.env.steps
+    if takes > limit:
+        enough = -(-takes // desk.settings.policy.chunk) * desk.settings.policy.chunk
+        raise ValueError(f"env.steps={limit}: demonstrations take up to {takes} control steps to succeed; want at least {enough} (--env.steps)")
+
+
+def _want_chunks(desk: Desk) -> None:
+    """ValueError where of the exploration that is learned from, or of that which is held out, no episode has a whole chunk."""
+    chunk, entries = desk.settings.simulator.chunk, desk.episodes("explore").entries
+    for what, held in (("is learned from", False), ("is held out", True)):
+        longest = max((entry.steps for entry in entries if (entry.number in desk.held_out) is held), default=0)
+        if longest < chunk:
+            raise ValueError(f"explore.source: what {what} of it has {longest} control steps at most, want a chunk of {chunk}: record longer ones")
 
 
 def _explore_part(env: ChosenTasks, policy: Path, settings: RunConfig, out: Path, device: torch.device, part: tuple[int, int]) -> None:

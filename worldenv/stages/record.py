@@ -24,6 +24,7 @@ def write_report(desk: Desk, stage: Stage) -> None:
     settings, of_recordings = desk.settings, desk.settings.env.recorded
     written = {
         "preset": settings.preset,
+        **({"unverified": True} if of_recordings else {}),
         "seed": settings.seed,
         "fast": settings.fast,
         "settings": config.to_dict(settings),
@@ -47,13 +48,20 @@ def write_report(desk: Desk, stage: Stage) -> None:
             "seconds_per_iteration": records["loop"]["timings"]["seconds_per_iteration"],
             "rollouts_per_second": records["loop"]["timings"]["rollouts_per_second"],
         },
-        "notes": [*_notes(desk), _run_by(metrics["loop"]["engines"])],
+        "notes": [*_notes(desk), _kinematics(metrics["world"]["kinematics"]), _run_by(metrics["loop"]["engines"])],
     }
     pairs = replayed_pairs(desk.run.folder("eval") / f"{'recorded' if of_recordings else 'replays-loop'}.safetensors")
     scores = checkpoint.load(desk.run.folder("reward") / "held-out.safetensors")
     figures = report.Figures(score=scores["score"], success=scores["success"])
     made = report.write(desk.run.out, written, figures, _videos(pairs, desk))
     stage.beside += [str(path) for path in made]
+
+
+def _kinematics(off: dict[str, float]) -> str:
+    return (
+        f"Kinematics, which says where action maps are drawn, is {off['position_mm']:.1f} mm, {off['angle_rad']:.3f} rad and {off['gripper']:.3f} "
+        f"of the gripper's travel off after {off['commands']} commands of held-out exploration (medians)."
+    )
 
 
 def _run_by(engines: dict[str, dict[str, Any]]) -> str:
@@ -84,7 +92,7 @@ def _notes(desk: Desk) -> list[str]:
         begun = f"No pretrained backbone: the policy learned from {shown} before it saw a demonstration; every network"
     notes = [
         f"{begun} was trained from scratch in this run; {judge}",
-        f"LOOP started from {states}, never from test states.",
+        f"LOOP started from {states}, never from {'held-out recordings' if settings.env.recorded else 'test states'}.",
         f"Memory is the sum of resident pages over the process tree, sampled; density: scale factor {settings.loop.scale_factor:g}, "
         f"floor {settings.policy.scale_floor:g}, both inside the log-density.",
     ]

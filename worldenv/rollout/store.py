@@ -91,8 +91,3 @@ class RolloutStore:
     def close(self) -> None:
         """The log stays."""
         self._file.close()
-
-    def discard(self) -> None:
-        """Close and remove the log: the update that used it is on disk."""
-        self.close()
-        Path(self._file.name).unlink()

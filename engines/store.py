@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -110,7 +111,7 @@ class Store:
         return self.read(wanted.key) if self.folder(wanted.key).exists() else None
 
     def _build(self, wanted: Wanted, build: Callable[[Path], None]) -> Plan:
-        part = self.root / "plans" / f".{wanted.key}.{os.getpid()}.part"
+        part = self.root / "plans" / f".{wanted.key}.{os.getpid()}@{platform.node()}.part"
         shutil.rmtree(part, ignore_errors=True)
         began = time.monotonic()
         try:
@@ -220,7 +221,7 @@ class Store:
             self._write_index(entries)
 
     def gc(self, limit_bytes: int | None = None) -> list[str]:
-        """Remove plans used longest ago until the rest fit, and whatever a killed build left. Returns the keys of what went.
+        """Remove plans used longest ago until the rest fit, and whatever a killed build of this machine left. Returns the keys of what went.
 
         What this store has handed out stays, whatever the limit: a run would else build again what it is using. That the limit is too small is
         said once.
@@ -230,7 +231,8 @@ class Store:
             return []
         with self._locked("index.lock"):
             for part in (self.root / "plans").glob(".*.part"):
-                if not _alive(int(part.name.split(".")[-2])):
+                pid, _, host = part.name.split(".", 2)[2].removesuffix(".part").partition("@")
+                if host == platform.node() and not _alive(int(pid)):  # of another machine that shares the disk, nobody here knows
                     shutil.rmtree(part, ignore_errors=True)
             entries = self.index()
             total = sum(int(one["bytes"]) for one in entries.values())

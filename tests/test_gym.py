@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ from test_reflector import SMALL as SMALL_REFLECTOR
 from test_rollout_bits import CHUNKS, SEED, SMALL_SIMULATOR, contexts, networks
 from test_simulator import trained
 
+from tests.untrained import untrained_run
 from worldenv import checkpoint, presets
 from worldenv.gym import WorldVectorEnv
-from worldenv.kinematics import ControllerModel
-from worldenv.reflector import weights as reflectors
 from worldenv.rollout.collect import Assignment, Flight, Flights, Replica, Schedule
-from worldenv.run import Run, RunError
-from worldenv.simulator import weights as simulators
-from worldenv.simulator.evac import Evac
+from worldenv.run import RunError
 from worldenv.stages import vector_env as opened
 from worldenv.stages.desk import open_env
 from worldenv.world import ImaginedWorld
@@ -193,18 +189,7 @@ def test_what_does_not_fit_is_refused(changed: dict[str, Any], says: str, replic
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Of which stages world and reward are done, with random weights."""
-    made = Run(tmp_path / "run", presets.TINY)
-    simulator = Evac.initialised(presets.TINY.simulator, 0)
-    (made.folder("world")).mkdir(parents=True)
-    checkpoint.save(made.folder("world") / "simulator.safetensors", simulators.to_tree(simulator))
-    env = open_env(presets.TINY.env)
-    (made.folder("world") / "controller.json").write_text(json.dumps(ControllerModel.of(env.robot).to_dict()))
-    judge = reflectors.initialise(presets.TINY.reflector, env.tasks, 0)
-    judge.head = reflectors.fresh_head(presets.TINY.reflector, 0)
-    reflectors.save(made.folder("reward") / "reflector.safetensors", judge)
-    made._lock.close()
-    return made.out
+    return untrained_run(tmp_path / "run", presets.TINY)
 
 
 def test_a_runs_world_is_made_by_name(run: Path) -> None:

@@ -73,13 +73,16 @@ def test_a_start_state_is_drawn_once(tmp_path: Path) -> None:
 def test_rollouts_of_an_iteration_that_was_learned_from_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the savepoint and the removal, a run would keep them for ever, as part of the stage's output."""
     run = Run(tmp_path / "run", dataclasses.replace(presets.TINY, loop=dataclasses.replace(presets.TINY.loop, iterations=1)))
-    nothing = SimpleNamespace(load_tree=lambda _: None, policy=None, merged=lambda: None, export_adapter=lambda _: None, share=lambda _: None)
+    nothing = SimpleNamespace(policy=None, merged=lambda: None)
+    for name in ("load_tree", "keep_up", "share", "export_adapter"):
+        setattr(nothing, name, lambda _: None)
     monkeypatch.setattr(stage_loop, "Learner", lambda *_: nothing)
     monkeypatch.setattr(stage_loop, "practice_of", lambda *_: SimpleNamespace(fleet=SimpleNamespace(engines={}, policies=[None])))
     monkeypatch.setattr(stage_loop.policies, "save", lambda *_: None)
     monkeypatch.setattr(Desk, "policy", lambda *_: None)
     with run.at_work("loop", "f") as stage:
         stage.savepoint("iterations").save({"learner": {}, "history": [{"return": 0.5}], "groups": [{}], "seconds": [1.0]})
-        stage_loop._log(stage.folder, 0).write_bytes(b"rollouts")
+        for machine in range(2):
+            stage_loop.log_path(stage.folder, 0, machine).write_bytes(b"rollouts")
         stage_loop.loop(Desk(run), stage)
     assert list(run.record("loop")["files"]) == []

@@ -9,7 +9,7 @@ import torch
 from worldenv.checkpoint import CheckpointError
 from worldenv.nouns import ActionChunk, Context
 from worldenv.rollout.collect import Assignment, Schedule, collect
-from worldenv.rollout.store import RolloutStore
+from worldenv.rollout.store import RolloutStore, stored
 from worldenv.world import Made, Scene, WorldStage, ended_at
 
 K = 8
@@ -125,8 +125,10 @@ def test_store_keeps_what_was_added_and_drops_a_record_cut_short(tmp_path):
     store = RolloutStore(path)
     for rollout in rollouts.values():
         store.add(rollout)
+    store.close()
     whole = path.read_bytes()
     again = RolloutStore(path)
+    again.close()
     assert [r.number for r in again.rollouts] == list(rollouts)
     for a, b in zip(again.rollouts, rollouts.values(), strict=True):
         assert torch.equal(a.action, b.action)
@@ -136,7 +138,7 @@ def test_store_keeps_what_was_added_and_drops_a_record_cut_short(tmp_path):
     cut = RolloutStore(path)
     assert len(cut.rollouts) == len(rollouts) - 1
     cut.add(list(rollouts.values())[-1])
-    assert [r.number for r in RolloutStore(path).rollouts] == list(rollouts)
+    assert [r.number for r in stored(path)] == list(rollouts)
 
 
 def test_store_names_damage_in_the_middle(tmp_path):
@@ -145,6 +147,7 @@ def test_store_names_damage_in_the_middle(tmp_path):
     store = RolloutStore(path)
     for rollout in rollouts.values():
         store.add(rollout)
+    store.close()
     blob = bytearray(path.read_bytes())
     blob[len(blob) // 2] ^= 1
     path.write_bytes(bytes(blob))

@@ -825,7 +825,7 @@ class RunConfig:
     device: str = "auto"
     """torch device; auto takes cuda where there is one, else cpu."""
     gpus: int = 0
-    """GPUs that make rollouts, and LOOP's updates, at once where the device is cuda; 0: all. Other training takes one, or torchrun's."""
+    """GPUs of a machine that make rollouts, and LOOP's updates, at once where the device is cuda; 0: all. Other training takes one, or torchrun's."""
     env: EnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     sft: SftConfig = field(default_factory=SftConfig)

@@ -1,8 +1,9 @@
-"""Several processes for one training stage, one per device, as `torchrun` starts them: joining, and leaving again.
+"""Several processes for one run, one per device, as `torchrun` starts them on one machine or on several: joining, and leaving again.
 
     torchrun --nproc-per-node 8 -m worldenv.cli.train --preset tiny --out runs/tiny --until world
 
-The processes share a disk. The first one runs the stages; the others wait for a stage that is trained together (worldenv.train) and join it.
+The processes share a disk. The first one runs the stages; the others wait for a stage in which they have a part (worldenv.train) and join it: all of
+them train in sft and world, and the first one of every machine makes rollouts in loop, on all GPUs of its machine.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from worldenv import console
-
-_PATIENCE = timedelta(days=7)  # the others wait while the first one does whole stages alone
+from worldenv.learning import processes
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def joined() -> Iterator[None]:
         raise ValueError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}; lower torchrun's --nproc-per-node")
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=processes.PATIENCE)
     if dist.get_rank():
         console.be_quiet()
     try:

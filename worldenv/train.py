@@ -20,11 +20,11 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import LoopConfig, RunConfig
 from worldenv.data import recorded
 from worldenv.learning import processes
-from worldenv.run import Run, RunError, Stage, done, savepoint_path
+from worldenv.run import Run, RunError, Stage, done, savepoint_path, settings_of
 from worldenv.simulator.schedule import Sampler
 from worldenv.stages.desk import Desk
 from worldenv.stages.evaluate import evaluate
-from worldenv.stages.loop import loop
+from worldenv.stages.loop import help_loop, loop
 from worldenv.stages.policy import demos, explore, fine_tune, fit_policy, scale
 from worldenv.stages.record import RECORDED, write_report
 from worldenv.stages.reward import reward
@@ -148,13 +148,13 @@ def train(
     """Run the stages in `out`, or go on there. `first` does that stage and all later ones again, `only` that one alone; of these, one that has not
     finished goes on. With `until`, that stage and what it is made from, and none else.
 
-    Of several processes (worldenv.distributed) the first one does this, and the others join it in stages sft and world.
+    Of several processes (worldenv.distributed) the first one does this, and the others join it in stages sft, world and loop.
     A stage that a run of `reuse` has done with the same settings and inputs is taken from there, unless it is to be done again.
     Raises RunError, CheckpointError, FloatingPointError or OSError with one line that names the thing and the cure, and ValueError as `chosen` does.
     """
     names = chosen(settings, only, until)
     if processes.rank():
-        _follow(out, settings)
+        _follow(out)
         return
     order = list(STAGES)
     again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
@@ -184,11 +184,13 @@ def train(
         console.say(f"report: {out / 'report.html'}")
 
 
-def _follow(out: Path, settings: RunConfig) -> None:
-    """What every process but the first does: wait until that one begins a stage that all train together, take part, and wait again."""
-    run = Run(out, settings, leads=False)
-    together: dict[str, Callable[[Desk, Callable[[str], Savepoint]], Any]] = {"sft": fit_policy, "world": fit_world}
+def _follow(out: Path) -> None:
+    """What every process but the first does: wait until that one begins a stage in which all have a part, take it, and wait again."""
+    together: dict[str, Callable[[Desk, Callable[[str], Savepoint]], Any]] = {
+        "sft": fit_policy, "world": fit_world, "loop": lambda desk, _: help_loop(desk),
+    }  # fmt: skip
     while (name := processes.agreed(None)) is not None:
+        run = Run(out, settings_of(out), leads=False)  # the leader's settings, whatever this one was called with
         together[name](Desk(run), _reader(run.folder(name)))
         gc.collect()
         if torch.cuda.is_available():

@@ -15,7 +15,7 @@ import pytest
 from worldenv import audit, checkpoint, report
 from worldenv.cli import eval as evaluate
 from worldenv.cli import train as command
-from worldenv.rollout.store import RolloutStore
+from worldenv.rollout.store import stored
 from worldenv.stages.desk import REPLAY_NUMBERS
 from worldenv.stages.evaluate import replayed_pairs
 
@@ -150,7 +150,7 @@ def test_a_rollout_of_the_iteration_under_way_is_replayed(whole, tmp_path):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    number = RolloutStore(log).rollouts[0].number
+    number = stored(log)[0].number
     said = json.loads(train("--replay", number, "--out", again).stdout.splitlines()[-1])
     assert (said["rollout"], said["bit_equal"]) == (number, True)
 

@@ -21,6 +21,7 @@ from worldenv.engines.recipe import EngineError
 from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.learning import processes
+from worldenv.learning.processes import ProcessError
 from worldenv.rollout.collect import RolloutError
 from worldenv.stages.replay import replay
 
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes_on = f"--resume {args.out}" if args.from_stage else "the same command"  # --from would begin what it has finished anew
         print(f"worldenv-train: stopped; {goes_on} goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError, ProcessError) as error:
         if args.debug:
             raise
         print(f"worldenv-train: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ file cuts short is the one that was being written when the run was killed; it is
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -41,35 +42,43 @@ def differing(one: Rollout, other: Rollout) -> list[str]:
     return names
 
 
+def stored(path: Path) -> list[Rollout]:
+    """What the log at `path` holds, which stays as it is. Raises CheckpointError where it is damaged."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[Rollout], int]:
+    """The rollouts in a log, and the bytes that whole records take."""
+    rollouts: list[Rollout] = []
+    blob, at = path.read_bytes(), 0
+    while at + _HEAD <= len(blob):
+        if blob[at : at + 8] != _MAGIC:
+            raise CheckpointError(f"{path}: damaged at byte {at}; delete it, its rollouts will be made again")
+        length = int.from_bytes(blob[at + 8 : at + 16], "little")
+        body = blob[at + _HEAD : at + _HEAD + length]
+        if len(body) < length:
+            break
+        if hashlib.sha256(body).digest() != blob[at + 16 : at + _HEAD]:
+            raise CheckpointError(f"{path}: damaged record at byte {at}; delete it, its rollouts will be made again")
+        rollouts.append(_rollout(from_bytes(body, str(path))))
+        at += _HEAD + length
+    return rollouts, at
+
+
 class RolloutStore:
-    """The rollouts of one iteration, in memory and in the log at `path`."""
+    """The rollouts of one iteration, or those of them that one machine made, in memory and in the log at `path`."""
 
     def __init__(self, path: Path) -> None:
-        """Open the log, reading what an earlier run left. Raises CheckpointError where it is damaged."""
-        self._path = path
-        self.rollouts: list[Rollout] = []
+        """Open the log, reading what an earlier run left. Raises CheckpointError where it is damaged, or another process has it open."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._read()
         self._file = path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise CheckpointError(f"{path}: another process, of a run that was stopped, still writes it; end that one") from error
+        self.rollouts, whole = _read(path)
         self._file.truncate(whole)
-
-    def _read(self) -> int:
-        """Fill `rollouts`; return the bytes that whole records take."""
-        if not self._path.exists():
-            return 0
-        blob, at = self._path.read_bytes(), 0
-        while at + _HEAD <= len(blob):
-            if blob[at : at + 8] != _MAGIC:
-                raise CheckpointError(f"{self._path}: damaged at byte {at}; delete it, its rollouts will be made again")
-            length = int.from_bytes(blob[at + 8 : at + 16], "little")
-            body = blob[at + _HEAD : at + _HEAD + length]
-            if len(body) < length:
-                break
-            if hashlib.sha256(body).digest() != blob[at + 16 : at + _HEAD]:
-                raise CheckpointError(f"{self._path}: damaged record at byte {at}; delete it, its rollouts will be made again")
-            self.rollouts.append(_rollout(from_bytes(body, str(self._path))))
-            at += _HEAD + length
-        return at
 
     def add(self, rollout: Rollout) -> None:
         """Keep a finished rollout; on disk when this returns."""
@@ -79,7 +88,6 @@ class RolloutStore:
         os.fsync(self._file.fileno())
         self.rollouts.append(rollout)
 
-    def discard(self) -> None:
-        """Close and remove the log: the update that used it is on disk."""
+    def close(self) -> None:
+        """The log stays."""
         self._file.close()
-        self._path.unlink()

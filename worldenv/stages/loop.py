@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from worldenv import console, noise
 from worldenv.data.collect import factor_of
 from worldenv.engines.parity import Parity
+from worldenv.learning import processes
 from worldenv.learning.loop.update import Learner
-from worldenv.nouns import Context
+from worldenv.nouns import Context, Rollout
 from worldenv.policy import weights as policies
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.rollout.collect import Assignment
-from worldenv.rollout.store import RolloutStore
-from worldenv.run import Stage, snapshot_path
+from worldenv.rollout.store import RolloutStore, stored
+from worldenv.run import RunError, Stage, snapshot_path
 from worldenv.stages.desk import LOOP_NUMBERS, Desk
 from worldenv.stages.fleet import Fleet, assembled
 
@@ -96,53 +99,120 @@ def practice_of(desk: Desk, policy: OpenVLAOFT, folder: Path) -> Practice:
     return Practice(fleet, threshold if desk.settings.loop.termination else math.inf)
 
 
-def _log(folder: Path, iteration: int) -> Path:
-    """Where the finished rollouts of an iteration lie while it is under way."""
-    return folder / f"iteration-{iteration:04d}.log"
+def log_path(folder: Path, iteration: int, machine: int = 0) -> Path:
+    """Where the finished rollouts of a machine lie while their iteration is under way; 0 leads."""
+    return folder / f"iteration-{iteration:04d}{f'.{machine}' if machine else ''}.log"
+
+
+def logs(folder: Path, iteration: int) -> list[Path]:
+    """Those that are there, whatever number of machines made them."""
+    return sorted(folder.glob(f"iteration-{iteration:04d}.*log"))
+
+
+def _stored(paths: Sequence[Path]) -> list[Rollout]:
+    return [rollout for path in paths if path.is_file() for rollout in stored(path)]
+
+
+def _ready(machines: processes.Machines, desk: Desk, folder: Path, kept: Mapping[str, Any] | None = None) -> tuple[Learner, Practice]:
+    """What stage loop in `folder` works with on this machine; `kept` is what the leader's learner goes on from."""
+    with machines.together():
+        learner = Learner(desk.policy("scale"), desk.settings.loop, desk.seed)
+        if kept is not None:
+            learner.load_tree(kept)
+    learner.keep_up(machines)  # plans are found by the weights that they were built with
+    with machines.leader_first():  # it chooses engines and writes down which; the others take these
+        practice = practice_of(desk, learner.policy, folder)
+        learner.share(practice.fleet.policies[1:])
+    return learner, practice
+
+
+def _make(desk: Desk, practice: Practice, jobs: Sequence[Assignment], numbers: Sequence[int], store: RolloutStore) -> None:
+    """Those of `jobs` that have these numbers, into `store`."""
+    wanted = set(numbers)
+    with desk.flights(practice.fleet.replicas, practice.threshold) as flights:
+        for flight in flights.fly([job for job in jobs if job.number in wanted]):
+            store.add(flight.rollout())
+
+
+def help_loop(desk: Desk) -> None:
+    """What a process other than the leading one does in stage loop: the first one of a machine makes its part of every iteration's rollouts.
+
+    Raises what stage loop does, and ProcessError where another process has failed or is gone.
+    """
+    machines = processes.machines()
+    if machines is None:
+        return
+    folder = desk.run.folder("loop")
+    learner, practice = _ready(machines, desk, folder)
+    while (told := machines.agreed(None)) is not None:
+        iteration, missing = told
+        learner.keep_up(machines)
+        with machines.together():
+            practice.fleet.follow()
+            with contextlib.closing(RolloutStore(log_path(folder, iteration, machines.number))) as store:
+                _make(desk, practice, assignments_of(desk, iteration), machines.dealt(missing), store)
 
 
 def loop(desk: Desk, stage: Stage) -> None:
-    """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads."""
+    """Algorithm 1: rollouts in the imagined world, leave-one-out advantages, clipped updates of LoRA and heads.
+
+    Of several machines all make rollouts, each into a log of its own, and this one learns from them. Raises ProcessError where another has failed
+    or is gone, RunError where what it made is not to be seen here.
+    """
     settings = desk.settings.loop
-    learner = Learner(desk.policy("scale"), settings, desk.seed)
+    processes.agreed("loop")
+    machines = processes.machines()
+    assert machines is not None  # the leader is the first one of its machine
     savepoint = stage.savepoint("iterations")
     history: list[dict[str, float]] = []
     groups: list[dict[str, list[float]]] = []
     seconds: list[float] = []
     if (kept := savepoint.load()) is not None:
-        learner.load_tree(kept["learner"])
         history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
     for done in range(len(history)):  # left where the run was killed between a savepoint and this
-        _log(stage.folder, done).unlink(missing_ok=True)
-    practice = practice_of(desk, learner.policy, stage.folder)
-    learner.share(practice.fleet.policies[1:])
+        for log in logs(stage.folder, done):
+            log.unlink()
+    learner, practice = _ready(machines, desk, stage.folder, kept and kept["learner"])
     refits = dict[str, Parity]()
     for iteration in (bar := console.track(len(history), settings.iterations, "loop")):
         began = time.monotonic()
-        store = RolloutStore(_log(stage.folder, iteration))
-        made = {rollout.number for rollout in store.rollouts}
-        jobs = [job for job in assignments_of(desk, iteration) if job.number not in made]
-        refits = practice.fleet.follow()
-        with desk.flights(practice.fleet.replicas, practice.threshold) as flights:
-            for flight in flights.fly(jobs):
-                store.add(flight.rollout())
+        own = log_path(stage.folder, iteration)
+        store = RolloutStore(own)
+        others = [log for log in logs(stage.folder, iteration) if log != own]
+        made = {one.number for one in (*store.rollouts, *_stored(others))}
+        jobs = assignments_of(desk, iteration)
+        missing = [job.number for job in jobs if job.number not in made]
+        machines.agreed((iteration, missing))
+        learner.keep_up(machines)
+        with machines.together():
+            refits = practice.fleet.follow()
+            _make(desk, practice, jobs, machines.dealt(missing), store)
+        others = sorted({*others, *(log_path(stage.folder, iteration, number) for number in range(1, machines.count))})
+        by_number = {one.number: one for one in (*store.rollouts, *_stored(others))}
+        if lost := [job.number for job in jobs if job.number not in by_number]:
+            raise RunError(f"{stage.folder}: {len(lost)} rollouts of other machines are not there; want --out on a disk that all machines share")
+        rollouts = [by_number[job.number] for job in jobs]
         collected = time.monotonic()
-        metrics = learner.update(store.rollouts, iteration)
-        returns = np.array([rollout.value for rollout in sorted(store.rollouts, key=lambda r: r.number)]).reshape(-1, settings.group)
+        metrics = learner.update(rollouts, iteration)
+        returns = np.array([rollout.value for rollout in rollouts]).reshape(-1, settings.group)
         history.append({
             "return": float(np.mean(returns)),
-            "imagined_success": float(np.mean([r.stopped for r in store.rollouts])),
+            "imagined_success": float(np.mean([r.stopped for r in rollouts])),
             "spread": float(np.mean(np.std(returns, axis=1))),
             **metrics,
         })  # fmt: skip
         groups.append({"mean": returns.mean(axis=1).tolist(), "low": returns.min(axis=1).tolist(), "high": returns.max(axis=1).tolist()})
         seconds.append(time.monotonic() - began)
-        stage.timings["rollouts_per_second"] = len(jobs) / max(collected - began, 1e-9)
+        stage.timings["rollouts_per_second"] = len(missing) / max(collected - began, 1e-9)
         if settings.snapshot_every and (iteration + 1) % settings.snapshot_every == 0:
             policies.save(snapshot_path(stage.folder, iteration + 1), learner.policy, learner.merged())
         savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds})
-        store.discard()
+        store.close()
+        for log in (own, *others):
+            log.unlink()
         bar.note(history[-1], **{"return": history[-1]["return"], "clip": metrics["clip_fraction"]})
+    machines.agreed(None)
+    stage.timings["machines"] = machines.count
     policies.save(stage.folder / "policy.safetensors", learner.policy, learner.merged())
     learner.export_adapter(stage.folder / "lora_adapter")
     stage.metrics["engines"] = practice.fleet.engines

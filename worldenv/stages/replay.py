@@ -14,12 +14,12 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import RunConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.rollout.collect import Assignment, Flight
-from worldenv.rollout.store import RolloutStore, differing
+from worldenv.rollout.store import differing, stored
 from worldenv.run import Run, RunError, savepoint_path
 from worldenv.stages.desk import REPLAY_NUMBERS, Desk
 from worldenv.stages.evaluate import audited, replayed_pairs
 from worldenv.stages.fleet import Fleet
-from worldenv.stages.loop import assignments_of, practice_of
+from worldenv.stages.loop import assignments_of, logs, practice_of
 
 
 def replay(out: Path, settings: RunConfig, number: int) -> dict[str, Any]:
@@ -69,10 +69,9 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
     settings, folder = desk.settings.loop, desk.run.folder("loop")
     kept = Savepoint(savepoint_path(folder, "iterations")).load()
     iteration = 0 if kept is None else len(kept["history"])
-    path = folder / f"iteration-{iteration:04d}.log"
-    stored = {one.number: one for one in RolloutStore(path).rollouts} if path.is_file() else {}
-    if number not in stored:
-        under_way = f"{min(stored)} .. {max(stored)} (LOOP's iteration {iteration}, under way), " if stored else ""
+    kept_in = {one.number: (one, path) for path in logs(folder, iteration) for one in stored(path)}
+    if number not in kept_in:
+        under_way = f"{min(kept_in)} .. {max(kept_in)} (LOOP's iteration {iteration}, under way), " if kept_in else ""
         pairs = _pairs(desk.settings)
         of_eval = f"{REPLAY_NUMBERS} .. {REPLAY_NUMBERS + 2 * pairs - 1} (stage eval)" if pairs else "none of stage eval, from recordings"
         raise RunError(f"rollout {number} is not stored in {desk.run.out}: there are {under_way}{of_eval}")
@@ -82,8 +81,8 @@ def _replayed_rollout(desk: Desk, number: int) -> tuple[torch.Tensor, torch.Tens
     practice = practice_of(desk, learner.policy, folder)
     practice.fleet.follow()
     (job,) = (one for one in assignments_of(desk, iteration) if one.number == number)
-    made = _alone(desk, practice.fleet, practice.threshold, job).rollout()
-    return made.score[made.live], stored[number].score[stored[number].live], differing(made, stored[number]), str(path)
+    made, (ours, path) = _alone(desk, practice.fleet, practice.threshold, job).rollout(), kept_in[number]
+    return made.score[made.live], ours.score[ours.live], differing(made, ours), str(path)
 
 
 def _alone(desk: Desk, fleet: Fleet, threshold: float, job: Assignment) -> Flight:

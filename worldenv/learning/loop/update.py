@@ -25,6 +25,7 @@ from torch import nn
 from worldenv import noise
 from worldenv.config import LoopConfig
 from worldenv.devices import on
+from worldenv.learning import processes
 from worldenv.learning.loop.advantage import leave_one_out
 from worldenv.learning.loop.loss import Surrogate, surrogate
 from worldenv.nouns import Observation, Rollout
@@ -96,6 +97,12 @@ class Learner:
         """
         self._hands = [self.policy, *copies]
         self._follow()
+
+    def keep_up(self, machines: processes.Machines) -> None:
+        """Take the weights of the leading machine's learner, on all devices; there, nothing changes."""
+        machines.share((self._lora | self._heads).values())
+        if machines.number:
+            self._follow()
 
     @torch.no_grad()
     def _follow(self) -> None:

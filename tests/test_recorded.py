@@ -216,6 +216,11 @@ def test_the_stage_that_needs_a_robot_says_what_to_do(acted: Path, tmp_path: Pat
     more = ["--explore.source", str(tmp_path / "nowhere"), "--reuse", str(tmp_path / "run")]
     assert command.main([*words, "--out", str(tmp_path / "more"), *more]) == 1
     assert f"explore.source='{tmp_path / 'nowhere'}': nothing is there" in capsys.readouterr().err
+    goes_on = ["--resume", str(tmp_path / "run"), "--explore.source", str(acted / "stages/explore"), "--until", "explore"]
+    assert command.main(goes_on) == 0
+    assert "scale: skipped" in capsys.readouterr().err
+    assert metrics(tmp_path / "run", "explore")["episodes"] == 9
+    assert settings_of(tmp_path / "run").explore.source == str(acted / "stages/explore")
 
 
 def test_what_was_recorded_decides_and_not_where_it_lies(acted: Path, ragged: Path, tmp_path: Path) -> None:

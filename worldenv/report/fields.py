@@ -103,7 +103,6 @@ def _counted(protocols: tuple[str, ...]) -> Iterator[Field]:
 
 _ALWAYS: tuple[Field, ...] = (
     Field("preset", _TEXT),
-    Field("unverified?", (lambda v: v is True, "true where successes are imagined, else nothing")),
     Field("seed", _COUNT),
     Field("versions", _TEXT_BY_NAME),
     Field("commit", _TEXT),
@@ -216,6 +215,8 @@ def validate(report: Mapping[str, Any]) -> None:
     """Check every field of FIELDS and that counts fit together. Raises ValueError naming the first field that is missing or wrong."""
     whole = plain(report)
     ended_by = protocols(whole)
+    said = whole.get("unverified", False)
+    _need(said is is_unverified(whole), f"unverified is {_shown(said)}, want true where successes are imagined")
     for field in (*_ALWAYS, *_counted(ended_by)):
         check, wanted = field.check
         for where, value in _find(whole, field.path.split("."), ""):

@@ -19,7 +19,10 @@ from worldenv.rollout.store import stored
 from worldenv.stages.desk import REPLAY_NUMBERS
 from worldenv.stages.evaluate import replayed_pairs
 
-FAST = ["--preset", "tiny", "--fast", "--world.vae-steps", "12", "--world.steps", "12", "--world.check-every", "6"]
+FAST = [
+    "--preset", "tiny", "--fast", "--sft.prior-steps", "6", "--sft.steps", "16", "--world.vae-steps", "12", "--world.steps", "12",
+    "--world.check-every", "6", "--reward.backbone-steps", "8", "--reward.embeddings", "100",
+]  # fmt: skip
 STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 
 

@@ -1,8 +1,9 @@
 """Runs from what a robot was recorded doing, without an environment: the tabletop's episodes serve as such recordings (docs/own-robot.md).
 
-Wrong versions that were seen to fail here: held-out recordings among LOOP's starts; demonstrations explored twice, and so held out from what is
-learned; failures of exploration left out; the place of the recordings in place of their content deciding what is done again; the camera of the
-first task for all; a ragged episode's PSNR over chunks that it lacks; the truth of a video that of another; imagined success written as true.
+Wrong versions that were seen to fail here: held-out recordings among LOOP's starts; held out from all tasks at once; demonstrations explored twice,
+and so held out from what is learned; the place of the recordings in place of their content deciding what is done again; changed recordings done
+again in silence; the first task's camera for all; tasks of two hands; signs of quaternions as they come; pictures flipped, or not, by another
+rule for a camera that was given; a ragged episode's PSNR over chunks that it lacks.
 """
 
 from __future__ import annotations

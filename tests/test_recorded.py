@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_given import written
 
 from worldenv import audit, checkpoint, presets, report, train
 from worldenv.checkpoint import CheckpointError
@@ -59,14 +60,6 @@ def short(env: EnvConfig, explored: str = "") -> RunConfig:
         eval=dataclasses.replace(one.eval, episodes=3, curve_episodes=3),
         report=dataclasses.replace(one.report, replays=3, videos=2),
     )
-
-
-def written(folder: Path, *episodes: Episode) -> Path:
-    kept = EpisodeSet(folder)
-    for number, episode in enumerate(episodes):
-        kept.add(number, episode)
-    kept.seal()
-    return folder
 
 
 def recordings(folder: Path, robot: str = "tabletop") -> EnvConfig:
@@ -522,7 +515,7 @@ def test_views_signs_and_hands_are_one(acted: Path, tmp_path: Path) -> None:
     train.train(tmp_path / "wobbly", short(recordings(written(tmp_path / "close", *episodes[:2], *wobbly))), until="demos")
 
 
-def test_what_cannot_go_well_is_said_at_once(acted: Path, ragged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_go_well_is_said_at_once(acted: Path, ragged: Path, tmp_path: Path) -> None:
     settings = short(recordings(acted / "stages/demos"), str(ragged))
     with pytest.raises(ValueError, match=r"env\.steps=8: demonstrations take up to \d+ control steps to succeed; want at least (24|32)"):
         train.train(tmp_path / "brief", dataclasses.replace(settings, env=dataclasses.replace(settings.env, steps=8)), until="demos")

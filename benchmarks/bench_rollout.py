@@ -211,7 +211,6 @@ class Outcome:
 
 def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compiled.Choice], list[compiled.Choice]]:
     """What `back_end` makes of each network of `bench`, compared on the first of its rollouts; and the same networks by eager. Of all its GPUs."""
-    device = bench.replica.device
     simulator, networks = _networks(bench, bench.replica)
     others = [_networks(bench, replica)[1] for replica in bench.replicas[1:]]
     eager = [compiled.Choice.eager(one) for one in (*networks, *(one for some in others for one in some))]
@@ -222,9 +221,8 @@ def engines(bench: Bench, back_end: BackEnd, store: Store) -> tuple[list[compile
         scheduled(dataclasses.replace(bench, replicas=[whole]), bench.schedule(), bench.jobs[:4])
     settings = config.EnginesConfig(back_end=back_end)
     recorded = {name: one.recorded for name, one in recorders.items()}
-    told = set[str]()
-    choices = [compiled.choose(one, settings, store, device, recorded[one.name], told) for one in networks]
-    choices = compiled.checked_loop(simulator, choices, store, torch.from_numpy(bench.jobs[0].context.frame).to(device))
+    frame = torch.from_numpy(bench.jobs[0].context.frame).to(bench.replica.device)
+    choices = compiled.chosen(networks, settings, store, recorded, (simulator, frame))
     first = compiled.Fitted(choices, recorded)
     copies = [compiled.alike(first, some, store, replica.device) for some, replica in zip(others, bench.replicas[1:], strict=True)]
     return [*choices, *(one for copy in copies for one in copy.choices)], eager

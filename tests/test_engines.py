@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from worldenv.benchmarks.bench_rollout import inside
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import EnginesConfig, LoopConfig
 from worldenv.engines import backend, export, inductor, onnxruntime, parity, policy_heads
+from worldenv.engines.eager import Eager
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, Precision, relative_error
 from worldenv.engines.refit import RefitError
-from worldenv.engines.store import Store
+from worldenv.engines.store import Store, Wanted
 from worldenv.learning.loop.update import RATIO_TOLERANCE, Learner
 from worldenv.policy import lora
 from worldenv.policy.openvla_oft import OpenVLAOFT
@@ -307,18 +309,138 @@ def test_auto_takes_an_engine_only_where_it_is_faster(store: Store, monkeypatch:
     assert compiled.choose(network, ONNX, store, CPU, recorded(network)).engine.back_end == "onnxruntime"  # asked for by name
 
 
+class FakeEngine:
+    """The network itself under the name of a back end."""
+
+    def __init__(self, network: compiled.Network, name: str) -> None:
+        self.recipe, self.back_end, self._call = network.recipe, name, Eager(network.eager, network.recipe)
+
+    def __call__(self, *given: torch.Tensor) -> Any:
+        return self._call(*given)
+
+    def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass
+class Fakes:
+    """In the place of `compiled.built`: engines that are so much faster than eager, or wrong at such a speed (below 0), or not to be had (why)."""
+
+    speed: dict[str, float | str]
+    root: Path
+    asked: list[str] = dataclasses.field(default_factory=list)
+    alive: dict[str, list[weakref.ref[FakeEngine]]] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, network: compiled.Network, name: str, store: Store, *given: Any, timed: bool) -> compiled.Choice:
+        assert timed
+        assert all(one() is None for one in self.alive.setdefault(network.name, [])), "a GPU may have no room for two"
+        self.asked.append(name)
+        speed = self.speed[name]
+        if isinstance(speed, str):
+            raise EngineError(speed)
+        engine = FakeEngine(network, name)
+        self.alive[network.name].append(weakref.ref(engine))
+        wanted = Wanted(network.name, name, "fake", "fp32", "graph", "weights", {})
+        plan = store.get(wanted, lambda folder: (folder / "plan").touch())
+        found = parity.Parity(network.name, name, 0.0 if speed > 0 else 1.0, network.recipe.tolerance, 1, speedup=abs(speed))
+        return compiled.Choice(network, engine, found, plan)
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
+    fakes = Fakes({}, tmp_path)
+    monkeypatch.setattr(compiled, "AUTOMATIC", {"cpu": ("onnxruntime", "inductor", "tensorrt")})
+    monkeypatch.setattr(compiled, "built", fakes)
+    return fakes
+
+
+@pytest.mark.parametrize(
+    ("speeds", "want"),
+    [((1.2, 1.5, 2.0), "tensorrt"), ((2.0, 1.5, 1.2), "onnxruntime"), ((1.2, 2.0, "not here"), "inductor"), ((-9.0, 1.2, -2.0), "inductor"),
+     ((1.05, -2.0, "not here"), "eager"), ((1.05, 1.2, 9.0), "tensorrt"), (("no", "nor this", "not here"), "eager")],
+)  # fmt: skip
+def test_auto_takes_the_fastest_of_those_that_passed(
+    three: Fakes, speeds: tuple[float | str, ...], want: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three.speed = dict(zip(("onnxruntime", "inductor", "tensorrt"), speeds, strict=True))
+    network, store = heads(), Store(three.root)
+    choice = compiled.choose(network, EnginesConfig(), store, CPU, [network.recipe.example()])
+    assert choice.engine.back_end == want
+    assert choice.own == (want == "eager")
+    assert three.asked[:3] == ["onnxruntime", "inductor", "tensorrt"]
+    said = capsys.readouterr().err
+    for name, speed in three.speed.items():
+        if isinstance(speed, str):
+            assert speed in choice.why
+            assert speed not in said or name != "tensorrt"  # that it is not here is no news to `auto`
+        elif name != want:
+            assert f"policy_heads: {name}: " in choice.why
+            assert (f"policy_heads: {name}: " in said) == (speed < compiled.FASTER and name != "tensorrt")  # that another is faster is no fault
+    assert [store.read(key).wanted.back_end for key in store._in_use] == ([want] if want != "eager" else [])
+
+
+def test_an_engine_that_was_fastest_and_cannot_be_had_again_gives_way_to_the_next(three: Fakes) -> None:
+    three.speed = {"onnxruntime": 2.0, "inductor": 1.5, "tensorrt": 1.2}
+    once = type(three).__call__
+
+    def at_first(self: Fakes, network: compiled.Network, name: str, *given: Any, timed: bool) -> compiled.Choice:
+        made = once(self, network, name, *given, timed=timed)
+        self.speed["onnxruntime"] = "out of memory"
+        return made
+
+    network = heads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(three), "__call__", at_first)
+        choice = compiled.choose(network, EnginesConfig(), Store(three.root), CPU, [network.recipe.example()])
+    assert choice.engine.back_end == "inductor"
+    assert "out of memory" in choice.why
+
+
+def test_a_simulator_that_drifts_is_run_by_the_next_back_end(
+    three: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right in a step, wrong after 16 chunks. What the policy is run by has nothing to do with that."""
+    three.speed = {"onnxruntime": 1.2, "inductor": 1.5, "tensorrt": 2.0}
+    drifting = {"tensorrt"}
+
+    def loops(simulator: Any, mine: Any, given: Any) -> dict[str, float]:
+        names = {one.engine.back_end for one in mine}
+        return {"1": 0.0, "4": 0.0, "16": 1.0 if names & drifting else 0.0}
+
+    monkeypatch.setattr(compiled, "compare_loops", loops)
+    simulator = trained(SMALL_SIMULATOR)
+    networks_ = [*compiled.of_simulator(simulator), *compiled.of_policy(small_policy(POLICY))]
+    examples = {one.name: [one.recipe.example()] for one in networks_}
+    frame = torch.zeros(SMALL_SIMULATOR.height, SMALL_SIMULATOR.width, 3, dtype=torch.uint8)
+    for gone, want in ((set(), "tensorrt"), ({"tensorrt"}, "inductor"), ({"tensorrt", "inductor"}, "onnxruntime"), (set(three.speed), "eager")):
+        drifting = gone
+        three.alive.clear()  # this test has those of before
+        store = Store(three.root / want)
+        choices = compiled.chosen(networks_, EnginesConfig(), store, examples, (simulator, frame))
+        names = [one.engine.back_end for one in choices]
+        assert names == [want] * 3 + ["tensorrt"] * 2
+        assert capsys.readouterr().err.count("after 16 chunks") == len(gone)
+        for one in choices[:3]:
+            assert all(f"simulator: {name}: " in one.why for name in gone)
+            assert one.plan is None or (store.parity(one.plan.key) or {})["loop"]["16"] == 0.0
+        three.alive.clear()
+        if want != "eager":
+            again = compiled.chosen(networks_, EnginesConfig(), store, examples, (simulator, frame), dict.fromkeys(compiled.NAMES[:3], "inductor"))
+            assert [one.engine.back_end for one in again[:3]] == ["eager" if "inductor" in gone else "inductor"] * 3
+            capsys.readouterr()
+
+
 @pytest.mark.slow
 def test_an_engine_that_drifts_in_a_closed_loop_is_not_used(by_engines: Engined, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """Right to two parts in a hundred thousand in a step, and still wrong after 16 chunks: then the whole simulator is eager."""
     simulator, _ = inside(by_engines.plant.replica.world)
-    mine = [one for one in by_engines.fitted.choices if one.network.runs is simulator.runs]
-    tight = [dataclasses.replace(one, network=dataclasses.replace(one.network, recipe=dataclasses.replace(one.network.recipe, loop_tolerance=1e-9)))
-             for one in mine]  # fmt: skip
-    assert {one.engine.back_end for one in compiled.checked_loop(simulator, mine, store, torch.zeros(8, 16, 3, dtype=torch.uint8))} == {"onnxruntime"}
-    checked = compiled.checked_loop(simulator, tight, store, torch.zeros(8, 16, 3, dtype=torch.uint8))
-    assert {one.engine.back_end for one in checked} == {"eager"}
-    assert "after 16 chunks" in capsys.readouterr().err
-    compiled.checked_loop(simulator, mine, store, torch.zeros(8, 16, 3, dtype=torch.uint8))  # what is kept beside the plans is right again
+    mine = [one.network for one in by_engines.fitted.choices if one.network.runs is simulator.runs]
+    frame, recorded_ = torch.zeros(8, 16, 3, dtype=torch.uint8), by_engines.fitted.recorded
+    for limit, want, count in ((1e-9, "eager", 1), (mine[0].recipe.loop_tolerance, "onnxruntime", 0)):
+        networks_ = [dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, loop_tolerance=limit)) for one in mine]
+        choices = compiled.chosen(networks_, ONNX, store, recorded_, (simulator, frame))
+        assert {one.engine.back_end for one in choices} == {want}
+        assert capsys.readouterr().err.count("after 16 chunks") == count
 
 
 def test_a_run_that_goes_on_takes_the_back_ends_that_it_was_begun_with(eager: Plant, store: Store, tmp_path: Path) -> None:

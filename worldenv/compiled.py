@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -227,18 +228,23 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
 
 
 def choose(
-    network: Network, settings: EnginesConfig, store: Store, device: torch.device, recorded: Sequence[Any], told: set[str] | None = None
-) -> Choice:
-    """The back end that `settings` name, or of `auto` the first that passed and is `FASTER` than eager; else eager. What is not taken is said.
+    network: Network, settings: EnginesConfig, store: Store, device: torch.device, recorded: Sequence[Any], told: set[str] | None = None,
+    without: Mapping[str, str] = MappingProxyType({}),
+) -> Choice:  # fmt: skip
+    """The back end that `settings` name, or of `auto` the fastest of those that passed and are `FASTER` than eager; else eager. What is not taken
+    is said.
 
-    `told`: reasons that were said before, of other networks, and are not said again; the present ones are added.
+    `told`: reasons that were said before, of other networks, and are not said again; the present ones are added. `without`: back ends that are not
+    to be taken, and why.
     """
     told = set() if told is None else told
-    names = AUTOMATIC.get(device.type, ()) if settings.back_end == "auto" else (settings.back_end,)
-    why: list[str] = []
+    asked = AUTOMATIC.get(device.type, ()) if settings.back_end == "auto" else (settings.back_end,)
+    names = [name for name in asked if name not in without and name != "eager"]
+    why = list(dict.fromkeys(without.values()))
+    made: Choice | None = None
+    passed: list[tuple[float, Parity, Plan]] = []
     for name in names:
-        if name == "eager":
-            break
+        made = None  # an engine is let go before the next is built: a GPU may have no room for two
         try:
             if network.recipe.refit and name in WITHOUT_REFIT:
                 raise EngineError(f"{network.name}: {name} builds plans that cannot be refitted")
@@ -246,16 +252,33 @@ def choose(
         except EngineError as error:
             reason = str(error)
         else:
-            assert made.parity is not None
-            slower = made.parity.speedup is not None and made.parity.speedup < FASTER and settings.back_end == "auto"
-            if made.parity.passed and not slower:
-                return dataclasses.replace(made, why="; ".join(why))
-            reason = f"{network.name}: {name}: {made.parity.said}{f', auto wants {FASTER}x eager' if made.parity.passed else ''}"
+            found = made.parity
+            assert found is not None
+            assert found.speedup is not None
+            assert made.plan is not None
+            if found.passed and (found.speedup >= FASTER or settings.back_end != "auto"):
+                passed.append((found.speedup, found, made.plan))
+                continue
+            store.release(made.plan.key)
+            reason = f"{network.name}: {name}: {found.said}{f', auto wants {FASTER}x eager' if found.passed else ''}"
         why.append(reason)
         if reason not in told and (back_end(name).requires() is None or settings.back_end != "auto"):
             told.add(reason)
-            console.say(f"engines: {reason}; {'the next back end' if name != names[-1] else 'eager'} is used")
-    return Choice.eager(network, "; ".join(why))
+            console.say(f"engines: {reason}; {'the next back end' if name != names[-1] else 'the best of the others' if passed else 'eager'} is used")
+    if not passed:
+        return Choice.eager(network, "; ".join(why))
+    passed.sort(key=lambda one: -one[0])
+    name = passed[0][1].back_end
+    for _, found, plan in passed[1:]:
+        store.release(plan.key)
+        why.append(f"{network.name}: {found.back_end}: {found.said}, {name} is faster")
+    if made is None or made.engine.back_end != name:
+        made = None
+        try:
+            made = built(network, name, store, device, recorded, timed=True)
+        except EngineError as error:  # it could be had a moment ago
+            return choose(network, settings, store, device, recorded, told, {**without, name: str(error)})
+    return dataclasses.replace(made, why="; ".join(why))
 
 
 @contextlib.contextmanager
@@ -341,25 +364,49 @@ def placed(choices: Sequence[Choice]) -> Iterator[None]:
 
 
 def checked_loop(simulator: Evac, choices: Sequence[Choice], store: Store, frame: torch.Tensor) -> list[Choice]:
-    """`choices`, those of `simulator` with what the closed loop said kept beside their plans; these eager where it drifts too far, which is said."""
+    """`choices`, those of `simulator` with what a closed loop that follows `frame` (H, W, 3) said, which is kept beside their plans."""
     mine = [one for one in choices if one.network.runs is simulator.runs]
     if all(one.parity is None for one in mine):
         return list(choices)
     loop = compare_loops(simulator, mine, loop_inputs(simulator, frame))
     checked: list[Choice] = []
-    for one in mine:
-        if one.parity is not None and one.plan is not None:
+    for one in choices:
+        if one.network.runs is simulator.runs and one.parity is not None and one.plan is not None:
             found = dataclasses.replace(one.parity, loop=loop, loop_tolerance=one.network.recipe.loop_tolerance)
             store.write_parity(one.plan.key, found.plain())
             one = dataclasses.replace(one, parity=found)
         checked.append(one)
-    if failed := next((one for one in checked if one.parity is not None and not one.parity.passed), None):
-        assert failed.parity is not None
-        reason = f"simulator: {failed.engine.back_end}: {failed.parity.said}"
-        console.say(f"engines: {reason}; eager is used")
-        checked = [Choice.eager(one.network, reason) for one in checked]
-    by_name = {one.network.name: one for one in checked}
-    return [by_name.get(one.network.name, one) for one in choices]
+    return checked
+
+
+def chosen(
+    networks: Sequence[Network], settings: EnginesConfig, store: Store, recorded: Mapping[str, Sequence[Any]],
+    loop: tuple[Evac, torch.Tensor] | None = None, kept: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Choice]:  # fmt: skip
+    """What runs each network, see `choose`; of those in `kept`, that back end. `recorded`: inputs of each, by name.
+
+    `loop`: the simulator and a frame (H, W, 3) uint8 on its device. Where its closed loop drifts too far, which is said, it is run by what is left.
+    """
+    told: set[str] = set()
+    drifted: dict[str, str] = {}
+
+    def one_of(network: Network) -> Choice:
+        asked = dataclasses.replace(settings, back_end=kept[network.name]) if network.name in kept else settings
+        return choose(network, asked, store, network.device, recorded[network.name], told, drifted)
+
+    choices = [one_of(network) for network in networks]
+    while loop is not None:
+        with on(loop[1].device):
+            choices = checked_loop(loop[0], choices, store, loop[1])
+        wrong = {one.network.name: (one.engine.back_end, one.parity.said) for one in choices if one.parity is not None and not one.parity.passed}
+        if not wrong:
+            break
+        reason = "simulator: {}: {}".format(*next(iter(wrong.values())))
+        console.say(f"engines: {reason}; the next back end is used, or eager")
+        drifted |= dict.fromkeys((name for name, _ in wrong.values()), reason)
+        choices = [Choice.eager(one.network) if one.network.name in wrong else one for one in choices]  # lets its engine go
+        choices = [one_of(one.network) if one.network.name in wrong else one for one in choices]
+    return choices
 
 
 @dataclass
@@ -457,25 +504,19 @@ def fitted(
         plain = [Choice.eager(one) for one in networks]
         place([one for one in plain if not one.own])
         return Fitted(plain, {})
-    before, told = _kept(kept), set[str]()
+    before = _kept(kept)
     with recording(networks) as recorders:
         rollouts()
     recorded = {name: one.recorded for name, one in recorders.items()}
-    choices = []
-    for network in networks:
-        if network.name not in before:
-            choices.append(choose(network, settings, store, network.device, recorded[network.name], told))
-            continue
-        name = before[network.name]
-        again = choose(network, dataclasses.replace(settings, back_end=name), store, network.device, recorded[network.name], told)
-        if again.engine.back_end != name:
-            raise EngineError(f"{kept}: {network.name} was begun with {name}, which is not to be had now ({again.why}); begin the stage anew")
-        choices.append(again)
+    loop = None
     if simulator is not None:
-        device = simulator.latent_scale.device
-        frame = torch.zeros(simulator.config.height, simulator.config.width, 3, dtype=torch.uint8, device=device)
-        with on(device):
-            choices = checked_loop(simulator, choices, store, frame)
+        config, device = simulator.config, simulator.latent_scale.device
+        loop = simulator, torch.zeros(config.height, config.width, 3, dtype=torch.uint8, device=device)
+    choices = chosen(networks, settings, store, recorded, loop, before)
+    for one in choices:
+        name = before.get(one.network.name, one.engine.back_end)
+        if one.engine.back_end != name:
+            raise EngineError(f"{kept}: {one.network.name} was begun with {name}, which is not to be had now ({one.why}); begin the stage anew")
     place(choices)
     if not kept.is_file():
         checkpoint.write_text(kept, json.dumps({one.network.name: one.engine.back_end for one in choices}, indent=1))

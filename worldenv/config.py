@@ -778,7 +778,7 @@ class EnginesConfig:
     """What runs the networks of rollouts, in stages loop and eval. Learning is always PyTorch's."""
 
     back_end: Literal["auto", "eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt"] = "auto"
-    """auto: for each network the first of this machine's back ends whose engine passed parity here and is 1.1 times as fast as eager. What was taken
+    """auto: for each network the fastest of this machine's back ends whose engine passed parity here, if 1.1 times as fast as eager. What was taken
     is kept with the run, and a run goes on with it. Rollouts depend on it in their last bits."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """auto: fp32 on a CPU, bf16 on a GPU. fp8 quantises the simulator's U-Net, the rest stays bf16 (docs/engines.md)."""

@@ -131,9 +131,7 @@ def _closed_loop(subject: engine_rows.Subject, store: Store, made: Sequence[comp
     if subject.simulator is None or len(mine) < len(parity.LOOP_CHUNKS):
         return []
     checked = compiled.checked_loop(subject.simulator, mine, store, subject.frame)
-    found = next((one.parity for one in checked if one.parity is not None), None)
-    if found is None:
-        return [{"engine": "simulator", "back_end": mine[0].engine.back_end, "error": checked[0].why}]
+    found = next(one.parity for one in checked if one.parity is not None)
     said = ", ".join(f"{error:.1e} after {chunks}" for chunks, error in found.loop.items())
     console.say(f"{'simulator, closed loop':22} {mine[0].engine.back_end:13} {'here':7} chunks: {said}, limit {found.loop_tolerance:.0e}")
     return [{"engine": "simulator, closed loop", "back_end": mine[0].engine.back_end, "loop": dict(found.loop), "passed": found.passed}]

@@ -90,21 +90,26 @@ def build_one(name: str, build: Build, arch: str, sizes: str) -> Compiled:
         raise ValueError(f"{name}: {len(narrow)} offsets of 32 bits: {narrow[0]}")
     if not build.contract and "fma.rn.f64" in ptx:
         raise ValueError(f"{name}: float64 products and sums are contracted")
+    registers, spilled = assembled(ptx, number, build.contract)
+    return Compiled(f"{name} {sizes}", arch, registers, int(made.metadata.shared), spilled)
+
+
+def assembled(ptx: str, arch: int, contract: bool = True) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills (stored and loaded), of code for sm_`arch`. ValueError where the assembler says neither."""
     target = re.search(r"\.target (sm_\w+)", ptx)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        plain = [] if build.contract else ["--fmad=false"]
+        plain = [] if contract else ["--fmad=false"]
         said = subprocess.run(
-            [str(_assembler(number)), "-v", *plain, f"--gpu-name={target.group(1)}", str(path), "-o", os.devnull],
+            [str(_assembler(arch)), "-v", *plain, f"--gpu-name={target.group(1)}", str(path), "-o", os.devnull],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     registers = re.search(r"Used (\d+) registers", said)
-    spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
     if registers is None or "spill" not in said:
-        raise ValueError(f"{name}: the assembler says nothing of registers and spills: {said.strip()[:200]}")
-    return Compiled(f"{name} {sizes}", arch, int(registers.group(1)), int(made.metadata.shared), spilled)
+        raise ValueError(f"the assembler says nothing of registers and spills: {said.strip()[:200]}")
+    return int(registers.group(1)), sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
 
 
 def compile_all(architectures: Sequence[str], words: Sequence[str] = ()) -> Iterator[Compiled]:

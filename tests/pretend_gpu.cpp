@@ -43,6 +43,15 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
+  // what is only traced is laid out as cuDNN would have it; what runs never asks
+  bool hasCuDNN() const override { return true; }
+  bool compiledWithCuDNN() const override { return true; }
+  bool supportsDilatedConvolutionWithCuDNN() const override { return true; }
+  bool supportsDepthwiseConvolutionWithCuDNN() const override { return true; }
+  bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return true; }
+  long versionCuDNN() const override { return 91300; }
+  long versionRuntimeCuDNN() const override { return 91300; }
+  long versionCuDNNFrontend() const override { return 11500; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return kGpus; }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
@@ -248,15 +257,18 @@ at::Tensor& set_whole_storage(at::Tensor& self, c10::Storage storage) {
   return set_storage(self, std::move(storage), 0, {&count, 1}, {&one, 1});
 }
 
-int64_t plain_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                        double, bool, std::optional<double>, bool) {
-  return 0;
+// What runs is the CPU's own; what is only traced for a GPU is written as it would be there: flash attention (1), or
+// with a mask or in float32 the memory-efficient one (2).
+int64_t choose_attention(const at::Tensor& query, const at::Tensor&, const at::Tensor&,
+                         const std::optional<at::Tensor>& mask, double, bool, std::optional<double>, bool) {
+  if (!query.unsafeGetTensorImpl()->is_python_dispatch()) return 0;
+  return mask || query.scalar_type() == at::kFloat ? 2 : 1;
 }
 
 at::Scalar item(const at::Tensor& self) { return at::_local_scalar_dense(host(self)); }
 
 const bool chosen = [] {
-  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&plain_attention);
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
   return true;
 }();
 

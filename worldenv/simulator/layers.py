@@ -109,7 +109,7 @@ class _Phases(nn.Conv2d):
         assert conv.bias is not None
         kernel = conv.kernel()
         phases = [kernel[:, :, [3 - down, 1 - down]][..., [3 - right, 1 - right]] for down in (1, 0) for right in (1, 0)]
-        self.weight.data = torch.cat(phases, dim=1).transpose(0, 1).detach().contiguous()
+        self.weight.data = torch.cat(phases, dim=1).transpose(0, 1).detach().contiguous(memory_format=torch.channels_last)
         self.bias.data = conv.bias.detach().repeat(4)  # type: ignore[union-attr]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

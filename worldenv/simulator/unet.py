@@ -62,12 +62,36 @@ class CausalConv(nn.Conv3d):
 
 
 class _FramesConv(nn.Conv2d):
-    """A `CausalConv` over pictures of frames by pixels: a runtime's fastest convolution, and nothing to be computed of its weight."""
+    """A `CausalConv` over pictures of frames by pixels: a runtime's fastest convolution, and nothing to be computed of its weight.
+
+    Frames are joined as rows of channels: of pictures that are one frame high Inductor takes channels to be first, and lays all of them out so, to
+    copy them before the convolution (docs/performance.md).
+    """
 
     def __init__(self, conv: CausalConv) -> None:
         super().__init__(conv.in_channels, conv.out_channels, (_TAPS, 1))
         assert conv.bias is not None
-        self.weight.data, self.bias.data = conv.weight.detach().squeeze(-1).contiguous(), conv.bias.detach()  # type: ignore[union-attr]
+        self.weight.data = conv.weight.detach().squeeze(-1).contiguous(memory_format=torch.channels_last)
+        self.bias.data = conv.bias.detach()  # type: ignore[union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, frames, channels = x.shape[0], x.shape[1], x.shape[-1]
+        rows = x.flatten(1, -2)
+        first = rows[:, : rows.shape[1] // frames]
+        padded = torch.cat([first] * (_TAPS - 1) + [rows], dim=1).view(batch, frames + _TAPS - 1, -1, channels)
+        return super().forward(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
+
+    def channels_first(self) -> nn.Module:
+        """As of `layers.FrameNorm`."""
+        return _JoinedFramesConv(self)
+
+
+class _JoinedFramesConv(nn.Conv2d):
+    """A `_FramesConv` whose frames are joined as pictures, as ONNX's runtimes are given them by the layer before."""
+
+    def __init__(self, conv: _FramesConv) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, (_TAPS, 1))
+        self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _over_frames(x, self.weight, self.bias)

@@ -4,6 +4,9 @@ import dataclasses
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -81,6 +84,28 @@ def test_a_stage_that_fails_leaves_no_record_and_goes_on_with_the_same_fingerpri
     fail(run, "sft")
     with run.at_work("sft", "another") as current:
         assert current.savepoint("x").load() is None
+
+
+def test_what_a_killed_process_had_half_written_is_no_output(run):
+    """Else the stage's output would be another than that of a run that nobody killed, and what follows it would be done again."""
+    work(run, "demos", "f")
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from worldenv import checkpoint
+with checkpoint.atomic(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with run.at_work("sft", "f") as current:
+        (current.folder / "data.txt").write_text("output")
+        for name in ("000029.npz", "deeper/000030.npz"):
+            assert subprocess.run([sys.executable, "-c", killed, str(current.folder / name)]).returncode == -signal.SIGKILL
+        assert len(list(current.folder.rglob("*.part"))) == 2
+    records = [json.loads((run.folder(stage) / RECORD).read_text()) for stage in ("demos", "sft")]
+    assert records[0]["output"] == records[1]["output"]
+    assert not list(run.folder("sft").rglob("*.part"))
+    assert run.check("sft", "f")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])

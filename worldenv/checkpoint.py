@@ -28,6 +28,8 @@ FORMAT = "worldenv-tree-2"
 _MARK = "$"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk says that is full, for one or for this user."""
+_PART = ".part"
+"""Ends the name of a file that is not whole yet."""
 
 
 class CheckpointError(ValueError):
@@ -52,7 +54,7 @@ def atomic(path: Path) -> Iterator[Path]:
     The bytes are on disk before the name changes, so `path` holds the old content or the new, whole. Raises OSError as the disk does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -65,6 +67,11 @@ def atomic(path: Path) -> Iterator[Path]:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def left_behind(folder: Path) -> list[Path]:
+    """What `atomic` had begun in and below `folder` when its process was killed; nobody may be writing there."""
+    return sorted(folder.rglob(f".*{_PART}"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -230,7 +230,7 @@ class Run:
         current = Stage(folder, fingerprint)
         with PeakMemory() as memory:
             yield current
-        for kept in folder.glob(f"*{_SAVEPOINT}"):
+        for kept in (*folder.glob(f"*{_SAVEPOINT}"), *checkpoint.left_behind(folder)):
             kept.unlink()
         files = {str(p.relative_to(folder)): checkpoint.file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != BEGUN}
         record = {

@@ -90,12 +90,13 @@ def build_one(name: str, build: Build, arch: str, sizes: str) -> Compiled:
         raise ValueError(f"{name}: {len(narrow)} offsets of 32 bits: {narrow[0]}")
     if not build.contract and "fma.rn.f64" in ptx:
         raise ValueError(f"{name}: float64 products and sums are contracted")
-    registers, spilled = assembled(ptx, number, build.contract)
+    registers, spilled = assembled(name, ptx, number, build.contract)
     return Compiled(f"{name} {sizes}", arch, registers, int(made.metadata.shared), spilled)
 
 
-def assembled(ptx: str, arch: int, contract: bool = True) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it spills (stored and loaded), of code for sm_`arch`. ValueError where the assembler says neither."""
+def assembled(name: str, ptx: str, arch: int, contract: bool = True) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills (stored and loaded), of code for sm_`arch`. ValueError that names it where the assembler says
+    neither."""
     target = re.search(r"\.target (sm_\w+)", ptx)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +109,7 @@ def assembled(ptx: str, arch: int, contract: bool = True) -> tuple[int, int]:
         ).stderr  # fmt: skip
     registers = re.search(r"Used (\d+) registers", said)
     if registers is None or "spill" not in said:
-        raise ValueError(f"the assembler says nothing of registers and spills: {said.strip()[:200]}")
+        raise ValueError(f"{name}: the assembler says nothing of registers and spills: {said.strip()[:200]}")
     return int(registers.group(1)), sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
 
 

@@ -165,7 +165,7 @@ def compile_all(code: Lowered, arch: int) -> dict[str, Any]:
         for choice in kernel.configs:
             made = kernel._precompile_config(choice).kernel
             count += 1
-            if assembled(made.asm["ptx"], arch)[1]:
+            if assembled(name, made.asm["ptx"], arch)[1]:
                 spilling.append(f"{name} {choice}")
     return {"configurations": count, "spilling": spilling}
 

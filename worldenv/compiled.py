@@ -404,8 +404,9 @@ def chosen(
         reason = "simulator: {}: {}".format(*next(iter(wrong.values())))
         console.say(f"engines: {reason}; the next back end is used, or eager")
         drifted |= dict.fromkeys((name for name, _ in wrong.values()), reason)
-        choices = [Choice.eager(one.network) if one.network.name in wrong else one for one in choices]  # lets its engine go
-        choices = [one_of(one.network) if one.network.name in wrong else one for one in choices]
+        sound = {one.network.name: one for one in choices if one.network.name not in wrong}
+        choices = []  # lets the engines of the others go
+        choices = [sound.get(network.name) or one_of(network) for network in networks]
     return choices
 
 

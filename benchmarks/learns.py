@@ -6,15 +6,17 @@
     python -m benchmarks.learns --table
 
 The first form is a whole run of `worldenv-train` with one part taken out by name, in its own folder below --runs; stages that another run
-there has done with the same settings are taken over; in the true simulator no world model is trained. The second trains what a user would try
+there has done with the same settings are taken over; in the true simulator no world model is trained. The third trains what a user would try
 first instead of LOOP: fine-tuning for twice as long, on the demonstrations or on these and the successes of the exploration. Every form pairs
 the result with the fine-tuned policy on the same test states, and adds one row to benchmarks/results/learns.jsonl. --table prints all rows, and
-pools seeds; then the mean over runs with an interval of its own, successes by what ends an episode, and how often the judge is fooled.
+pools seeds; then the method beside its shuffle on the same states, the mean over runs with an interval of its own, successes by what ends an
+episode, and how often the judge is fooled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,9 +25,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from scipy import stats
 
 from worldenv import checkpoint, config, evaluation, presets, report, train
+from worldenv.benchmarks import harness
 from worldenv.cli.arguments import parse
 from worldenv.config import RunConfig
 from worldenv.data.episode import Episode
@@ -108,6 +113,17 @@ def until_first_success(episode: Episode) -> Episode:
     return dataclasses.replace(episode, **cut, command=episode.command[:end])
 
 
+def _hits(outcomes: Mapping[str, Outcomes]) -> dict[str, str]:
+    """Success on each test state by the predicate, by policy: a bit a state, the first state's the highest, in hexadecimal."""
+    return {name: np.packbits(one.by("oracle")).tobytes().hex() for name, one in outcomes.items()}
+
+
+def _hit(row: Mapping[str, Any], which: str) -> NDArray[np.bool_]:
+    """What `_hits` wrote of policy `which`: (n,). KeyError for a row from before it did."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["hits"][which]), np.uint8), count=row["eval"][which]["oracle"]["episodes"])
+    return bits.astype(np.bool_)
+
+
 def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
     """Fine-tune for twice as many steps, from scratch as stage sft does, and pair it with stage sft's policy on stage eval's test states."""
     settings = settings_for(dataclasses.replace(args, instead=None))
@@ -129,6 +145,7 @@ def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
         "fit": fitted,
         "eval": {"sft": before.tally(desk.env.tasks), "loop": after.tally(desk.env.tasks)},
         "paired": evaluation.paired(before.by("oracle"), after.by("oracle")),
+        "hits": _hits({"sft": before, "loop": after}),
     }
 
 
@@ -144,6 +161,7 @@ def _true_simulator(args: LearnsArgs, out: Path) -> dict[str, Any]:
     return {
         "eval": {name: one.tally(desk.env.tasks) for name, one in outcomes.items()},
         "paired": evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle")),
+        "hits": _hits(outcomes),
         "loop": {"returns": [row["return"] for row in record["metrics"]["history"]], **record["timings"]},
         "clip_fraction": float(np.mean([row["clip_fraction"] for row in record["metrics"]["history"]])),
         "seconds": {name: desk.run.record(name)["seconds"] for name in ("sft", "loop")},
@@ -152,9 +170,11 @@ def _true_simulator(args: LearnsArgs, out: Path) -> dict[str, Any]:
 
 def _from_report(out: Path) -> dict[str, Any]:
     record = report.read(out)
+    outcomes = checkpoint.load(out / "stages" / "eval" / "outcomes.safetensors")
     return {
         "eval": {name: record["eval"][name] for name in ("sft", "loop")},
         "paired": record["eval"]["paired"],
+        "hits": _hits({name: Outcomes.from_tree(outcomes[name]) for name in ("sft", "loop")}),
         "world": record["world"],
         "reward": record["reward"],
         "loop": {name: record["loop"][name] for name in ("returns", "curve", "seconds_per_iteration")},
@@ -176,20 +196,58 @@ def measure(args: LearnsArgs) -> dict[str, Any]:
         "permutation": args.permutation,
         "preset": args.preset,
         "commit": report.commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": harness.machine(torch.device("cpu")),
+        "versions": harness.versions(),
         "settings": config.fingerprint(settings),
         **(_alternative(args, out) if args.instead else _true_simulator(args, out) if true else _from_report(out)),
     }
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Two policies on the same n test states."""
+
+    found: Mapping[str, Any]
+    """As `evaluation.paired` gives it."""
+    episodes: int
+    """n."""
+    difference: NDArray[np.float64] | None
+    """(n,): success of the second less that of the first, by state; None where a row does not say."""
+
+
 def pool(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of several rows added up, with the paired test on the sums: successes by policy, episodes, and what `evaluation.paired` gives."""
+    """Successes by policy, episodes, and what `evaluation.paired` gives, of one run; of several, with sums of the counts (`_together`)."""
     count = {name: sum(row["eval"][name]["oracle"]["successes"] for row in rows) for name in ("sft", "loop")}
-    episodes = sum(row["eval"]["sft"]["oracle"]["episodes"] for row in rows)
-    wins, losses = (sum(row["paired"][name] for row in rows) for name in ("wins", "losses"))
-    both = count["sft"] - losses
-    before = np.repeat([True, True, False, False], [both, losses, wins, episodes - both - losses - wins])
-    after = np.repeat([True, False, True, False], [both, losses, wins, episodes - both - losses - wins])
-    return {**count, "episodes": episodes, **evaluation.paired(before, after)}
+    pairs = []
+    for row in rows:
+        difference = _hit(row, "loop").astype(np.float64) - _hit(row, "sft") if "hits" in row else None
+        pairs.append(_Pair(row["paired"], row["eval"]["sft"]["oracle"]["episodes"], difference))
+    return {**count, "episodes": sum(pair.episodes for pair in pairs), **_together(pairs)}
+
+
+def _together(pairs: Sequence[_Pair]) -> dict[str, Any]:
+    """What `evaluation.paired` gives, of several pairs of policies on the same states: of several seeds, whose test states are the same ones.
+
+    Episodes from one state go together, so the observation is a state: the error of the mean is that of the states' sums of differences.
+    Where a row does not say what came of each state, it is the most that it can be, since the deviation of a sum is at most the sum of the
+    deviations: the mean of the single errors, weighted by episodes. p and interval are those of the normal distribution.
+    """
+    if len(pairs) == 1:
+        return dict(pairs[0].found)
+    n = np.array([pair.episodes for pair in pairs], dtype=np.float64)
+    wins, losses = np.array([[pair.found["wins"], pair.found["losses"]] for pair in pairs], dtype=np.float64).T
+    difference = float((wins - losses).sum() / n.sum())
+    known = [pair.difference for pair in pairs if pair.difference is not None]
+    if len(known) == len(pairs) and len(set(n)) == 1:
+        error = float(np.std(np.mean(known, axis=0)) / np.sqrt(n[0]))
+    else:
+        error = float(np.sqrt(wins + losses - (wins - losses) ** 2 / n).sum() / n.sum())
+    half = float(stats.norm.isf(0.025)) * error
+    return {
+        "wins": int(wins.sum()), "losses": int(losses.sum()), "p_value": float(2 * stats.norm.sf(abs(difference) / error)) if error else 1.0,
+        "difference": difference, "interval": [difference - half, difference + half],
+    }  # fmt: skip
 
 
 def _newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -254,6 +312,24 @@ def table_of_runs(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table_against(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The method beside its shuffle (first permutation) on the same states, as Markdown: the seeds of which both rows say what came of each state."""
+    newest = _newest(rows)
+    shuffle, method = ({row["seed"]: row for row in _one_per_seed(newest.get(name, [])) if "hits" in row} for name in ("shuffle", "method"))
+    pairs: dict[str, _Pair] = {}
+    counts: dict[str, tuple[int, int]] = {}
+    for seed in sorted(shuffle.keys() & method.keys()):
+        before, after = _hit(shuffle[seed], "loop"), _hit(method[seed], "loop")
+        pairs[str(seed)] = _Pair(evaluation.paired(before, after), len(before), after.astype(np.float64) - before)
+        counts[str(seed)] = int(before.sum()), int(after.sum())
+    lines = ["| seed | shuffle | method | points (95 %) | gained, lost | p |", "|---|---|---|---|---|---|"]
+    for name, some in [*((seed, [seed]) for seed in pairs), *([("**pooled**", list(pairs))] if len(pairs) > 1 else [])]:
+        one, n = _together([pairs[seed] for seed in some]), sum(pairs[seed].episodes for seed in some)
+        shuffled, learned = (sum(counts[seed][i] for seed in some) for i in (0, 1))
+        lines.append(f"| {name} | {shuffled}/{n} | {learned}/{n} | {_points(one)} | {one['wins']}, {one['losses']} | {one['p_value']:.2g} |")
+    return "\n".join(lines)
+
+
 _ENDS = {"oracle": "by the predicate", "limit": "at the step limit", "reflector": "by the reflector"}
 
 
@@ -278,21 +354,21 @@ def table_of_verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
         for which, said in (("sft", "fine-tuned"), ("loop", "after")):
             found = [row["world"][f"outcome_agreement_{which}"] for row in last]
             n, imagined, true, fooled, missed = (
-                sum(one[key] for one in found)
-                for key in ("episodes", "imagined_successes", "true_successes", "false_positives", "false_negatives")
+                sum(one[key] for one in found) for key in ("episodes", "imagined_successes", "true_successes", "false_positives", "false_negatives")
             )
             cells = (name, len(last), said, n, imagined, true, f"{fooled} of {n - true}", missed)
             lines += ["| " + " | ".join(str(cell) for cell in cells) + " |"] if last else []
     return "\n".join(lines)
 
 
-def _line(name: str, seed: str, one: Mapping[str, Any], commit: str) -> str:
+def _points(one: Mapping[str, Any]) -> str:
     low, high = one["interval"]
-    n = one["episodes"]
-    points = f"{100 * one['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    return (
-        f"| {name} | {seed} | {one['sft']}/{n} | {one['loop']}/{n} | {points} | {one['wins']}, {one['losses']} | {one['p_value']:.2g} | {commit} |"
-    )
+    return f"{100 * one['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _line(name: str, seed: str, one: Mapping[str, Any], commit: str) -> str:
+    n, gained = one["episodes"], f"{one['wins']}, {one['losses']}"
+    return f"| {name} | {seed} | {one['sft']}/{n} | {one['loop']}/{n} | {_points(one)} | {gained} | {one['p_value']:.2g} | {commit} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -307,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.table:
         rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
-        print("\n\n".join(made(rows) for made in (table, table_of_runs, table_of_ends, table_of_verdicts)))
+        print("\n\n".join(made(rows) for made in (table, table_against, table_of_runs, table_of_ends, table_of_verdicts)))
         return 0
     row = measure(args)
     if not args.fast:

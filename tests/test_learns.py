@@ -8,11 +8,13 @@ import os
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from worldenv import evaluation, presets
 from worldenv.benchmarks import learns, learns_figures
 from worldenv.benchmarks.learns import LearnsArgs
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.evaluation import Outcomes
 from worldenv.nouns import Camera
 
 
@@ -22,8 +24,17 @@ def row(seed, before, after, variant="method"):
 
     return {
         "variant": variant, "settings": "s", "seed": seed, "commit": "abcdef0123", "eval": {"sft": tally(before), "loop": tally(after)},
-        "paired": evaluation.paired(before, after),
+        "paired": evaluation.paired(before, after), "hits": learns._hits({"sft": outcomes(before), "loop": outcomes(after)}),
     }  # fmt: skip
+
+
+def outcomes(hit):
+    return Outcomes((), hit[:, None], None, 0.5)
+
+
+def without_hits(row):
+    """As rows were before each state's outcome was kept."""
+    return {name: value for name, value in row.items() if name != "hits"}
 
 
 def drawn(seed, n=80):
@@ -31,14 +42,42 @@ def drawn(seed, n=80):
     return draw.random(n) < 0.5, draw.random(n) < 0.7
 
 
-def test_pooling_is_the_paired_test_on_all_episodes_together():
-    parts = [drawn(0), drawn(1, 60), drawn(2)]
-    rows = [row(i, *part) for i, part in enumerate(parts)]
-    before, after = (np.concatenate(some) for some in zip(*parts, strict=True))
-    got, want = learns.pool(rows), evaluation.paired(before, after)
-    assert got.pop("interval") == pytest.approx(want.pop("interval"))
-    assert {name: got[name] for name in want} == pytest.approx(want)
-    assert (got["sft"], got["loop"], got["episodes"]) == (before.sum(), after.sum(), 220)
+def test_one_run_is_the_paired_test_itself():
+    before, after = drawn(0)
+    got, want = learns.pool([row(0, before, after)]), evaluation.paired(before, after)
+    assert {name: got[name] for name in want} == want
+    assert (got["sft"], got["loop"], got["episodes"]) == (before.sum(), after.sum(), 80)
+
+
+def test_a_policy_that_is_counted_three_times_is_no_surer_than_once():
+    """Seeds share their test states: what n episodes of one policy say is not said better by copies of it; of unlike policies it is."""
+    before, after = drawn(0, 400)
+    once, copies = evaluation.paired(before, after), learns.pool([row(seed, before, after) for seed in range(3)])
+    difference = after.astype(float) - before
+    half = 1.959964 * difference.std() / 20
+    assert copies["interval"] == pytest.approx([once["difference"] - half, once["difference"] + half], rel=1e-5)
+    assert copies["interval"] == pytest.approx(once["interval"], abs=0.01)  # another method, of the same standard error
+    assert copies["p_value"] == pytest.approx(2 * stats.norm.sf(20 * difference.mean() / difference.std()))
+    assert (copies["wins"], copies["losses"], copies["episodes"]) == (3 * once["wins"], 3 * once["losses"], 1200)
+
+    unlike = [row(seed, *drawn(seed, 400)) for seed in range(3)]
+    known, at_most = learns.pool(unlike), learns.pool([without_hits(one) for one in unlike])
+    width, most = (low_high["interval"][1] - low_high["interval"][0] for low_high in (known, at_most))
+    assert most == pytest.approx(np.sqrt(3) * width, rel=0.1)  # where nothing is known of each state they may be copies
+    assert learns.pool([unlike[0], unlike[1], without_hits(unlike[2])])["interval"] == pytest.approx(at_most["interval"])
+    assert known["difference"] == pytest.approx(at_most["difference"])
+
+
+def test_method_and_shuffle_are_compared_on_the_same_states():
+    (_, shuffled), (before, method), other = drawn(0), drawn(1), drawn(2)
+    rows = [row(0, before, method), row(0, before, shuffled, "shuffle"), row(1, *other), without_hits(row(1, *other, "shuffle"))]
+    wins, losses = int((method & ~shuffled).sum()), int((shuffled & ~method).sum())
+    lines = learns.table_against(rows).splitlines()[2:]
+    assert len(lines) == 1  # of seed 1 the shuffle does not say what came of each state
+    assert lines[0].startswith(f"| 0 | {shuffled.sum()}/80 | {method.sum()}/80 | ")
+    assert f"| {wins}, {losses} | {evaluation.mcnemar(wins, losses):.2g} |" in lines[0]
+    pooled = learns.table_against([*rows, row(2, *other), row(2, *drawn(3), "shuffle")]).splitlines()[-1]
+    assert pooled.startswith(f"| **pooled** | {shuffled.sum() + drawn(3)[1].sum()}/160 | {method.sum() + other[1].sum()}/160 | ")
 
 
 def test_the_table_keeps_every_seed_and_the_newest_row_of_each():

@@ -246,7 +246,7 @@ def kernels(setting: Setting) -> Variants:
     if importlib.util.find_spec("cv2") is None:
         print("kernels: no action_map, whose baseline is OpenCV's, and that is not installed", file=sys.stderr)
         made = {name: subject for name, subject in made.items() if not name.startswith("action_map")}
-    uncompiled = ("philox", "action_map")
+    uncompiled = ("philox", "action_map", "frames to policy")  # of the last Dynamo would make the resize's matrices anew at every call
     against = {name: ("eager",) if name.startswith(uncompiled) else ("eager", "torch.compile") for name in made}
     if setting.device.type == "cpu":
         against = dict.fromkeys(made, ("eager",))

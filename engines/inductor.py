@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -69,9 +70,7 @@ class Inductor:
 
 def requires() -> str | None:
     """A C++ compiler; on CUDA Triton."""
-    from shutil import which
-
-    if not any(which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name):
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name):
         return "inductor: no C++ compiler: install g++, or set CXX"
     return None
 
@@ -86,6 +85,17 @@ def architecture(device: torch.device) -> str:
     return compute_capability(device)
 
 
+def options(recipe: EngineRecipe) -> dict[str, bool]:
+    """What is set otherwise than Inductor would: by its version, and by what this machine has."""
+    found = {}
+    if torch.__version__ < "2.13" and recipe.ranges:
+        # it is not for lengths that vary, and 2.11 fails on them: an assertion of get_pw_red_splits
+        found["triton.coalesce_tiling_analysis"] = False
+    if shutil.which("openssl") is None:  # by which it tells headers apart that it would compile before the rest
+        found |= {"cpp_cache_precompile_headers": False, "aot_inductor.precompile_headers": False}
+    return found
+
+
 def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
     """See `backend`."""
     device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
@@ -95,7 +105,7 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
         found = _libraries(Path(cache)) if device.type == "cuda" else {}
         with _environment({"TORCHINDUCTOR_CACHE_DIR": cache, **found}):
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PLAN))
+                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PLAN), inductor_configs=options(recipe))
                 shapes = {name: list(tensor.shape) for name, tensor in export.state(module).items()}
                 (folder / _SHAPES).write_text(json.dumps(shapes), encoding="utf-8")
             except Exception as error:  # a compiler's errors have no base

@@ -42,7 +42,7 @@ from worldenv import compiled
 from worldenv.benchmarks import engine_rows
 from worldenv.benchmarks.compile_kernels import assembled
 from worldenv.benchmarks.harness import Setting
-from worldenv.engines import export
+from worldenv.engines import export, inductor
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.judge import Watching
 from worldenv.simulator.evac import Evac
@@ -143,7 +143,7 @@ def published() -> list[compiled.Network]:
     for name in ("normal_", "uniform_"):
         setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor.fill_(0.01))
     made = [engine_rows.PUBLISHED[f"{name} 320x512"] for name in compiled.NAMES[:3]]
-    return [engine_rows._fixed(make(Setting(GPU, torch.bfloat16, "published"), "bf16"), lengths) for make, lengths in made]
+    return [engine_rows.fixed(make(Setting(GPU, torch.bfloat16, "published"), "bf16"), lengths) for make, lengths in made]
 
 
 def lower(network: compiled.Network) -> Lowered:
@@ -151,7 +151,7 @@ def lower(network: compiled.Network) -> Lowered:
     with torch.no_grad():
         program = export.traced(export.prepared(network.plain(), network.recipe), network.recipe)
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path="never-written.pt2")
+            torch._inductor.aoti_compile_and_package(program, package_path="never-written.pt2", inductor_configs=inductor.options(network.recipe))
         except Lowered as made:
             return made
     raise AssertionError("Inductor timed no kernel: this version lowers otherwise")
@@ -185,7 +185,7 @@ def main() -> None:
         if args.words and not any(word in network.name for word in args.words):
             continue
         began = time.monotonic()
-        code = lower(engine_rows._fixed(network, {"batch": 1}) if args.one else network)
+        code = lower(engine_rows.fixed(network, {"batch": 1}) if args.one else network)
         row = {"network": network.name, "arch": args.arch, "kernels": len(code.sources), **code.said}
         if not args.no_compile:
             row |= compile_all(code, arch)

@@ -103,6 +103,7 @@ def _install() -> None:
     answers: dict[str, Any] = {
         "_lazy_init": None, "synchronize": None, "is_available": True, "device_count": 2, "get_device_name": found.name,
         "get_device_properties": found, "get_device_capability": (found.major, found.minor), "max_memory_allocated": 0,
+        "_sleep": None,
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer: answer)

@@ -133,7 +133,7 @@ def test_mistakes_are_named(argv: list[str], words: str, capsys: pytest.CaptureF
 
 def test_parts_are_chosen_by_name_and_the_build_is_always_one() -> None:
     assert gpu.chosen("") == list(PARTS)
-    assert [part.name for part in gpu.chosen("vae_256,ceil")] == ["build", "ceilings", "vae_256x256"]
+    assert [part.name for part in gpu.chosen("vae_256,ceil")] == ["build", "ceilings", "engines_vae_256x256", "vae_256x256"]
 
 
 def test_every_part_measures_something_that_there_is() -> None:
@@ -150,6 +150,7 @@ def test_a_missing_package_skips_a_file_by_name(tmp_path: Path) -> None:
     tests = {
         "test_there.py": "import pytest\n@pytest.mark.gpu\ndef test_a(): pass\n",
         "test_needs.py": "import surely_not_installed.part\nimport pytest\n@pytest.mark.gpu\ndef test_a(): pass\n",
+        "test_asks.py": "try:\n    import surely_not_either\nexcept ImportError:\n    {}['why']\n",  # what failed first is what is missing
     }
     for name, text in tests.items():
         (tmp_path / name).write_text(text)
@@ -159,6 +160,7 @@ def test_a_missing_package_skips_a_file_by_name(tmp_path: Path) -> None:
     done = subprocess.run(says(code), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "needs surely_not_installed" in done.stdout
+    assert "needs surely_not_either" in done.stdout
     assert "1 passed" in done.stdout
     (tmp_path / "test_own.py").write_text("import worldenv.no_such_room\n")
     done = subprocess.run(says(code), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

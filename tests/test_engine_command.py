@@ -17,7 +17,11 @@ from worldenv.benchmarks import engine_rows, gpu
 from worldenv.benchmarks.cases import CASES
 from worldenv.benchmarks.harness import Setting
 from worldenv.cli import engine as command
-from worldenv.engines import export
+from worldenv.engines import export, policy_backbone, policy_heads, simulator_unet, simulator_vae
+from worldenv.engines.recipe import EngineRecipe
+from worldenv.presets import EVAC, LLAVA_VOCAB, OPENVLA_OFT
+from worldenv.reflector import flops
+from worldenv.reflector.judge import Watching
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,16 @@ def test_the_gpus_cases_run_at_a_small_size_here(monkeypatch: pytest.MonkeyPatch
     assert (row["engine"], row["parity"]) == ("policy_heads", "pass")
 
 
+def _recipes_of_a_published_run() -> list[EngineRecipe]:
+    """Which take no memory; the U-Net's ranges are those of every size."""
+    judge = flops.on_meta(engine_rows._LLAVA_WORDS, LLAVA_VOCAB)
+    watching = Watching([flops.INSTRUCTION], 216, 8)
+    return [
+        simulator_unet.recipe(EVAC), *simulator_vae.recipes(EVAC), policy_backbone.recipe(OPENVLA_OFT), policy_heads.recipe(OPENVLA_OFT),
+        *(one.recipe for one in compiled.of_reflector(judge, watching)),
+    ]  # fmt: skip
+
+
 def test_every_published_network_is_measured_and_made_as_its_recipe_says() -> None:
     names = {name.split()[0] for name in engine_rows.PUBLISHED}
     assert names == set(compiled.NAMES)
@@ -151,7 +165,11 @@ def test_every_published_network_is_measured_and_made_as_its_recipe_says() -> No
     assert "simulator_unet 320x512 inductor" in variants
     small = dict(zip(compiled.NAMES, engine_rows._tiny(BRIEF.device, 4).networks, strict=True))
     for name, (_, lengths) in engine_rows.PUBLISHED.items():
-        assert engine_rows._fixed(small[name.split()[0]], lengths).recipe.ranges == {}
-    network = engine_rows._fixed(small["reflector_llm"], {"row": 1, "new": 40, "old": 0})
+        assert engine_rows.fixed(small[name.split()[0]], lengths).recipe.ranges == {}
+    large = {one.name: one for one in _recipes_of_a_published_run()}
+    for name, (_, lengths) in engine_rows.PUBLISHED.items():
+        for axis, (low, _, high) in large[name.split()[0]].ranges.items():
+            assert low <= lengths[axis] <= high, (name, axis)
+    network = engine_rows.fixed(small["reflector_llm"], {"row": 1, "new": 40, "old": 0})
     made = network.eager(*network.recipe.example({}))
     assert made[0].shape[1] == 40

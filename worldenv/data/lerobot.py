@@ -21,7 +21,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import av
 import cv2
 import numpy as np
 import pyarrow as pa
@@ -259,6 +258,8 @@ def _decoded(cell: Mapping[str, Any]) -> NDArray[np.uint8]:
 
 def _video(path: Path, began: float, count: int, fps: float) -> NDArray[np.uint8]:
     """The `count` frames from `began` [s] on."""
+    import av  # FFmpeg whole, which data without videos do not need
+
     first = round(began * fps)
     frames: dict[int, NDArray[np.uint8]] = {}
     with av.open(str(path)) as container:
@@ -384,6 +385,8 @@ class _Video:
 
     def add(self, pictures: NDArray[np.uint8]) -> None:
         """Encode (R, H, W, 3); the first of them is a key frame, so that a reader can begin there."""
+        import av
+
         codec, pixels, options = _ENCODERS[self.frames]
         if self.container is None:
             if codec not in av.codecs_available:

@@ -30,6 +30,8 @@ with contextlib.suppress(ImportError):
 try:
     import mujoco
 except Exception:  # MUJOCO_GL names a library that is not there, which PyOpenGL says in many ways: physics needs none, and pictures say so below
+    if "MUJOCO_GL" not in os.environ:  # then it is mujoco itself that is not there
+        raise
     _asked = os.environ["MUJOCO_GL"]
     os.environ["MUJOCO_GL"] = "disable"
     import mujoco

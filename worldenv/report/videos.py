@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -123,6 +122,8 @@ def write_mp4(target: BinaryIO | Path, pictures: Iterable[NDArray[np.uint8]], fp
 
     Returns how many there were, their width and height [px]. Raises ValueError where this build of FFmpeg has no H.264 encoder.
     """
+    import av  # FFmpeg whole, which a run needs for its videos alone
+
     if "libx264" not in av.codecs_available:
         raise ValueError("videos need FFmpeg with libx264; the av wheels have it: pip install --force-reinstall --only-binary=av av")
     count, size, stream = 0, (0, 0), None

@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,14 +136,16 @@ def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
     folder = args.runs / f"seed-{args.seed}" / f"{args.instead}-policy"
     folder.mkdir(parents=True, exist_ok=True)
     policy, _ = begun_policy(desk, episodes, lambda part: checkpoint.Savepoint(folder / f"{part}.savepoint"))
-    longer = dataclasses.replace(settings.sft, steps=2 * settings.sft.steps)
+    longer, began = dataclasses.replace(settings.sft, steps=2 * settings.sft.steps), time.monotonic()
     fitted = sft.sft(policy, episodes, desk.env.robot, longer, desk.seed, checkpoint.Savepoint(folder / "fit.savepoint"))
+    seconds = time.monotonic() - began
     policies.save(folder / "policy.safetensors", policy)
     reflector = desk.reflector()
     after = evaluation.evaluate(policy, desk.env, before.start, settings.env.steps, reflector, reflector.config.threshold, desk.device)
     return {
         "episodes_used": len(episodes),
         "fit": fitted,
+        "seconds": {"fit": round(seconds, 2)},
         "eval": {"sft": before.tally(desk.env.tasks), "loop": after.tally(desk.env.tasks)},
         "paired": evaluation.paired(before.by("oracle"), after.by("oracle")),
         "hits": _hits({"sft": before, "loop": after}),

@@ -6,13 +6,15 @@
 The ceiling is every episode, and the suite's step limit (220, 280, 300, 520 control steps after 10 settling steps). An episode starts in a published
 initial state, 0 upwards; the experts were tuned on others. Success is LIBERO's own predicate, the first time that it holds. `stays` counts the
 successes that still hold 30 steps later, when the gripper has let go and moved away. Nothing is drawn. Episodes of another version of the experts
-are measured anew: a row has a hash of their code, comments and docstrings apart.
+are measured anew: a row has a hash of their code, comments and docstrings apart. The table shows the newest row of each episode; (1) marks a task
+of which one is of an earlier version.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
@@ -24,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from worldenv import console, noise, report
+from worldenv.benchmarks import harness
 from worldenv.cli.arguments import parse
 from worldenv.envs import libero, libero_install
 from worldenv.envs.experts import libero as expert
@@ -87,24 +91,26 @@ def play(env: Libero, task: int, index: int) -> dict[str, Any]:
 def _measure(results: Path, code: str, work: tuple[Suite, int, tuple[int, ...]]) -> int:
     suite, task, indices = work
     env = Libero(suite, pictures=False)
+    where = {"commit": report.commit(), "machine": harness.machine(torch.device("cpu")), "versions": harness.versions()}
     for index in indices:
-        row = {"benchmark": "libero_experts", **play(env, task, index), "expert": code, "commit": report.commit()}
+        row = {"benchmark": "libero_experts", **play(env, task, index), "expert": code, **where}
+        row["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     env.close()
     return len(indices)
 
 
-def read(results: Path, code: str) -> list[dict[str, Any]]:
-    """Rows of this version of the experts."""
+def read(results: Path) -> list[dict[str, Any]]:
+    """The newest row of each episode; a file's rows stand in the order in which they were added."""
     if not results.is_file():
         return []
     rows: list[dict[str, Any]] = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["expert"] == code]
+    return list({(row["suite"], row["task"], row["index"]): row for row in rows}.values())
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """All tasks as Markdown, those without an expert named, and a line for each suite."""
+def table(rows: Iterable[Mapping[str, Any]], code: str) -> str:
+    """All tasks as Markdown, those without an expert named, those with a row that is not of version `code` marked, and a line for each suite."""
     lines = ["| suite | task | success | stays | mean steps | min-max | limit |", "|---|---|---|---|---|---|---|"]
     found = list(rows)
     for suite in libero.SUITES:
@@ -116,7 +122,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
                 lines.append(f"{start} no expert | | | | |")
             elif some:
                 spread = f"{np.mean(steps):.0f} | {min(steps)}-{max(steps)}" if steps else "|"
-                lines.append(f"{start} {len(steps)}/{len(some)} | {sum(row['stays'] for row in some)} | {spread} | {libero.STEPS[suite]} |")
+                mark = "" if all(row["expert"] == code for row in some) else " (1)"
+                lines.append(f"{start} {len(steps)}/{len(some)}{mark} | {sum(row['stays'] for row in some)} | {spread} | {libero.STEPS[suite]} |")
         some = [row for row in found if row["suite"] == suite]
         tasks = len({row["task"] for row in some})
         lines.append(f"| **{suite}** | {tasks} tasks | {sum(row['steps'] is not None for row in some)}/{len(some)} | | | | |")
@@ -133,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     code = version()
     if not args.table:
-        there = {(row["suite"], row["task"], row["index"]) for row in read(args.results, code)}
+        there = {(row["suite"], row["task"], row["index"]) for row in read(args.results) if row["expert"] == code}
         work = [
             (suite, task, missing)
             for suite in libero.SUITES
@@ -150,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 done = map(measure, work)
             for _ in console.track(0, len(work), "tasks"):
                 next(done)
-    rows = read(args.results, code)
-    print(table(rows))
+    rows = read(args.results)
+    print(table(rows, code))
     successes = sum(row["steps"] is not None for row in rows)
     print(json.dumps({"benchmark": "libero_experts", "expert": code, "episodes": len(rows), "successes": successes}))
     return 0

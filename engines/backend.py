@@ -25,6 +25,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from worldenv import checkpoint
 from worldenv.engines import export
 from worldenv.engines.recipe import EngineError, EngineRecipe, Signature, signature, symbol
 from worldenv.engines.store import Plan, Store, Wanted
@@ -164,7 +165,7 @@ def only_here(name: str, arch: str, device: torch.device) -> None:
 
 def wanted(name: str, module: nn.Module, recipe: EngineRecipe, arch: str) -> Wanted:
     """What decides the bytes of a plan of `module`, which is in the recipe's precision."""
-    weights = export.weights_hash(export.state(module))
+    weights = checkpoint.tensors_hash(export.state(module))
     return Wanted(recipe.name, name, arch, recipe.precision, export.architecture(module, recipe), weights, back_end(name).versions())
 
 

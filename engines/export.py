@@ -140,16 +140,6 @@ def architecture(module: nn.Module, recipe: EngineRecipe) -> str:
     return digest.hexdigest()
 
 
-def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
 def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write `weights` as safetensors, whole or not at all."""
     checkpoint.write_tensors(path, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()})

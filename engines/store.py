@@ -46,7 +46,7 @@ class Wanted:
     graph: str
     """`export.architecture`: recipe, layers, sources."""
     weights: str
-    """`export.weights_hash`."""
+    """`checkpoint.tensors_hash`."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries that make it and run it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from test_rollout_bits import GROUP, SEED, SMALL_SIMULATOR, Plant, check, fly, n
 from test_simulator import trained
 from torch import nn
 
-from worldenv import compiled
+from worldenv import checkpoint, compiled
 from worldenv.benchmarks.bench_rollout import inside
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import EnginesConfig, LoopConfig
@@ -131,6 +132,22 @@ def learner_and_engines(like: Plant, store: Store, folder: Path) -> tuple[Learne
     return learner, replica, fitted
 
 
+def test_inductor_is_told_of_an_older_torch_and_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    varying = policy_heads.recipe(SMALL)
+    settled = dataclasses.replace(varying, inputs=tuple(dataclasses.replace(one, axes=dict.fromkeys(one.axes, 4)) for one in varying.inputs))
+    headers = {"cpp_cache_precompile_headers": False, "aot_inductor.precompile_headers": False}
+    coalescing = {"triton.coalesce_tiling_analysis": False}
+    for version, found, recipe, want in (
+        ("2.11.0+cu130", True, varying, coalescing), ("2.11.0+cu130", True, settled, {}), ("2.13.0+cpu", True, varying, {}),
+        ("2.13.0+cpu", False, varying, headers), ("2.11.0", False, varying, headers | coalescing),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        monkeypatch.setattr(inductor.shutil, "which", lambda name, found=found: f"/usr/bin/{name}" if found else None)
+        assert inductor.options(recipe) == want
+    for name in headers | coalescing:  # of this torch too
+        assert isinstance(functools.reduce(getattr, name.split("."), torch._inductor.config), bool)
+
+
 def test_loop_learns_from_rollouts_by_engines_that_follow_its_weights(eager: Plant, store: Store, tmp_path: Path) -> None:
     """Two iterations: before each, the ratio of old to new densities is 1 to a quarter of what LOOP allows; without a refit it is not."""
     learner, replica, fitted = learner_and_engines(eager, store, tmp_path)
@@ -189,7 +206,7 @@ class Streamed:
         raise EngineError("only refitted")
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self.found = {name: export.weights_hash({name: weights[name]}) for name in weights}
+        self.found = {name: checkpoint.tensors_hash({name: weights[name]}) for name in weights}
 
 
 def most_bytes(work: Callable[[], object]) -> int:
@@ -212,7 +229,7 @@ def test_a_refit_has_no_second_set_of_weights(which: int, precision: Any) -> Non
     engine = Streamed(network.recipe)
     fitted = compiled.Fitted([compiled.Choice(network, engine, None, None)], {network.name: [network.recipe.example()]})
     given = export.state(export.prepared(network.plain(), network.recipe))
-    want = {name: export.weights_hash({name: tensor}) for name, tensor in given.items()}
+    want = {name: checkpoint.tensors_hash({name: tensor}) for name, tensor in given.items()}
     largest = max(tensor.numel() for tensor in given.values()) * 4
     del given
     assert most_bytes(fitted.refit) <= 3 * largest  # a product, a sum, and the sum in the weight's type; the network has 10 times that

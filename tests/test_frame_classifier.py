@@ -94,5 +94,5 @@ def test_its_file_says_what_it_is(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
     judge = fresh()
     judge.network.end.bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower --reward\.classifier-lr"):
+    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower reward\.classifier_lr"):
         train_classifier(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "a"))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From left to right; a room imports itself and what stands left of it.
 ROOMS = (
     *("_core", "nouns", "config", "presets", "noise", "checkpoint", "console", "devices", "kernels", "robots", "kinematics", "action_map"),
-    *("context", "engines"),
+    "engines",
     *("policy", "simulator", "reflector", "compiled", "world", "gym", "envs", "data", "rollout", "learning", "evaluation", "audit", "distributed"),
     *("report", "run", "stages", "train", "trials", "doctor", "cli"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -252,6 +253,21 @@ def test_the_measured_version_is_that_of_the_code_and_not_of_its_comments(tmp_pa
         (tmp_path / "libero.py").write_text(changed)
         monkeypatch.setattr(expert, "__file__", str(tmp_path / "libero.py"))
         assert (libero_experts.version() == before) is same
+
+
+def test_the_table_shows_the_newest_row_of_each_episode_and_marks_what_is_of_an_earlier_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(task: int, index: int, steps: int | None, code: str) -> str:
+        return json.dumps({"suite": "libero_goal", "task": task, "index": index, "steps": steps, "stays": steps is not None, "expert": code})
+
+    results = tmp_path / "rows.jsonl"
+    results.write_text("\n".join([row(1, 0, 60, "old"), row(1, 1, None, "old"), row(2, 0, 90, "old"), row(1, 1, 80, "new"), row(2, 0, None, "new")]))
+    monkeypatch.setattr(libero, "instructions", lambda suite: [f"task {n}" for n in range(10)])
+    lines = libero_experts.table(libero_experts.read(results), "new").splitlines()
+    assert "| libero_goal | 1 task 1 | 2/2 (1) | 2 | 70 | 60-80 | 300 |" in lines
+    assert "| libero_goal | 2 task 2 | 0/1 | 0 | | | 300 |" in lines
+    assert "| **libero_goal** | 2 tasks | 2/3 | | | | |" in lines
 
 
 @pytest.mark.slow  # of make check, which sets LIBERO up before

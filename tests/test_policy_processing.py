@@ -23,7 +23,6 @@ from worldenv.policy.processing import (
     gripper_to_training,
     picture,
     prompt,
-    rotate_180,
 )  # fmt: skip
 from worldenv.presets import TINY
 
@@ -183,12 +182,6 @@ def test_crop_keeps_the_centre_and_refuses_no_share() -> None:
     assert [int(cropped[0]), int(cropped[-1])] == [round(low), round(high)]
     with pytest.raises(ValueError, match="area 0"):
         centre_crop(ramp, 0.0)
-
-
-def test_rotation_turns_both_axes() -> None:
-    frame = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    assert np.array_equal(rotate_180(frame)[0, 0], frame[1, 3])
-    assert np.array_equal(rotate_180(rotate_180(frame)), frame)
 
 
 def test_pixels_are_dinos_then_siglips() -> None:

@@ -21,7 +21,7 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.config import PolicyConfig
 from worldenv.policy import lora, published
 from worldenv.policy.openvla_oft import Network
-from worldenv.policy.published import adapted, open_directory, save_directory, shapes
+from worldenv.policy.published import open_directory, save_directory, shapes
 from worldenv.policy.weights import never_read
 from worldenv.presets import OPENVLA_OFT
 
@@ -49,6 +49,12 @@ LISTED = {
     "language_model.model": 79_953_920,
 }  # fmt: skip
 """Parameters of the published LoRA in each part of the model."""
+
+
+def adapted(config: PolicyConfig) -> list[str]:
+    """The layers that the published fine-tuning puts LoRA on: all that multiply by a matrix, patch convolutions and output layer included."""
+    wide = {name: shape for name, shape in shapes(config).items() if name.endswith(".weight") and len(shape) > 1}
+    return [name.removesuffix(".weight") for name in wide if not name.endswith("embed_tokens.weight")]
 
 
 def test_published_counts() -> None:

@@ -588,21 +588,6 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         weights.from_tree({"kind": "policy"}, "here")
 
 
-def test_a_head_goes_with_its_backbone_and_its_sampler(tmp_path: Path) -> None:
-    reflector = lively(SMALL)
-    weights.save_head(tmp_path / "head", reflector)
-    bare = LlavaReflector(SMALL, reflector.llava, None)
-    video = videos(1, 9)
-    want = reflector.strict(INSTRUCTIONS[0], video[0], [8])
-    assert torch.equal(weights.load_head(tmp_path / "head", bare).freeze().strict(INSTRUCTIONS[0], video[0], [8]), want)
-    with pytest.raises(weights.ReflectorError, match=r"sampler='uniform' \(here 'stable_dyadic'\)"):
-        weights.load_head(tmp_path / "head", LlavaReflector(replace(SMALL, sampler="stable_dyadic"), reflector.llava, None))
-    with pytest.raises(weights.ReflectorError, match="another backbone"):
-        weights.load_head(tmp_path / "head", weights.initialise(SMALL, INSTRUCTIONS, 77))
-    with pytest.raises(weights.ReflectorError, match="no reward head to save"):
-        weights.save_head(tmp_path / "head", bare)
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("published")

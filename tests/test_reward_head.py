@@ -202,9 +202,9 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
     judge = reflector()
     judge.llava.model.model.image_newline.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower --reward\.backbone-lr"):
+    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower reward\.backbone_lr"):
         train_backbone(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "a"))
-    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower --reward\.head-lr"):
+    with pytest.raises(FloatingPointError, match=r"reward: loss is nan at step 0; lower reward\.head_lr"):
         fit_head(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "b"))
 
 

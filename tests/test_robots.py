@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from worldenv.robots.agibot_g1 import AGIBOT_G1, openness
-from worldenv.robots.contract import Robot
 from worldenv.robots.panda import PANDA
 from worldenv.robots.tabletop import TABLETOP
 
@@ -19,15 +18,6 @@ ROBOTS = [TABLETOP, PANDA, AGIBOT_G1]
 # q01 and q99 of the proprioception in LIBERO-Spatial's regenerated demonstrations, as published with OpenVLA-OFT's checkpoints
 LIBERO_Q01 = np.array([-0.2728, -0.2372, 0.9160, 2.7795, -1.3188, -0.4199, 0.00150, -0.03990])
 LIBERO_Q99 = np.array([0.1353, 0.3629, 1.2862, 3.2830, 0.9333, 0.6326, 0.03993, -0.00167])
-
-
-@pytest.mark.parametrize("robot", ROBOTS, ids=lambda robot: robot.name)
-def test_example_is_an_observation(robot: Robot) -> None:
-    observation = robot.example_observation(48, 64)
-    assert observation.frame.shape == (1, 48, 64, 3)
-    assert observation.proprio.shape == (1, 8)
-    want = robot.proprio(np.array(robot.example_pose), np.array(robot.example_gripper))
-    np.testing.assert_array_equal(observation.proprio[0].numpy(), want)
 
 
 def test_panda_starts_within_liberos_published_range() -> None:

@@ -88,7 +88,6 @@ WRONG: dict[str, tuple[Any, str, str, str, Callable[[], None]]] = {
     # what goes in and comes out
     "unclipped proprio": (processing.Bounds, "normalise", ".clamp(-1.0, 1.0)", "", test_policy.test_proprio_is_clipped_at_inference_too),
     "gripper's sign": (processing.Statistics, "to_command", "-1.0, 1.0)\n", "1.0, -1.0)\n", test_policy_processing.test_gripper_conventions),
-    "mirrored on one axis": (processing, "rotate_180", "::-1, ::-1, :", "::-1, :, :", PICTURE),
     "crop by side": (frame_kernels, "centre_crop", "float(np.sqrt(np.float32(area)))", "area", PICTURE),
     "crop rounds": (frame_kernels, "centre_crop", "255.5", "255.0 + 0.5", PICTURE),
     "resize without antialias": (frame_kernels, "_lanczos3_matrix", "max(step, 1.0)", "1.0", PICTURE),

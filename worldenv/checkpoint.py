@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,11 @@ def _unpack(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return node
 
 
-def _digest(skeleton: str, tensors: dict[str, torch.Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, torch.Tensor], skeleton: str = "") -> str:
+    """SHA-256 of `skeleton`, then of names, types, shapes and bytes, in the order of names."""
     digest = hashlib.sha256(skeleton.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
@@ -138,9 +139,9 @@ def _header(tree: Any) -> tuple[dict[str, torch.Tensor], dict[str, str], str]:
     """Tensors by name, the header's entries, and the SHA-256 of both."""
     tensors: dict[str, torch.Tensor] = {}
     skeleton = json.dumps(_pack(tree, tensors, "tree"))
-    digest = _digest(skeleton, tensors)
+    sha256 = tensors_hash(tensors, skeleton)
     # one entry: of several, safetensors writes now this and now that one first
-    return tensors, {FORMAT: json.dumps({"sha256": digest, "tree": skeleton})}, digest
+    return tensors, {FORMAT: json.dumps({"sha256": sha256, "tree": skeleton})}, sha256
 
 
 def _tree(header: dict[str, str], tensors: dict[str, torch.Tensor], name: str) -> Any:
@@ -148,7 +149,7 @@ def _tree(header: dict[str, str], tensors: dict[str, torch.Tensor], name: str) -
         raise CheckpointError(f"{name}: not a {FORMAT} file; was it written by another program or version?")
     try:
         kept = json.loads(header[FORMAT])
-        whole = _digest(kept["tree"], tensors) == kept["sha256"]
+        whole = tensors_hash(tensors, kept["tree"]) == kept["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:

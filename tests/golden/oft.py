@@ -19,7 +19,7 @@ from worldenv.policy import laplace
 from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead
 from worldenv.policy.jpeg import jpeg_round_trip
 from worldenv.policy.openvla_oft import Network
-from worldenv.policy.processing import Bounds, picture, rotate_180
+from worldenv.policy.processing import Bounds, picture
 from worldenv.policy.weights import fill, from_published
 
 Tensors = dict[str, torch.Tensor]
@@ -133,7 +133,7 @@ def preprocess(folder: Path, case: dict[str, Any]) -> dict[str, NDArray[np.uint8
     out: dict[str, NDArray[np.uint8]] = {}
     with np.load(folder / "images.npz", allow_pickle=False) as images:
         for name in sorted({key.split(".")[0] for key in images.files}):
-            rotated = torch.from_numpy(rotate_180(images[f"{name}.raw"]))[None]
+            rotated = torch.from_numpy(images[f"{name}.raw"]).flip(0, 1)[None]
             written = jpeg_round_trip(rotated)
             size = case["tensors"][f"{name}.final"]["shape"][0]
             out[f"{name}.rotated"], out[f"{name}.after_jpeg"] = rotated[0].numpy(), written[0].numpy()

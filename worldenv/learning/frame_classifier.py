@@ -40,7 +40,7 @@ def train_classifier(
         logit = reflector.logit(frames, number[batch[:, 0]])
         return nn.functional.binary_cross_entropy_with_logits(logit, torch.from_numpy(label).to(device))
 
-    losses = descend(network, loss_at, config.classifier_steps, config.classifier_lr, "classifier", "classifier-lr", savepoint)
+    losses = descend(network, loss_at, config.classifier_steps, config.classifier_lr, "classifier", "reward.classifier_lr", savepoint)
     reflector.freeze()
     savepoint.clear()
     return {

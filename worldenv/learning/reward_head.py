@@ -27,6 +27,7 @@ from worldenv import console, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import RewardConfig
 from worldenv.data.episode import Episode
+from worldenv.learning.finite import finite
 from worldenv.learning.sft import one_cycle
 from worldenv.reflector.contract import Judge, scored
 from worldenv.reflector.frames import shown
@@ -97,20 +98,12 @@ class Labelled:
         return reflector.embed([self._episodes[e].instruction for e in moments[:, 0].tolist()], clips)
 
 
-def finite(loss: torch.Tensor, step: int, knob: str) -> float:
-    """The loss as a number; FloatingPointError that names the `knob` to lower where it is not finite."""
-    value = float(loss.detach())
-    if not np.isfinite(value):
-        raise FloatingPointError(f"reward: loss is {value} at step {step}; lower --reward.{knob}")
-    return value
-
-
 def descend(
-    network: nn.Module, loss_at: Callable[[int], torch.Tensor], steps: int, lr: float, label: str, flag: str, savepoint: Savepoint
+    network: nn.Module, loss_at: Callable[[int], torch.Tensor], steps: int, lr: float, label: str, knob: str, savepoint: Savepoint
 ) -> list[float]:
     """Train all of `network` in place by AdamW for `steps`, one cycle to the peak `lr`; `loss_at` gives the loss of a step's batch.
 
-    Returns the losses. FloatingPointError, naming the setting reward.`flag`, where one is not finite. A killed run goes on from `savepoint`.
+    Returns the losses. FloatingPointError, naming the setting `knob`, where one is not finite. A killed run goes on from `savepoint`.
     """
     network.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
@@ -121,7 +114,7 @@ def descend(
         first, losses = kept["step"], kept["losses"]
     for step in (bar := console.track(first, steps, label)):
         loss = loss_at(step)
-        losses.append(finite(loss, step, flag))
+        losses.append(finite(loss, "reward", step, knob))
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, lr)
         optimizer.zero_grad(set_to_none=True)
@@ -154,7 +147,7 @@ def train_backbone(
         return nn.functional.binary_cross_entropy_with_logits(logits, wanted.expand_as(logits))
 
     parts = nn.ModuleDict({"llava": reflector.llava, "head": head})
-    losses = descend(parts, loss_at, config.backbone_steps, config.backbone_lr, "reflector", "backbone-lr", savepoint)
+    losses = descend(parts, loss_at, config.backbone_steps, config.backbone_lr, "reflector", "reward.backbone_lr", savepoint)
     reflector.freeze()
     savepoint.clear()
     return {
@@ -196,7 +189,7 @@ def fit_head(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            total += finite(loss, epoch, "head-lr") * len(some)
+            total += finite(loss, "reward", epoch, "reward.head_lr") * len(some)
         losses.append(total / len(wanted))
         bar.note(loss=losses[-1])
         if savepoint.due():

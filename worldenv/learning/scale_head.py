@@ -6,7 +6,6 @@ beyond them beta has nothing to gain.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import ScaleConfig
 from worldenv.data.episode import Episode
 from worldenv.learning.chunks import Chunks
+from worldenv.learning.finite import finite
 from worldenv.policy import laplace
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.robots.contract import Robot
@@ -65,8 +65,7 @@ def fit_scale_head(
             savepoint.save({"step": step, "first": first, "head": head.state_dict(), "optimizer": optimizer.state_dict()})
         rows = torch.from_numpy(noise.integers(seed, noise.Stream.SCALE, step, len(target), config.batch)).to(policy.device)
         value = loss(rows)
-        if not math.isfinite(float(value.detach())):
-            raise FloatingPointError(f"scale: loss is {float(value.detach())} at step {step}; lower scale.lr")
+        finite(value, "scale", step, "scale.lr")
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

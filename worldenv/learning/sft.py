@@ -26,6 +26,7 @@ from worldenv.config import PolicyConfig, SftConfig
 from worldenv.data.episode import Episode
 from worldenv.learning import augment, processes
 from worldenv.learning.chunks import Chunks
+from worldenv.learning.finite import finite
 from worldenv.nouns import ACTION_DIM, Observation
 from worldenv.policy import lora, published, tokens
 from worldenv.policy.openvla_oft import OpenVLAOFT, Query
@@ -189,8 +190,7 @@ def sft(
             (loss * share).backward()  # type: ignore[no-untyped-call]
         learned.append(processes.total(total, policy.device))
         errors.append(processes.total(far, policy.device) if by_tokens else learned[-1])
-        if not math.isfinite(learned[-1]):
-            raise FloatingPointError(f"sft: loss is {learned[-1]} at step {step}; lower sft.lr")
+        finite(learned[-1], "sft", step, "sft.lr")
         processes.sum_up(p.grad for p in trained.values() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(trained.values(), _GRAD_CLIP)
         optimizer.step()

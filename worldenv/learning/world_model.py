@@ -31,6 +31,7 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import SimulatorConfig, WorldConfig
 from worldenv.data.episode import Episode
 from worldenv.learning import processes
+from worldenv.learning.finite import finite
 from worldenv.learning.sft import one_cycle
 from worldenv.noise import Stream
 from worldenv.nouns import Camera
@@ -53,13 +54,6 @@ Frames = NDArray[np.uint8]
 def _draw_maps(pose: NDArray[np.float64], gripper: NDArray[np.float64], camera: Camera, robot: Robot) -> torch.Tensor:
     """Action maps (N, H, W, 3) uint8 of one arm's `pose` (N, 7) and `gripper` (N,)."""
     return action_map.pictures(pose[:, None], gripper[:, None], camera, robot, robot.arms_at(camera.height)[-1:])
-
-
-def _finite(loss: torch.Tensor, what: str, step: int, cure: str) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{what}: loss is {value} at step {step}; lower {cure}")
-    return value
 
 
 def _restore(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
@@ -135,7 +129,7 @@ def train_vae(
         given = torch.from_numpy(noise.normal(seed, 0, 0, step, Stream.VAE_NOISE, shape)).to(device)
         kl = posterior.kl().mean() / math.prod(shape[1:])
         loss = picture_loss(network.decode(posterior.sample(given)), pictures, still, config.foreground_weight) + config.vae_kl * kl
-        losses.append(_finite(loss, "autoencoder", step, "world.vae_lr"))
+        losses.append(finite(loss, "autoencoder", step, "world.vae_lr"))
         divergence = float(kl.detach())
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, config.vae_steps, config.vae_lr)
@@ -454,7 +448,7 @@ def train_simulator(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise.torch_seed(seed, Stream.WORLD_DROPOUT, step) + rank)  # the network's own dropout layers
             loss = objective(batch.rows(rank, count) if count > 1 else batch, clips.rays)
-        losses.append(processes.total(_finite(loss, "simulator", step, "world.lr"), clips.latents.device) / count)
+        losses.append(processes.total(finite(loss, "simulator", step, "world.lr"), clips.latents.device) / count)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, config.steps, config.lr)
         optimizer.zero_grad(set_to_none=True)

@@ -230,11 +230,6 @@ def gripper_to_training(command: torch.Tensor) -> torch.Tensor:
     return torch.cat([command[..., :-1], 1.0 - command[..., -1:].clamp(0.0, 1.0)], dim=-1)
 
 
-def rotate_180(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Both axes of (..., H, W, 3) reversed: LIBERO's render as OpenVLA-OFT sees it, upright but mirrored left to right."""
-    return np.ascontiguousarray(frame[..., ::-1, ::-1, :])
-
-
 def resized(frames: torch.Tensor, size: int, jpeg: bool) -> torch.Tensor:
     """The published chain up to the crop: frames (B, H, W, 3) uint8 to (B, size, size, 3) uint8."""
     return resize_lanczos3(jpeg_round_trip(frames) if jpeg else frames, size)

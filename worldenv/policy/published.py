@@ -69,12 +69,6 @@ def shapes(config: PolicyConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict().items() if name.startswith(parts)}
 
 
-def adapted(config: PolicyConfig) -> list[str]:
-    """The layers that the published fine-tuning puts LoRA on: all that multiply by a matrix, patch convolutions and output layer included."""
-    wide = {name: shape for name, shape in shapes(config).items() if name.endswith(".weight") and len(shape) > 1}
-    return [name.removesuffix(".weight") for name in wide if not name.endswith("embed_tokens.weight")]
-
-
 def _json(path: Path) -> dict[str, Any]:
     return checkpoint.read_published(path, "an OpenVLA-OFT checkpoint directory")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,47 +157,10 @@ def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = 
 
 
 def save_directory(directory: Path, reflector: LlavaReflector) -> None:
-    """Write the backbone as a directory that `open_directory` and transformers read; the head is not part of it (`save_head`)."""
+    """Write the backbone as a directory that `open_directory` and transformers read; the head is not part of it."""
     directory.mkdir(parents=True, exist_ok=True)
     reflector.llava.model.save_pretrained(directory)
     reflector.llava.prompt.tokenizer.save(str(directory / "tokenizer.json"))
     side = {"height": reflector.config.image, "width": reflector.config.image}
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": side, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3}
     checkpoint.write_text(directory / "preprocessor_config.json", json.dumps(pixels, indent=2))
-
-
-def _identity(llava: Llava) -> str:
-    """SHA-256 that tells backbones apart: config, last norm, newline and the answers' rows."""
-    digest = hashlib.sha256(llava.model.config.to_json_string().encode())
-    inner = llava.model.model
-    for tensor in (inner.language_model.norm.weight, inner.image_newline, llava.model.lm_head.weight[[llava.prompt.yes, llava.prompt.no]]):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-_FITTED_FOR = ("image", "width", "frames", "sampler", "pooling", "head_width")
-
-
-def save_head(path: Path, reflector: LlavaReflector) -> str:
-    """Write the reward head alone, with what it was trained for: sampler, frames, pooling, and which backbone. Returns the SHA-256."""
-    if reflector.head is None:
-        raise ReflectorError(f"{path}: this reflector has no reward head to save; fit one first")
-    fitted = {name: getattr(reflector.config, name) for name in _FITTED_FOR}
-    head = dict(reflector.head.state_dict())
-    return checkpoint.save(path, {"kind": f"{KIND} head", "for": fitted, "backbone": _identity(reflector.llava), "head": head})
-
-
-def load_head(path: Path, reflector: LlavaReflector) -> LlavaReflector:
-    """`reflector` with the head in `path`. Raises ReflectorError where that was fitted to another backbone, sampler, pooling or number of frames."""
-    tree = checkpoint.load(path)
-    if not isinstance(tree, dict) or tree.get("kind") != f"{KIND} head":
-        raise ReflectorError(f"{path}: no reward head ({KIND} head)")
-    config = reflector.config
-    other = [f"{name}={tree['for'][name]!r} (here {getattr(config, name)!r})" for name in _FITTED_FOR if tree["for"][name] != getattr(config, name)]
-    if other:
-        raise ReflectorError(f"{path}: the head was trained for {', '.join(other)}; set these, or train a head for this reflector")
-    if tree["backbone"] != _identity(reflector.llava):
-        raise ReflectorError(f"{path}: the head was trained on the embeddings of another backbone; train a head for this one")
-    head = fresh_head(config, 0)
-    _fill(head, tree["head"], f"{path}: reward head")
-    return LlavaReflector(replace(config), reflector.llava, head)

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worldenv.nouns import Observation
-
 Rgb = tuple[int, int, int]
 """A colour, each 0 .. 255."""
 Six = tuple[float, float, float, float, float, float]
@@ -160,12 +158,4 @@ class Robot:
         scale = height / self.canvas[0]
         return tuple(
             replace(arm, radius_px=max(1.0, arm.radius_px * scale), thickness_px=max(1.0, arm.thickness_px * scale)) for arm in self.arms
-        )
-
-    def example_observation(self, height: int, width: int) -> Observation:
-        """One observation (B = 1) of the example state before an empty (height, width) picture: for shapes, exports and tests."""
-        return Observation(
-            frame=torch.full((1, height, width, 3), self.background, dtype=torch.uint8),
-            proprio=torch.from_numpy(self.proprio(np.array([self.example_pose]), np.array([self.example_gripper]))),
-            instruction=("pick up the red block",),
         )

@@ -34,7 +34,8 @@ from worldenv.world import ImaginedWorld
 
 LOOP_NUMBERS, REPLAY_NUMBERS, AUDIT_NUMBERS, RECORD_NUMBERS = 1 << 24, 1 << 31, 5 << 29, 3 << 30
 """First rollout numbers of LOOP, of stage eval's replays, of worldenv-eval audit and of what engines are compared on; exploration counts from 0.
-Numbers are the second half of noise keys: no two alike."""
+Numbers are the second half of noise keys: no two of these are alike. `audit.imagine_episodes` counts each list of episodes from 0: they are
+compared with their own true frames, and noise that two lists share makes none of that wrong."""
 
 
 def open_env(settings: config.EnvConfig) -> ChosenTasks:

@@ -24,7 +24,7 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.cli import convert as command_line
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.convert import Choices, convert
-from worldenv.data.episode import EpisodeSet
+from worldenv.data.episode import EpisodeSet, save
 from worldenv.nouns import Camera
 from worldenv.robots.panda import PANDA
 
@@ -472,6 +472,32 @@ def test_a_flag_that_means_nothing_is_refused(words, why, tmp_path, capsys):
     said = capsys.readouterr().err
     assert re.fullmatch(rf"convert: {why.replace('+', '.')}.*\n", said)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["episodes", "libero-hdf5", "lerobot-v3.0"])
+def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(to, tmp_path):
+    for number in range(3):
+        save(tmp_path / "in" / f"{number:06d}.npz", shown(number))
+    EpisodeSet(tmp_path / "in").seal()
+    last = tmp_path / "in" / "000002.npz"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-40])
+    with pytest.raises(CheckpointError, match=r"000002\.npz: .*damaged.*; restore it"):
+        convert(tmp_path / "in", to, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    last.write_bytes(whole)
+    assert convert(tmp_path / "in", to, tmp_path / "out")["episodes"] == 3
+
+
+def test_instructions_that_would_be_one_file_are_named(tmp_path):
+    kept = EpisodeSet(tmp_path / "in")
+    for number, words in enumerate(("put the cup/mug down", "put the cup mug down")):
+        kept.add(number, shown(number, instruction=words))
+    with pytest.raises(ValueError, match="'put the cup/mug down' and 'put the cup mug down' would be one file"):
+        convert(tmp_path / "in", "libero-hdf5", tmp_path / "out")
+    long = EpisodeSet(tmp_path / "long")
+    long.add(0, shown(0, instruction="押す" * 150))
+    assert convert(tmp_path / "long", "libero-hdf5", tmp_path / "file")["episodes"] == 1
 
 
 def test_no_noops_through_the_command(tmp_path):

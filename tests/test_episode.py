@@ -11,7 +11,12 @@ import dataclasses
 import functools
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,6 +399,37 @@ def test_an_interrupted_exploration_goes_on_and_ends_the_same(env, tmp_path, mon
 def _explorer(out, part):
     config = ExploreConfig(episodes=14, factors=(1.0, 3.0), batch=4)
     collect.explore(Tabletop(EnvConfig(image=16, train_states=6)), Pusher(), 16, config, 5, out, CPU, part)
+
+
+def _writes_on(part, folder):
+    (folder / f"{part[0]}.{os.getpid()}").touch()
+    time.sleep(300)
+
+
+_PARENT = """
+import functools, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_episode
+from worldenv.data import collect
+collect.explore_apart(functools.partial(test_episode._writes_on, folder=Path(sys.argv[2])), 2)
+"""
+
+
+def test_processes_that_explore_do_not_outlive_the_one_that_began_them(tmp_path):
+    """Nor what kills it: they would write on into a folder that the next command takes for its own."""
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, str(Path(__file__).parent), str(tmp_path)])
+    until = time.monotonic() + 120
+    while len(begun := list(tmp_path.iterdir())) < 2:
+        assert parent.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    workers = [int(path.suffix[1:]) for path in begun]
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < until, "they work on"
+        time.sleep(0.1)
 
 
 def _dies(part):

@@ -27,8 +27,8 @@ from worldenv.cli import convert as convert_command
 from worldenv.cli import eval as eval_command
 from worldenv.cli import train as command
 from worldenv.config import EnvConfig, RunConfig
-from worldenv.data import convert, given, lerobot
-from worldenv.data.episode import Episode, EpisodeSet, camera_to_plain, read_camera
+from worldenv.data import convert, given, lerobot, recorded
+from worldenv.data.episode import Episode, EpisodeSet, camera_to_plain, read_camera, save
 from worldenv.data.recorded import Recorded
 from worldenv.kinematics import fit
 from worldenv.presets import TINY
@@ -513,6 +513,23 @@ def test_views_signs_and_hands_are_one(acted: Path, tmp_path: Path) -> None:
     moved[0, 3] += 5e-4
     wobbly = [dataclasses.replace(e, camera=dataclasses.replace(near, camera_to_world=moved)) for e in episodes[2:]]
     train.train(tmp_path / "wobbly", short(recordings(written(tmp_path / "close", *episodes[:2], *wobbly))), until="demos")
+
+
+def test_a_recording_that_was_changed_is_seen_whatever_its_index_says(acted: Path, tmp_path: Path) -> None:
+    """And nobody is told to delete what may be the only one."""
+    folder = tmp_path / "set"
+    shutil.copytree(acted / "stages/demos", folder)
+    settings = recordings(folder)
+    before = recorded.opened(folder, "env.recordings").fingerprint
+    changed = EpisodeSet(folder).load(4)
+    save(folder / "000004.npz", dataclasses.replace(changed, success=~changed.success))
+    with pytest.raises(CheckpointError, match=r"000004\.npz: not the episode that index\.json lists; restore it, or delete index\.json to take it"):
+        Recorded(settings)
+    (folder / "index.json").unlink()
+    assert recorded.opened(folder, "env.recordings").fingerprint != before
+    (folder / "000004.npz").write_bytes((folder / "000004.npz").read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"000004\.npz: .*damaged.*; restore it, or move it elsewhere and delete index\.json"):
+        recorded.opened(folder, "env.recordings")
 
 
 def test_what_cannot_go_well_is_said_at_once(acted: Path, ragged: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from worldenv import config, presets, train
 from worldenv.checkpoint import CheckpointError
 from worldenv.run import RECORD, Run, RunError, settings_of
+from worldenv.stages.desk import Desk
 
 
 def work(run, stage, fingerprint, text="output"):
@@ -84,6 +86,30 @@ def test_a_stage_that_fails_leaves_no_record_and_goes_on_with_the_same_fingerpri
     fail(run, "sft")
     with run.at_work("sft", "another") as current:
         assert current.savepoint("x").load() is None
+
+
+def test_a_folder_that_a_run_came_no_further_in_is_begun_again(tmp_path):
+    """A disk that was full, or a kill, before the settings were whole: the same command goes on."""
+    for name in (".lock", ".run.json.4711.part"):
+        (tmp_path / name).write_text("half")
+    assert Run(tmp_path, presets.TINY).settings == settings_of(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".lock").touch()
+    (other / "thesis.txt").touch()
+    with pytest.raises(RunError, match="is no run of ours"):
+        Run(other, presets.TINY)
+
+
+def test_a_damaged_controller_is_named(run):
+    path = run.folder("world") / "controller.json"
+    path.parent.mkdir(parents=True)
+    desk = SimpleNamespace(run=run)
+    for left in (None, "", '{"gain": [1', "[]", "{}", '{"gain": 3}'):
+        if left is not None:
+            path.write_text(left)
+        with pytest.raises(CheckpointError, match=r"controller\.json: .*--from world"):
+            Desk.controller.func(desk)
 
 
 def test_what_a_killed_process_had_half_written_is_no_output(run):

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from worldenv.policy.processing import PromptTokenizer
 from worldenv.presets import preset
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.run import RunError
-from worldenv.trials import runner
+from worldenv.trials import actors, runner
 from worldenv.trials.actors import Bench, PolicyActor
 from worldenv.trials.episode import Answer, Question, Trial, play
 from worldenv.trials.runner import Evaluation, TrialError
@@ -239,6 +240,45 @@ def test_a_folder_of_something_else_is_refused(damage, why, tmp_path):
     with pytest.raises(RunError, match=why):
         runner.evaluate(asked(episodes=3), tmp_path / "e", 1, None)
     assert (tmp_path / "e" / "episodes.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [b"", b'{"suite": "table', b"[]", b"null", b"{}", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("name", ["eval.json", "versions.json", "episodes.jsonl"])
+def test_a_damaged_file_is_one_line_that_names_it(name, left, tmp_path, capsys):
+    if (name, left) == ("episodes.jsonl", b""):
+        return  # nothing was finished
+    out = tmp_path / "e"
+    runner.evaluate(asked(episodes=3), out, 1, None)
+    whole = (out / "episodes.jsonl").read_bytes()
+    left += b"\n" if name == "episodes.jsonl" else b""
+    (out / name).write_bytes(left)
+    refused = (RunError, checkpoint.CheckpointError)
+    with pytest.raises(refused, match=rf"{re.escape(str(out))}.*choose another --out"):
+        runner.evaluate(asked(episodes=4), out, 1, None)
+    assert name == "episodes.jsonl" or (out / "episodes.jsonl").read_bytes() == whole
+    if name == "eval.json":
+        with pytest.raises(refused, match=r"eval\.json: "):
+            runner.compare(out, out)
+
+
+def test_a_run_whose_later_stage_is_not_finished_is_not_evaluated_for_it(tmp_path):
+    """Else the policy from before LOOP would pass for the one after it."""
+    (tmp_path / "run.json").write_text(json.dumps({"settings": to_dict(preset("tiny"))}))
+    files = {stage: tmp_path / "stages" / stage / "policy.safetensors" for stage in ("sft", "scale", "loop")}
+    with pytest.raises(ValueError, match="no policy yet"):
+        actors.locate(str(tmp_path))
+    for stage in ("sft", "scale"):
+        files[stage].parent.mkdir(parents=True)
+        files[stage].write_bytes(stage.encode())
+        assert actors.locate(str(tmp_path)) == files[stage], "the latest, where no later stage was begun"
+    files["loop"].parent.mkdir()
+    with pytest.raises(ValueError, match=rf"stage loop is not finished; --resume it, or give .*: {re.escape(str(files['scale']))}"):
+        actors.locate(str(tmp_path))
+    assert actors.locate(str(files["scale"])) == files["scale"]
+    files["loop"].write_bytes(b"loop")
+    assert actors.weights_of(str(tmp_path)) == files["loop"]
+    assert actors.weights_of("expert") is None
+    assert actors.weights_of("lerobot:somewhere") is None
 
 
 def test_a_folder_in_which_nothing_was_finished_is_taken_over(tmp_path, monkeypatch):

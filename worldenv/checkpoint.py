@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,22 @@ def read_published(path: Path, holder: str, error: type[CheckpointError] = Check
     return found
 
 
+def read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, Any]:
+    """The JSON object in `path`, which has `fields` of these types. CheckpointError for anything else, with the `cure`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; {cure}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); {cure}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a record; {cure}")
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), (int, float) if kind is float else kind):
+            raise CheckpointError(f"{path}: damaged, or of another version ({name} is {value.get(name)!r}); {cure}")
+    return value
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it becomes `path` when the block ends well, and is removed when it does not.
@@ -67,6 +84,22 @@ def atomic(path: Path) -> Iterator[Path]:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to; it becomes `folder`, which must not be there, when the block ends well, and is removed when it does not.
+
+    One that a killed process left is removed first.
+    """
+    temporary = folder.with_name(f".{folder.name}{_PART}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def left_behind(folder: Path) -> list[Path]:

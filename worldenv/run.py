@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,7 +62,7 @@ class Stage:
         """What it wrote elsewhere in the run's folder, for people: paths from there. Gone, they are made again."""
         self._fingerprint, self._began, self._before_s = fingerprint, time.monotonic(), 0.0
         if folder.exists():
-            begun = _read_json(folder / BEGUN, "delete it", _BEGUN) if (folder / BEGUN).is_file() else {}
+            begun = checkpoint.read_json(folder / BEGUN, "delete it", _BEGUN) if (folder / BEGUN).is_file() else {}
             if begun.get("fingerprint") == fingerprint:
                 self._before_s = float(begun["seconds"])
             else:
@@ -99,20 +99,6 @@ def snapshots(out: Path) -> list[tuple[int, Path]]:
     return [(0, out / "stages" / "scale" / "policy.safetensors"), *((int(path.stem.rpartition("-")[2]), path) for path in kept)]
 
 
-def _read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, Any]:
-    """An object with `fields` of these types. CheckpointError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error}); {cure}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a record; {cure}")
-    for name, kind in fields.items():
-        if not isinstance(value.get(name), (int, float) if kind is float else kind):
-            raise CheckpointError(f"{path}: damaged, or of another version ({name} is {value.get(name)!r}); {cure}")
-    return value
-
-
 def done(out: Path, stage: str) -> bool:
     """Whether the run in `out` has finished `stage`, with whatever settings."""
     return (out / "stages" / stage / RECORD).is_file()
@@ -123,11 +109,16 @@ def settings_of(out: Path) -> RunConfig:
     path = out / "run.json"
     if not path.is_file():
         raise RunError(f"{out}: no run there (no run.json); start one with --out {out}")
-    stored = _read_json(path, "restore it, or start again in a new --out", {"settings": dict})["settings"]
+    stored = checkpoint.read_json(path, "restore it, or start again in a new --out", {"settings": dict})["settings"]
     try:
         return config.from_dict(RunConfig, stored)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _begun(name: str) -> bool:
+    """Whether it is left of a run that came no further: its lock, and settings that a full disk or a kill kept from being whole."""
+    return name == ".lock" or name.startswith(".run.json.")
 
 
 class Run:
@@ -149,7 +140,7 @@ class Run:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 what = f"{'; '.join(differing[:3])}{more}"
                 raise RunError(f"{out} holds a run with other settings ({what}); choose another --out, or go on with it: --resume {out}")
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or any(not _begun(entry.name) for entry in out.iterdir())):
             raise RunError(f"{out} exists and is no run of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = held(out)
@@ -171,7 +162,7 @@ class Run:
         path = self.folder(stage) / RECORD
         if not path.is_file():
             raise RunError(f"stage {stage} has no output in {self.out}; run it first (--from {stage})")
-        return _read_json(path, f"run the stage again (--from {stage})", _RECORD)
+        return checkpoint.read_json(path, f"run the stage again (--from {stage})", _RECORD)
 
     def fingerprint(self, stage: str, sections: list[Any], inputs: list[str]) -> str:
         """Of a stage's own settings and of what its inputs put out. Raises RunError where an input has no output yet."""
@@ -204,7 +195,7 @@ class Run:
             theirs, ours = other / "stages" / stage, self.folder(stage)
             if not (theirs / RECORD).is_file():
                 continue
-            record = _read_json(theirs / RECORD, f"delete {theirs}", _RECORD)
+            record = checkpoint.read_json(theirs / RECORD, f"delete {theirs}", _RECORD)
             if record["fingerprint"] != fingerprint or record["beside"]:
                 continue
             self.forget(stage)

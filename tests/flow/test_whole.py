@@ -209,6 +209,8 @@ def test_other_settings_are_refused_and_nothing_is_touched(whole):
         (["--world.steps", "-3"], "world.steps=-3: want at least 0"),
         (["--replay", "7"], "no run there"),
         (["--resume", "/nowhere/at/all"], "no run there"),
+        (["--resume", "/nowhere/at/all", "--fast"], "a run keeps the settings that it was begun with"),
+        (["--resume", "/nowhere/at/all", "--replay", "3"], "--replay takes --out and nothing else"),
     ],
 )
 def test_a_bad_command_line_is_one_line(arguments, says, tmp_path, capsys):

@@ -192,8 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
         said = "worldenv-engine build|list|verify|gc, each with --help"
-        print(said if argv and argv[0] in ("--help", "-h") else f"worldenv-engine: want a command: {said}", file=sys.stderr)
-        return 0 if argv and argv[0] in ("--help", "-h") else 2
+        if argv and argv[0] in ("--help", "-h"):
+            print(said)
+            return 0
+        print(f"worldenv-engine: want a command: {said}", file=sys.stderr)
+        return 2
     kind, command = COMMANDS[argv[0]]
     try:
         args = parse(f"worldenv-engine {argv[0]}", kind, kind(), argv[1:])

@@ -239,7 +239,8 @@ def _evaluate(args: RunArgs) -> dict[str, Any]:
 def _table(found: dict[str, Any]) -> str:
     """For people."""
     rows = [(f"{one['task']:2}  {one['instruction'][:76]:76}", one) for one in found["tasks"]] + [(f"    {'all':76}", found)]
-    lines = [f"{found['suite']}, {found['policy']}, {found['mode']}: at most {found['limits']['steps']} steps, {found['sampling']}"]
+    whose = f"{found['policy']} ({found['weights']})" if found["weights"] not in (None, found["policy"]) else found["policy"]
+    lines = [f"{found['suite']}, {whose}, {found['mode']}: at most {found['limits']['steps']} steps, {found['sampling']}"]
     for name, one in rows:
         low, high = (100 * end for end in one["interval"])
         first = one.get("mean_first_success")
@@ -354,9 +355,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 where the evaluation failed, 2 for what was asked wrongly, 130 where it was stopped; the same command then goes on."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in _COMMANDS:
-        asked = "" if not argv or argv[0] in ("-h", "--help") else f"unknown command {argv[0]!r}; "
-        print(f"worldenv-eval: {asked}commands: {', '.join(_COMMANDS)}; worldenv-eval COMMAND --help says more", file=sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
+        said = f"commands: {', '.join(_COMMANDS)}; worldenv-eval COMMAND --help says more"
+        if argv and argv[0] in ("-h", "--help"):
+            print(said)
+            return 0
+        print(f"worldenv-eval: {f'unknown command {argv[0]!r}; ' if argv else ''}{said}", file=sys.stderr)
+        return 2
     try:
         return _COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:

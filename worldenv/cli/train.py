@@ -59,6 +59,11 @@ class TrainArgs:
 
 def _defaults(argv: Sequence[str]) -> TrainArgs:
     """The defaults that --preset, --fast, --resume and --replay choose, before the other flags are read."""
+    asked = [flag for flag in ("--replay", "--resume") if value_of(argv, flag) is not None]
+    if asked and "--fast" in argv:
+        raise ValueError(f"{asked[0]} and --fast: a run keeps the settings that it was begun with; leave --fast away, or begin another run")
+    if len(asked) > 1:
+        raise ValueError("--replay takes --out and nothing else of the run's stages")
     if value_of(argv, "--replay") is not None:
         replayed = Path(value_of(argv, "--out") or TrainArgs.out)
         return TrainArgs(run.settings_of(replayed), out=replayed)
@@ -95,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--from {args.from_stage} --until {args.until}: there is nothing between them")
         if missing := [str(folder) for folder in args.reuse if not (folder / "run.json").is_file()]:
             raise ValueError(f"--reuse {missing[0]}: no run there (no run.json)")
-        if args.replay is not None and (args.only or args.from_stage or args.until or args.reuse or args.resume):
+        if args.replay is not None and (args.only or args.from_stage or args.until or args.reuse):
             raise ValueError("--replay takes --out and nothing else of the run's stages")
         settings = _settings(args)
         if args.replay is None:

@@ -5,10 +5,12 @@ Both are restartable: an episode that is on disk is not made again, and every ra
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -218,10 +220,22 @@ def explore_apart(explorer: Callable[[tuple[int, int]], None], processes: int) -
 
     Raises what the first one that fails raises, after all have ended.
     """
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
         waiting = [pool.submit(_with_share_of_cores, explorer, (i, processes)) for i in range(processes)]
     for one in waiting:
         one.result()
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that began it is gone, by whatever signal: nobody may write into a folder whose lock is free again."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _with_share_of_cores(explorer: Callable[[tuple[int, int]], None], part: tuple[int, int]) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from worldenv.checkpoint import CheckpointError
+from worldenv.checkpoint import CheckpointError, atomic_folder
 from worldenv.data import lerobot, libero_hdf5
-from worldenv.data.episode import Episode, EpisodeSet, read_camera
+from worldenv.data.episode import GIVEN, Episode, EpisodeSet, read_camera
 from worldenv.nouns import Camera
 from worldenv.robots.named import named
 
@@ -95,7 +95,7 @@ def _read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
         for task, file in enumerate(files):
             yield from ((file, episode) for _, episode in libero_hdf5.read(file, robot, task))
     elif list(source.glob("*.npz")):
-        yield from ((source, episode) for episode in EpisodeSet(source))
+        yield from ((source, episode) for episode in EpisodeSet(source, GIVEN))
     else:
         raise CheckpointError(f"{source}: no episodes: want NNNNNN.npz, meta/info.json of a LeRobot data set, or HDF5 files of LIBERO")
 
@@ -103,8 +103,7 @@ def _read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
 def convert(source: Path, to: Format, out: Path, choices: Choices | None = None) -> dict[str, Any]:
     """Write the episodes in `source` to `out` in format `to`; returns counts. `out` is a folder; for libero-hdf5 one with a file per instruction.
 
-    Raises ValueError where `out` is there already, where a choice means nothing here, and as readers and writers do. On an error nothing is
-    left but, of a folder of ours, the episodes that were written whole.
+    Raises ValueError where `out` is there already, where a choice means nothing here, and as readers and writers do. On an error nothing is left.
     """
     choices = choices or Choices()
     if to not in get_args(Format):
@@ -118,26 +117,36 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
         lerobot.write(out, episodes, "v2.1", choices.frames)
     elif to == "lerobot-v3.0":
         lerobot.write(out, episodes, "v3.0", choices.frames)
-    elif to == "libero-hdf5":
-        _write_hdf5(out, episodes)
     else:
-        kept = EpisodeSet(out)
-        for number, episode in enumerate(episodes):
-            kept.add(number, episode)
-        kept.seal()
-    if not count.episodes:
-        raise ValueError(f"{source}: no episode in it")
+        with atomic_folder(out) as partial:
+            if to == "libero-hdf5":
+                _write_hdf5(partial, episodes)
+            else:
+                kept = EpisodeSet(partial)
+                for number, episode in enumerate(episodes):
+                    kept.add(number, episode)
+                kept.seal()
+            if not count.episodes:
+                raise ValueError(f"{source}: no episode in it")
     return {"source": str(source), "out": str(out), "format": to, **vars(count)}
+
+
+_NAME_BYTES = 200
+"""Of a file, before "_demo.hdf5": disks take 255."""
 
 
 def _write_hdf5(out: Path, episodes: Iterable[Episode]) -> None:
     """A file for each instruction, all open until the last episode came; on an error none is there."""
     with contextlib.ExitStack() as files:
         add: dict[str, Callable[[Episode], None]] = {}
+        names: dict[str, str] = {}
         for episode in episodes:
             words = episode.instruction
             if words not in add:
-                name = re.sub(r"\W+", "_", words).strip("_")
+                name = re.sub(r"\W+", "_", words).strip("_").encode()[:_NAME_BYTES].decode(errors="ignore")
+                if taken := next((other for other, its in names.items() if its == name), None):
+                    raise ValueError(f"instructions {taken!r} and {words!r} would be one file, {name}_demo.hdf5: reword one, or convert them apart")
+                names[words] = name
                 add[words] = files.enter_context(libero_hdf5.writing(out / f"{name}_demo.hdf5", words))
             add[words](episode)
 

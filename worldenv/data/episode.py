@@ -34,6 +34,8 @@ _JSON = "episode.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first moment: a file's bytes must not depend on when it was written
 _DEFLATE_LEVEL = 6
 _CURE = "delete it and run the stage that wrote it again"
+GIVEN = f"restore it, or move it elsewhere and delete {INDEX} to do without it"
+"""The cure for episodes that no stage wrote: they may be the only ones."""
 # What zipfile, zlib, numpy's NPY reader and json raise for bytes that were changed.
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError, OSError, NotImplementedError, RuntimeError, MemoryError,
@@ -178,10 +180,10 @@ def _npy(array: NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
-def load(path: Path) -> Episode:
-    """The episode in `path`. Raises CheckpointError (a ValueError) where the file is missing, truncated, damaged, mis-shaped or foreign."""
+def load(path: Path, cure: str = _CURE) -> Episode:
+    """The episode in `path`. Raises CheckpointError (a ValueError), with `cure`, where it is missing, truncated, damaged, mis-shaped or foreign."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such episode; run the stage that writes it")
+        raise CheckpointError(f"{path}: no such episode; {'restore it' if cure == GIVEN else 'run the stage that writes it'}")
     try:
         with zipfile.ZipFile(path) as archive:
             words = json.loads(archive.read(_JSON))
@@ -194,7 +196,7 @@ def load(path: Path) -> Episode:
         if episode.content != content:
             raise ValueError("its content does not match its checksum")
     except _DAMAGE as error:
-        raise CheckpointError(f"{path}: not an episode, truncated or damaged ({type(error).__name__}: {error}); {_CURE}") from error
+        raise CheckpointError(f"{path}: not an episode, truncated or damaged ({type(error).__name__}: {error}); {cure}") from error
     return episode
 
 
@@ -229,12 +231,12 @@ class EpisodeSet:
     opened again. `seal` writes the index; whoever collects calls it at the end.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open `folder`, which may be empty or not be there yet.
+    def __init__(self, folder: Path, cure: str = _CURE) -> None:
+        """Open `folder`, which may be empty or not be there yet; `cure` is what errors say to do about an episode: GIVEN where no stage wrote it.
 
         Raises CheckpointError where the index is damaged, where an episode that it lists is gone, and for a .npz file that is no episode.
         """
-        self.folder = folder
+        self.folder, self._cure = folder, cure
         self._entries: dict[int, Entry] = {}
         listed = {entry.number: entry for entry in self._read_index()}
         found = {}
@@ -245,7 +247,7 @@ class EpisodeSet:
         if gone := sorted(listed.keys() - found.keys()):
             raise CheckpointError(f"{self._path(gone[0])}: missing, though {INDEX} lists it; restore it, or delete {INDEX} to do without it")
         for number, path in found.items():
-            self._entries[number] = listed.get(number) or _entry(number, load(path))
+            self._entries[number] = listed.get(number) or _entry(number, load(path, cure))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"
@@ -284,9 +286,10 @@ class EpisodeSet:
 
     def load(self, number: int) -> Episode:
         """Episode `number`. Raises CheckpointError where it is missing or damaged, or is not the one that was indexed."""
-        episode = load(self._path(number))
+        episode = load(self._path(number), self._cure)
         if number not in self._entries or episode.content != self._entries[number].content:
-            raise CheckpointError(f"{self._path(number)}: not the episode that {INDEX} lists; {_CURE}")
+            cure = f"restore it, or delete {INDEX} to take it as it is now" if self._cure == GIVEN else self._cure
+            raise CheckpointError(f"{self._path(number)}: not the episode that {INDEX} lists; {cure}")
         return episode
 
     def add(self, number: int, episode: Episode) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from worldenv import kinematics
-from worldenv.checkpoint import CheckpointError, read_published
+from worldenv.checkpoint import CheckpointError, atomic_folder, read_published
 from worldenv.data.episode import Episode, camera_from_plain, camera_to_plain
 from worldenv.robots.contract import Robot
 from worldenv.robots.panda import PANDA
@@ -330,18 +329,15 @@ def write(folder: Path, episodes: Iterable[Episode], version: Version = "v3.0", 
         raise ValueError(f"version={version!r}, frames={frames!r}: want {' or '.join(_PATHS)}, and {' or '.join(get_args(Frames))}")
     if folder.exists():
         raise ValueError(f"{folder}: there already; nothing is overwritten: move it, or write elsewhere")
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed writer left
-    (temporary / "meta").mkdir(parents=True)
-    writer = _Writer(temporary, version, frames, robot)
-    try:
-        for episode in episodes:
-            writer.add(episode)
-        writer.close()
-        temporary.replace(folder)
-    finally:
-        writer.release()
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
+        (temporary / "meta").mkdir()
+        writer = _Writer(temporary, version, frames, robot)
+        try:
+            for episode in episodes:
+                writer.add(episode)
+            writer.close()
+        finally:
+            writer.release()
     return len(writer.rows)
 
 

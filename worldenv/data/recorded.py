@@ -6,10 +6,10 @@ import functools
 import hashlib
 from pathlib import Path
 
-from worldenv import action_map
+from worldenv import action_map, console
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import EnvConfig
-from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.episode import GIVEN, Episode, EpisodeSet
 from worldenv.data.given import as_large, plain, want_camera
 from worldenv.envs.contract import Snapshot, Split
 from worldenv.nouns import Camera
@@ -79,14 +79,28 @@ class Recorded:
 
 
 def opened(folder: Path, setting: str) -> EpisodeSet:
-    """The episodes in `folder`, which `setting` names. CheckpointError where there are none of ours, or one is damaged."""
-    episodes = EpisodeSet(folder)
+    """The episodes in `folder`, which `setting` names. CheckpointError where there are none of ours, or one is damaged or not what the index says.
+
+    Every episode is read, once in a process: what its index says of a file is not what the file says, and a run stands on them.
+    """
+    episodes = EpisodeSet(folder, GIVEN)
     if not len(episodes):
         raise CheckpointError(
             f"{setting}={str(folder)!r}: no episodes there (000000.npz and so on); other formats become such by python -m worldenv.cli.convert "
             "(docs/own-robot.md)"
         )
+    files = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
+    _read_whole(folder, files)
     return episodes
+
+
+@functools.cache
+def _read_whole(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
+    """CheckpointError as `EpisodeSet.load`; `files` with sizes and times, so that what has changed since is read again."""
+    episodes = EpisodeSet(folder, GIVEN)
+    entries = episodes.entries
+    for i in console.track(0, len(entries), f"read {folder.name}"):
+        episodes.load(entries[i].number)
 
 
 @functools.cache

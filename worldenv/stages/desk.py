@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -129,7 +128,12 @@ class Desk:
 
     @functools.cached_property
     def controller(self) -> ControllerModel:
-        return ControllerModel.from_dict(json.loads((self.run.folder("world") / "controller.json").read_text()))
+        path, cure = self.run.folder("world") / "controller.json", "make it again with --from world"
+        plain = checkpoint.read_json(path, cure, {})
+        try:
+            return ControllerModel.from_dict(plain)
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{path}: damaged ({error!r}); {cure}") from error
 
     def simulator(self, device: torch.device | None = None) -> Evac:
         """On `device`, without one on the run's."""

@@ -29,7 +29,7 @@ def replay(out: Path, settings: RunConfig, number: int) -> dict[str, Any]:
     JSON-ready: rollout, of, steps, differs (names of what is not bit-equal), largest_score_difference. Raises RunError where the rollout is not
     stored, and as the stages do.
     """
-    desk = Desk(Run(out, settings))
+    desk = Desk(Run(out, settings, leads=False))
     per = _pairs(settings)
     if REPLAY_NUMBERS <= number < REPLAY_NUMBERS + 2 * per:
         made, stored, differs, of = _replayed_pair(desk, number, *divmod(number - REPLAY_NUMBERS, per))

@@ -137,12 +137,20 @@ def locate(name: str) -> Path:
         found = [path / "stages" / stage / "policy.safetensors" for stage in _STAGES]
         if not (there := [file for file in found if file.is_file()]):
             raise ValueError(f"--policy {name}: this run has no policy yet (stages sft, scale, loop)")
+        if begun := [file for file in found[: found.index(there[0])] if file.parent.is_dir()]:
+            stage = begun[0].parent.name
+            raise ValueError(f"--policy {name}: its stage {stage} is not finished; --resume it, or give the policy before that: {there[0]}")
         return there[0]
     if not path.exists():
         raise ValueError(
             f"--policy {name}: no such checkpoint; give expert, a policy's file, a run's folder, an OpenVLA-OFT directory or lerobot:PATH"
         )
     return path
+
+
+def weights_of(name: str) -> Path | None:
+    """The file or directory of a policy that has one; None for an expert and for what others run. ValueError as `locate` raises."""
+    return locate(name) if name != "expert" and Path(name).exists() else None
 
 
 def describe(name: str, demonstrations: int | None) -> Description:

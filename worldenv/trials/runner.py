@@ -35,11 +35,13 @@ from worldenv.engines.store import Store
 from worldenv.envs import libero, suites
 from worldenv.evaluation import Protocol, paired, wilson
 from worldenv.run import RunError, held
+from worldenv.trials import actors
 from worldenv.trials.actors import Bench
 from worldenv.trials.episode import Answer, Trial, play
 
 EPISODES_PER_TASK = 50
 """By default: OpenVLA-OFT's, and the paper's."""
+_ANEW = "choose another --out"
 _RECORDED_STEPS = 24
 """Of one episode a task: what engines are compared on."""
 
@@ -110,14 +112,14 @@ class _Folder:
         self._lock = held(out)
         try:
             self._claim(known, asked.plain())
-        except RunError:
+        except (RunError, checkpoint.CheckpointError):
             self._lock.close()
             raise
         self.trials = {trial.number: trial for trial in read_trials(out)}
 
     def _claim(self, known: Path, ours: dict[str, Any]) -> None:
         """Make the folder this evaluation's. One that never finished an episode, as of a command that could not begin, has nothing to lose."""
-        theirs = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        theirs = checkpoint.read_json(known, _ANEW, {}) if known.is_file() else {}
         differing = [f"{key}: {theirs.get(key)} there, {ours[key]} asked" for key in ours if theirs.get(key) != ours[key]]
         if differing and read_trials(self.out):
             raise RunError(f"{self.out} holds another evaluation ({'; '.join(differing[:3])}); choose another --out")
@@ -142,7 +144,7 @@ class _Folder:
         path = self.out / "versions.json"
         if not path.is_file():
             checkpoint.write_text(path, json.dumps(versions, indent=1))
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = checkpoint.read_json(path, _ANEW, {})
         if differing := [f"{key} {theirs.get(key)}, here {versions.get(key)}" for key in sorted(versions) if theirs.get(key) != versions[key]]:
             raise RunError(f"{self.out}: its episodes were made with {'; '.join(differing)}: choose another --out, or go back to these")
 
@@ -156,11 +158,11 @@ def read_trials(out: Path) -> list[Trial]:
     path = out / "episodes.jsonl"
     if not path.is_file():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
         return [Trial(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error}); choose another --out") from error
+        raise RunError(f"{path}: damaged ({error}); {_ANEW}") from error
 
 
 def _versions(env: Any) -> dict[str, str]:
@@ -329,9 +331,9 @@ def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) 
                     folder.made_with(versions)
                     folder.add(trial)
                     bar.note(success=float(np.mean([one.success for one in folder.trials.values()])))
-        found = result(asked, list(folder.trials.values()), json.loads((out / "versions.json").read_text(encoding="utf-8")))
+        found = result(asked, list(folder.trials.values()), checkpoint.read_json(out / "versions.json", _ANEW, {"renderer": str}))
         if asked.engines is not None:
-            found["engines"] = json.loads((out / "engines.json").read_text(encoding="utf-8"))
+            found["engines"] = checkpoint.read_json(out / "engines.json", _ANEW, {})
         checkpoint.write_text(out / "result.json", json.dumps(found, indent=1))
         return found
     finally:
@@ -359,6 +361,7 @@ def result(asked: Evaluation, trials: Sequence[Trial], versions: dict[str, str])
     return {
         "suite": asked.suite,
         "policy": asked.policy,
+        "weights": None if (where := actors.weights_of(asked.policy)) is None else str(where),
         "mode": asked.mode,
         **_counted(trials),
         "limits": {"steps": asked.limit, "settle_steps": settle},
@@ -397,7 +400,7 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
     for out in (left, right):
         if not (out / "eval.json").is_file():
             raise RunError(f"{out}: no evaluation there (no eval.json)")
-        asked.append(json.loads((out / "eval.json").read_text(encoding="utf-8")))
+        asked.append(checkpoint.read_json(out / "eval.json", "make this evaluation anew", {"suite": str, "mode": str, "limit": int, "policy": str}))
     if differing := [f"{name}: {asked[0][name]} and {asked[1][name]}" for name in ("suite", "mode", "limit") if asked[0][name] != asked[1][name]]:
         raise RunError(f"{left} and {right} cannot be paired: {'; '.join(differing)}")
     before, after = ({(trial.task, trial.index): trial for trial in read_trials(out)} for out in (left, right))

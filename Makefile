@@ -19,6 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.hpp' -o -name '*.cpp')
 RUN := runs/tiny
 RTX := build/tensorrt-rtx
+# a process for each core, up to four; files in their order, which begins with the longest
+APART := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # where there is no .venv, the machine's own: a GPU machine brings its torch
 GPU_PYTHON := $(firstword $(wildcard $(BIN)/python) python3)
 # an editable install knows the packages that there were when it was made
@@ -64,7 +66,7 @@ test-cpp: env
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 
 test-python: env
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q $(APART) -m "not slow and not gpu"
 
 $(RTX)/stamp: .ci/tensorrt-rtx.txt $(VENV)/packages.stamp
 	$(PIP) install -q --no-deps --upgrade --target $(RTX) -r .ci/tensorrt-rtx.txt

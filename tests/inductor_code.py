@@ -6,8 +6,8 @@ The engines' graphs are traced and lowered as `engines/inductor.py` does it, on 
 each graph: kernels, launches, calls of libraries, bytes that both read and write (each buffer whole, so that a kernel that reads one frame of many
 counts all), weights that are laid out anew at every call, and what else is copied. All in bfloat16. WORDS: graphs whose names hold one.
 
-    --published    the simulator's at 320x512, of one rollout; else small networks, with the lengths that their recipes let vary
-    --one          of one rollout alone
+    --published    the simulator's at 320x512; else small networks
+    --one          of one rollout alone; else for the numbers of rollouts that recipes let vary
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from worldenv.benchmarks import engine_rows
 from worldenv.benchmarks.compile_kernels import assembled
 from worldenv.benchmarks.harness import Setting
 from worldenv.engines import export, inductor
+from worldenv.presets import EVAC
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.judge import Watching
 from worldenv.simulator.evac import Evac
@@ -143,7 +144,7 @@ def published() -> list[compiled.Network]:
     for name in ("normal_", "uniform_"):
         setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor.fill_(0.01))
     made = [engine_rows.PUBLISHED[f"{name} 320x512"] for name in compiled.NAMES[:3]]
-    return [engine_rows.fixed(make(Setting(GPU, torch.bfloat16, "published"), "bf16"), lengths) for make, lengths in made]
+    return [make(Setting(GPU, torch.bfloat16, "published"), "bf16") for make, _ in made]
 
 
 def lower(network: compiled.Network) -> Lowered:
@@ -185,7 +186,7 @@ def main() -> None:
         if args.words and not any(word in network.name for word in args.words):
             continue
         began = time.monotonic()
-        code = lower(engine_rows.fixed(network, {"batch": 1}) if args.one else network)
+        code = lower(engine_rows.fixed(network, {"batch": 1, "picture": EVAC.chunk}) if args.one else network)
         row = {"network": network.name, "arch": args.arch, "kernels": len(code.sources), **code.said}
         if not args.no_compile:
             row |= compile_all(code, arch)

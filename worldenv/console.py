@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _LINE_EVERY_S, _LOG_EVERY_S = 15.0, 1.0
 _logs: list[Path] = []
+_boards: dict[Path, Any] = {}
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -33,6 +36,32 @@ def logging(path: Path) -> Iterator[None]:
         yield
     finally:
         _logs.remove(path)
+
+
+@contextlib.contextmanager
+def board(folder: Path) -> Iterator[None]:
+    """While it is open, what `logging` writes is also written for TensorBoard, below `folder`, which is made with the first number: a scalar
+    work/number by step. ValueError where tensorboardX is not installed.
+    """
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("TensorBoard's files want tensorboardX: pip install tensorboardX")
+    _boards[folder] = None
+    try:
+        yield
+    finally:
+        if (writer := _boards.pop(folder)) is not None:
+            writer.close()
+
+
+def _on_boards(work: str, step: int, at: float, numbers: Mapping[str, float | None]) -> None:
+    for folder in _boards:
+        if _boards[folder] is None:
+            from tensorboardX import SummaryWriter  # an extra, and it makes its folder at once
+
+            _boards[folder] = SummaryWriter(str(folder), flush_secs=5)
+        for name, value in numbers.items():
+            if value is not None:
+                _boards[folder].add_scalar(f"{work}/{name}".replace(" ", "_"), value, step, at)
 
 
 def say(line: str) -> None:
@@ -65,10 +94,12 @@ class track:
 
     def _log(self, done: int) -> None:
         numbers = {name: float(value) if math.isfinite(value) else None for name, value in self._values.items()}
-        row = {"time": round(time.time(), 3), "work": self._label, "step": done, "of": self._stop, **numbers}
+        row = {"time": round(now := time.time(), 3), "work": self._label, "step": done, "of": self._stop, **numbers}
         for path in _logs:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
+        if _logs:
+            _on_boards(self._label, done, now, numbers)
 
     def _rate(self, done: int) -> float:
         return done / max(time.monotonic() - self._began, 1e-9)

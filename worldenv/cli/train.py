@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from worldenv import distributed, presets, run, train
+from worldenv import console, distributed, presets, run, train
 from worldenv.cli import files
 from worldenv.cli.arguments import parse, value_of
 from worldenv.config import RunConfig
@@ -53,6 +54,8 @@ class TrainArgs:
     """Train the world model on demonstrations alone (the paper's first ablation)."""
     no_reward_head: bool = False
     """Score by the probability of "Yes", without a reward head (the paper's second ablation)."""
+    tensorboard: bool = False
+    """Write what log.jsonl holds for TensorBoard too, below OUT/tensorboard; wants tensorboardX."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -115,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = replay(args.out, settings, args.replay)
             print(json.dumps(found, allow_nan=False))
             return 0 if found["bit_equal"] else 1
-        with files.written(args.out, ", then give the same command again"), distributed.joined():
+        board = console.board(args.out / "tensorboard") if args.tensorboard else contextlib.nullcontext()
+        with files.written(args.out, ", then give the same command again"), distributed.joined(), board:
             train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
             speaks = processes.rank() == 0
     except KeyboardInterrupt:

@@ -649,7 +649,7 @@ def test_damaged_record_is_named(a_copy: Path, damage: str) -> None:
     path = a_copy / "report.json"
     text = path.read_text()
     path.write_text({"truncate": text[: len(text) // 2], "list": "[1]", "field": text.replace('"commit"', '"comit"')}[damage])
-    with pytest.raises(ValueError, match=r"report\.json: .*; run the stage report again"):
+    with pytest.raises(ValueError, match=r"report\.json: .*; make it again \(worldenv-train --resume RUN --only report\)"):
         reports.rebuild(a_copy)
 
 

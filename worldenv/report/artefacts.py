@@ -26,6 +26,7 @@ from worldenv.report.plots import Figures, Plot
 from worldenv.report.videos import Clip, Video, encode
 
 _ARRAYS = Path("figures/figures.safetensors")
+_AGAIN = "make it again (worldenv-train --resume RUN --only report)"
 _INDEX = Path("videos/index.json")
 
 
@@ -118,7 +119,7 @@ def read(run: Path) -> dict[str, Any]:
     """The report in `run`, a run's folder or a report.json. Raises ValueError where there is none, it is damaged or it lacks a field."""
     path = run / "report.json" if run.is_dir() else run
     if path.is_dir():
-        raise ValueError(f"{path}: a folder, where a file was to be; move it away, and make it again (worldenv-train --resume RUN --only report)")
+        raise ValueError(f"{path}: a folder, where a file was to be; move it away, and {_AGAIN}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the last stage of worldenv-train writes it")
     try:
@@ -127,7 +128,7 @@ def read(run: Path) -> dict[str, Any]:
             raise ValueError("it holds no object")
         fields.validate(report)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; make it again (worldenv-train --resume RUN --only report)") from error
+        raise ValueError(f"{path}: {error}; {_AGAIN}") from error
     return report
 
 
@@ -139,7 +140,7 @@ def _clips(run: Path) -> list[Clip]:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return [Clip(mp4=(path.parent / Path(row.pop("file")).name).read_bytes(), **{**row, "size": tuple(row["size"])}) for row in rows]
     except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"{path}: damaged, or a video is gone ({error}); make it again (worldenv-train --resume RUN --only report), or remove {path.parent}") from error
+        raise ValueError(f"{path}: damaged, or a video is gone ({error}); {_AGAIN}, or remove {path.parent}") from error
 
 
 def rebuild(run: Path) -> Path:

@@ -319,6 +319,8 @@ def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) 
     Raises RunError where the folder is another evaluation's, EngineError where an engine that it was begun with is not to be had, TrialError where an
     episode fails; what is finished stays.
     """
+    where = actors.weights_of(asked.policy)  # now: a run may go on while it is evaluated
+    weights = None if where is None else str(where)
     folder = _Folder(out, asked)
     try:
         missing = [start for start in asked.starts() if start.number not in folder.trials]
@@ -331,7 +333,8 @@ def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) 
                     folder.made_with(versions)
                     folder.add(trial)
                     bar.note(success=float(np.mean([one.success for one in folder.trials.values()])))
-        found = result(asked, list(folder.trials.values()), checkpoint.read_json(out / "versions.json", _ANEW, {"renderer": str}))
+        versions = checkpoint.read_json(out / "versions.json", _ANEW, {"renderer": str})
+        found = result(asked, list(folder.trials.values()), versions, weights)
         if asked.engines is not None:
             found["engines"] = checkpoint.read_json(out / "engines.json", _ANEW, {})
         checkpoint.write_text(out / "result.json", json.dumps(found, indent=1))
@@ -345,8 +348,8 @@ def _counted(trials: Sequence[Trial]) -> dict[str, Any]:
     return {"episodes": len(trials), "successes": successes, "interval": [round(end, 4) for end in wilson(successes, len(trials))]}
 
 
-def result(asked: Evaluation, trials: Sequence[Trial], versions: dict[str, str]) -> dict[str, Any]:
-    """What `evaluate` found, JSON-ready: the counts with 95 % Wilson intervals, and everything that they depend on."""
+def result(asked: Evaluation, trials: Sequence[Trial], versions: dict[str, str], weights: str | None) -> dict[str, Any]:
+    """What `evaluate` found, JSON-ready: the counts with 95 % Wilson intervals, and all that they depend on; `weights`: the policy's file."""
     settle = libero.SETTLE_STEPS if asked.suite in libero.SUITES else 0
     states = sorted(f"{trial.task} {trial.index} {trial.state}" for trial in trials)
     names = _instructions(asked)
@@ -361,7 +364,7 @@ def result(asked: Evaluation, trials: Sequence[Trial], versions: dict[str, str])
     return {
         "suite": asked.suite,
         "policy": asked.policy,
-        "weights": None if (where := actors.weights_of(asked.policy)) is None else str(where),
+        "weights": weights,
         "mode": asked.mode,
         **_counted(trials),
         "limits": {"steps": asked.limit, "settle_steps": settle},

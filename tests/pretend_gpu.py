@@ -30,6 +30,12 @@ ROOT = Path(__file__).parents[1]
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _TORCH = Path(torch.__file__).parent
 _GIVEN = "WORLDENV_PRETENDED_GPU"
+NOT_HERE = (
+    "there is a GPU" if torch.cuda.is_available() and _GIVEN not in os.environ
+    else f"torch {torch.__version__} brings its own CUDA; GPUs are pretended beside its CPU build (torch==2.13.0+cpu)" if torch.version.cuda
+    else ""
+)  # fmt: skip
+"""Why no GPU can be pretended on this machine."""
 
 
 def library() -> Path:
@@ -181,6 +187,8 @@ def _moved(value: Any, home: torch.device | None, homes: set[torch.device]) -> A
 
 def main(arguments: list[str]) -> None:
     """Of the command line."""
+    if NOT_HERE:
+        raise SystemExit(f"tests.pretend_gpu: {NOT_HERE}")
     if _GIVEN not in os.environ:
         os.execve(sys.executable, [sys.executable, "-m", "tests.pretend_gpu", *arguments], environment())
     _install()

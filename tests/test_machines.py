@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.pretend_gpu import NOT_HERE
 from tests.untrained import untrained_run
 from worldenv import config, presets
 from worldenv.checkpoint import CheckpointError
@@ -204,7 +204,7 @@ GPUS = dataclasses.replace(SETTINGS, device="cuda")
     [
         (TRUE, []),
         (ENGINES, []),
-        pytest.param(GPUS, ["tests.pretend_gpu"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+        pytest.param(GPUS, ["tests.pretend_gpu"], marks=pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)),
     ],
     ids=["a scene of its own", "engines", "pretended GPUs"],
 )

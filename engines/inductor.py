@@ -63,9 +63,13 @@ class Inductor:
             raise RefitError(f"{self.recipe.name}: weights {wrong[:3]} have other shapes than the engine's; nothing was changed")
         for name in self._names:  # one at a time: a GPU may have no room for two sets. Copied, since AOTInductor reads all of a tensor's storage
             tensor = weights[name].detach().to(self._device).clone(memory_format=torch.contiguous_format)
+            self._settle()  # the tensor is made on the caller's stream
             self._loaded.load_constants({name: tensor}, check_full_update=False)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # it copies on a stream of its own, and the tensor's memory is given back
+            self._settle()  # it is copied on a stream of AOTInductor's, and its memory is given back
+
+    def _settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def requires() -> str | None:

@@ -139,14 +139,13 @@ def _write_hdf5(out: Path, episodes: Iterable[Episode]) -> None:
     """A file for each instruction, all open until the last episode came; on an error none is there."""
     with contextlib.ExitStack() as files:
         add: dict[str, Callable[[Episode], None]] = {}
-        names: dict[str, str] = {}
+        of: dict[str, str] = {}
         for episode in episodes:
             words = episode.instruction
             if words not in add:
                 name = re.sub(r"\W+", "_", words).strip("_").encode()[:_NAME_BYTES].decode(errors="ignore")
-                if taken := next((other for other, its in names.items() if its == name), None):
+                if (taken := of.setdefault(name, words)) != words:
                     raise ValueError(f"instructions {taken!r} and {words!r} would be one file, {name}_demo.hdf5: reword one, or convert them apart")
-                names[words] = name
                 add[words] = files.enter_context(libero_hdf5.writing(out / f"{name}_demo.hdf5", words))
             add[words](episode)
 

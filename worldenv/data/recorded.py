@@ -83,24 +83,24 @@ def opened(folder: Path, setting: str) -> EpisodeSet:
 
     Every episode is read, once in a process: what its index says of a file is not what the file says, and a run stands on them.
     """
-    episodes = EpisodeSet(folder, GIVEN)
+    files = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*")))
+    episodes = _read_whole(folder, files)
     if not len(episodes):
         raise CheckpointError(
             f"{setting}={str(folder)!r}: no episodes there (000000.npz and so on); other formats become such by python -m worldenv.cli.convert "
             "(docs/own-robot.md)"
         )
-    files = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
-    _read_whole(folder, files)
     return episodes
 
 
 @functools.cache
-def _read_whole(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
+def _read_whole(folder: Path, files: tuple[tuple[str, int, int], ...]) -> EpisodeSet:
     """CheckpointError as `EpisodeSet.load`; `files` with sizes and times, so that what has changed since is read again."""
     episodes = EpisodeSet(folder, GIVEN)
     entries = episodes.entries
     for i in console.track(0, len(entries), f"read {folder.name}"):
         episodes.load(entries[i].number)
+    return episodes
 
 
 @functools.cache

@@ -129,6 +129,10 @@ def gradients(made: Learner, monkeypatch: pytest.MonkeyPatch, given: list[Rollou
     return caught
 
 
+ROUGH = 5.0 if torch.__version__ < "2.13" else 1.0
+"""How much further an older torch rounds away."""
+
+
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """Relative L2 distance: float32 gives 1e-4 and less (torch 2.11: 1e-3), a batch divided by its own length 0.1 and more."""
     return float((one - other).norm() / (other.norm() + 1e-12))
@@ -144,7 +148,7 @@ def test_microbatches_give_the_full_gradient(monkeypatch: pytest.MonkeyPatch) ->
         parts = learner(dataclasses.replace(FREE, microbatch=size))
         for one, other in zip(gradients(whole, monkeypatch, given), gradients(parts, monkeypatch, given), strict=True):
             for name, gradient in one.items():
-                assert apart(other[name], gradient) < 3e-3, name
+                assert apart(other[name], gradient) < 1e-3 * ROUGH, name
 
 
 def test_batches_add_up_to_eq_5(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +205,7 @@ def test_the_gradient_of_some_rollouts_is_that_of_a_step_on_them(monkeypatch: py
     found = made.gradient(given, leave_one_out(value, torch.tensor([r.group for r in given])).float())
     for name, of in (("lora", made._lora), ("action_head", made._heads), ("scale_head", made._heads)):
         want = torch.cat([step[key].flatten() for key in of if name == "lora" or key.startswith(name)])
-        assert apart(found[name], want) < 5e-4, name
+        assert apart(found[name], want) < 1e-4 * ROUGH, name
     assert all(torch.equal(p, before[name]) for name, p in made.policy.network.named_parameters())
 
 

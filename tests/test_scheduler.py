@@ -5,10 +5,12 @@ The toy world's every value is a hash of the value before it: a stage that runs 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 
@@ -299,6 +301,25 @@ def test_it_stops_in_the_middle_and_waits_no_longer_than_asked() -> None:
     assert runner.next() is None  # stopped: nothing will come any more
     with pytest.raises(ValueError, match="stopped"):
         runner.submit([(900, 900, 1)])
+
+
+def test_what_a_stopped_runner_called_is_let_go() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            stages = [Stage("policy", [1]), Stage("reflector", [1])]
+            self.runner = Runner(SchedulerConfig(stages), [self.act, lambda batch: [(True, 1.0)]])
+
+        def act(self, batch: Batch) -> None:
+            pass
+
+    holder = Holder()
+    holder.runner.submit([(1, 1, 1)])
+    drain(holder.runner)
+    holder.runner.stop()
+    gone = weakref.ref(holder)
+    del holder
+    gc.collect()
+    assert gone() is None
 
 
 def test_waiting_executors_do_not_hold_the_interpreter() -> None:

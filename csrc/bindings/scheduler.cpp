@@ -72,6 +72,7 @@ class PythonExecutor : public Executor {
       throw std::runtime_error("the judging executor returned something else than a list of (ended, value)");
     }
   }
+  void forget() { call_ = py::function(); }  // holding the GIL; it is not run again
 
  private:
   py::function call_;
@@ -180,8 +181,12 @@ class PythonRunner {
   ~PythonRunner() { stop(); }
 
   void stop() {
-    const py::gil_scoped_release nogil;  // running callables need the GIL to end
-    runner_->stop();
+    {
+      const py::gil_scoped_release nogil;  // running callables need the GIL to end
+      runner_->stop();
+    }
+    // They hold who made them, who holds this: a circle that Python's collector cannot see through
+    for (const auto& executor : executors_) executor->forget();
   }
   void submit(const Jobs& jobs) { runner_->submit(make_jobs(jobs)); }
   void cancel(std::uint32_t rollout) { runner_->cancel(rollout); }

@@ -1,6 +1,7 @@
 // What a batch costs: seconds affine in the batch's shape, per stage and device; given, or fitted to what was measured.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace worldenv {
@@ -11,6 +12,7 @@ struct Affine {
   double per_item = 0.0;
 
   double seconds(std::uint32_t shape) const { return fixed + per_item * shape; }
+  bool possible() const { return fixed >= 0.0 && per_item >= 0.0 && std::isfinite(fixed) && std::isfinite(per_item); }
 };
 
 // The affine law behind a stream of measured batches: least squares, the last hundred or so counting most. Until

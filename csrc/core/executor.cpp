@@ -4,14 +4,11 @@
 #include <deque>
 
 namespace worldenv {
-namespace {
 
 Nanoseconds clock_now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
-
-}  // namespace
 
 void NoOpExecutor::run(const Batch& batch, std::span<Verdict> verdicts) {
   for (std::size_t i = 0; i < verdicts.size(); ++i) {

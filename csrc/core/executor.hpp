@@ -9,6 +9,8 @@
 
 namespace worldenv {
 
+Nanoseconds clock_now();  // of the steady clock, which counts from anywhere
+
 class Executor {
  public:
   virtual ~Executor() = default;

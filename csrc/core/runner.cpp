@@ -4,15 +4,6 @@
 #include <string>
 
 namespace worldenv {
-namespace {
-
-using Clock = std::chrono::steady_clock;
-
-Nanoseconds clock_now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
-}
-
-}  // namespace
 
 Runner::Runner(SchedulerConfig config, std::vector<Executor*> executors) : scheduler_(std::move(config)) {
   const std::vector<Stage>& stages = scheduler_.config().stages;
@@ -135,7 +126,7 @@ void Runner::keep_time() {
     if (wake_ == kNever) {
       alarm_.wait(held);
     } else if (clock_now() < wake_) {
-      alarm_.wait_until(held, Clock::time_point(std::chrono::nanoseconds(wake_)));
+      alarm_.wait_until(held, std::chrono::steady_clock::time_point(std::chrono::nanoseconds(wake_)));
     } else {
       obey(scheduler_.wake(clock_now()));
     }

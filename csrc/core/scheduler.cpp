@@ -43,6 +43,9 @@ SchedulerConfig checked(SchedulerConfig config) {
     if (!stage.cost.empty() && stage.cost.size() != stage.devices.size()) {
       refuse("stage " + stage.name + ": want one cost per device, or none");
     }
+    for (const Affine& cost : stage.cost) {
+      if (!cost.possible()) refuse("stage " + stage.name + ": want costs of 0 seconds or more");
+    }
   }
   if (config.stages.back().steps != 1) refuse("stage " + config.stages.back().name + " judges: want 1 step");
   return config;
@@ -137,6 +140,9 @@ const Commands& Scheduler::submit(std::span<const Job> jobs, Nanoseconds now) {
     ++sizes[job.group];
   }
   begin(now);
+  if (idle()) {  // the time before is no device's: a clock counts from anywhere, and rollouts may have been long away
+    for (Device& device : devices_) device.last = now_;
+  }
   for (const auto& [group, size] : sizes) groups_[group].size = size;
   for (const Job& job : jobs) {
     where_[job.rollout] = kWaiting;

@@ -25,9 +25,12 @@ Forecast simulate(const Simulation& simulation) {
   std::vector<std::vector<Affine>> cost(config.stages.size(), std::vector<Affine>(config.devices));
   for (std::size_t s = 0; s < config.stages.size(); ++s) {
     if (simulation.cost[s].size() != config.stages[s].devices.size()) refuse("want one cost per device of a stage");
-    for (std::size_t i = 0; i < simulation.cost[s].size(); ++i)
+    for (std::size_t i = 0; i < simulation.cost[s].size(); ++i) {
+      if (!simulation.cost[s][i].possible()) refuse("want costs of 0 seconds or more");
       cost[s][config.stages[s].devices[i]] = simulation.cost[s][i];
+    }
   }
+  if (!(simulation.jitter >= 0.0 && simulation.jitter <= 1.0)) refuse("want a jitter of 0 to 1");
   const auto rollouts = static_cast<std::uint32_t>(simulation.lengths.size());
   std::vector<Job> jobs;
   for (std::uint32_t i = 0; i < rollouts; ++i) {

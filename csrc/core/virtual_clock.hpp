@@ -34,7 +34,7 @@ struct Forecast {
   Statistics statistics;
 };
 
-// invalid_argument: a cost or length is missing, more than one stream.
+// invalid_argument: a cost or length is missing or impossible, more than one stream.
 Forecast simulate(const Simulation& simulation);
 
 }  // namespace worldenv

@@ -34,7 +34,8 @@ SchedulerConfig chain(std::uint32_t slots, std::uint32_t devices = 1) {
 // Drives a scheduler through random delays, and holds every batch to what the header says of it.
 class Drive {
  public:
-  Drive(const SchedulerConfig& config, Toy& toy, std::uint64_t seed) : scheduler(config), toy_(toy), dice_{seed} {}
+  Drive(const SchedulerConfig& config, Toy& toy, std::uint64_t seed, Nanoseconds began = 0)
+      : scheduler(config), toy_(toy), dice_{seed}, now_(began) {}
 
   void submit(const std::vector<Job>& jobs) {
     for (const Job& job : jobs) limit_[job.rollout] = job.chunks;
@@ -103,6 +104,8 @@ class Drive {
     while (step([](const Batch&, const Item&) {})) {
     }
   }
+
+  void pause(Nanoseconds time) { now_ += time; }
 
   Scheduler scheduler;
   std::map<std::uint32_t, Ending> ended;
@@ -189,6 +192,42 @@ void any_schedule_gives_the_rollouts_of_a_plain_loop() {
     confirmed += statistics.confirmed;
   }
   REQUIRE(speculated > 0 && dropped > 0 && confirmed > 0);
+}
+
+// A clock counts from a machine's start, and between two iterations of LOOP no rollout is made: neither is a device's
+// idleness.
+void what_it_decides_depends_on_no_time_before_the_rollouts() {
+  std::uint64_t speculated = 0;
+  for (std::uint32_t seed = 0; seed < 100; ++seed) {
+    Dice dice{seed};
+    SchedulerConfig config = random_config(dice);
+    config.overlap = Overlap::kAuto;
+    config.unread = 0;
+    const Nanoseconds day = 86'400'000'000'000;
+    std::vector<std::vector<std::uint64_t>> seen;
+    for (const auto& [began, pause] : {std::pair<Nanoseconds, Nanoseconds>{0, 0}, {day, 0}, {0, day}}) {
+      Toy toy = toy_of(config, seed);
+      Drive drive(config, toy, seed + 1000, began);
+      std::vector<std::uint64_t> counted;
+      for (std::uint32_t iteration = 0; iteration < 2; ++iteration) {
+        std::vector<Job> made = jobs(24, 8, 5);
+        for (Job& job : made) job = {job.rollout + 24 * iteration, job.group + 3 * iteration, job.chunks};
+        drive.submit(made);
+        drive.run();
+        drive.pause(pause);
+        for (const auto& stage : drive.scheduler.statistics().stages) {
+          for (const StageStatistics& one : stage)
+            counted.insert(counted.end(), {one.batches, one.speculative, one.wasted});
+        }
+      }
+      seen.push_back(counted);
+      for (const auto& stage : drive.scheduler.statistics().stages) {
+        for (const StageStatistics& one : stage) speculated += one.speculative;
+      }
+    }
+    REQUIRE(seen[1] == seen[0] && seen[2] == seen[0]);
+  }
+  REQUIRE(speculated > 0);
 }
 
 void groups_come_whole_and_with_their_spread() {
@@ -474,6 +513,8 @@ void slots_are_taken_where_most_are_free() {
 int main() {
   return test::run({
       {"any schedule gives the rollouts of a plain loop", any_schedule_gives_the_rollouts_of_a_plain_loop},
+      {"what it decides depends on no time before the rollouts",
+       what_it_decides_depends_on_no_time_before_the_rollouts},
       {"groups come whole and with their spread", groups_come_whole_and_with_their_spread},
       {"failures are retried alone, then told with their key", failures_are_retried_alone_and_then_told_with_their_key},
       {"the cancelled go and the others do not notice", the_cancelled_go_and_the_others_do_not_notice},

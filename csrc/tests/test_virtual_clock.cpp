@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "check.hpp"
 #include "core/virtual_clock.hpp"
@@ -157,6 +158,21 @@ void what_is_not_modelled_is_refused() {
   REQUIRE(refused(simulation));
   simulation.cost.pop_back();
   REQUIRE(refused(simulation));
+  for (const double wrong : {-1.0, std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    for (const Affine cost : {Affine{wrong, 0.0}, Affine{0.0, wrong}}) {
+      simulation = simple(1, 1, {}, cost, {});
+      simulation.lengths = {1};
+      REQUIRE(refused(simulation));
+      simulation = simple(1, 1, {}, {}, {});
+      simulation.lengths = {1};
+      simulation.config.stages[1].cost = {cost};
+      REQUIRE(refused(simulation));
+    }
+    simulation = simple(1, 1, {}, {}, {});
+    simulation.lengths = {1};
+    simulation.jitter = wrong;
+    REQUIRE(refused(simulation));
+  }
   simulation = simple(1, 1, {}, {}, {});
   simulation.lengths = {0};
   REQUIRE(refused(simulation));

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import torch
 
 from worldenv.nouns import ACTION_DIM, ActionChunk, Observation
@@ -34,3 +37,26 @@ class Pusher:
         action = mu if uniform is None else mu + 0.3 * self.scale_factor * (2 * uniform - 1)
         flat = torch.zeros(mu.shape[:2])
         return ActionChunk(mu.float(), torch.zeros_like(mu).float(), action.float(), flat, action.clip(-1, 1).float())
+
+
+THRESHOLD = 0.5
+
+
+class Onlooker:
+    """A reflector that scores by where the red of the picture is, and by how many frames it saw: wrong frames or watches change its scores."""
+
+    config = SimpleNamespace(threshold=THRESHOLD)
+
+    def begin(self, instruction, frame):
+        return [(0, text) for text in instruction]
+
+    def judge(self, watch, frames):
+        pictures = frames.numpy().astype(float)
+        rows = np.arange(pictures.shape[2])[None, None, :, None]
+        scores = []
+        for (seen, text), video in zip(watch, pictures, strict=True):
+            colour = {"red": [1, -1, -1], "blue": [-1, -1, 1], "yellow": [0.5, 0.5, -1]}[text.split()[2]]
+            spot = np.clip(video @ np.array(colour) - 60, 0, None)
+            low = (spot * rows[0]).sum(axis=(1, 2)) / np.maximum(spot.sum(axis=(1, 2)), 1e-9)
+            scores.append(1 / (1 + np.exp(-(low - 37))) * (0.98 + 0.001 * (seen + np.arange(len(video)))))
+        return torch.tensor(np.array(scores), dtype=torch.float32), [(seen + frames.shape[1], text) for seen, text in watch]

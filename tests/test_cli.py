@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from worldenv import cli
+from worldenv.cli import eval as eval_command
 from worldenv.cli import files
+from worldenv.cli import train as train_command
 
 PROGRAM = "import os, sys, worldenv.cli; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -75,6 +78,22 @@ def test_a_command_that_is_interrupted_while_it_is_imported_says_so_in_a_line(wh
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60, preexec_fn=_heard)
     assert done.stderr == {"module": "worldenv: stopped\n", "script": "worldenv-eval: stopped\n", "child": ""}[where]
     assert where == "child" or done.returncode == -signal.SIGINT
+
+
+def test_a_gpu_without_room_is_one_line_with_the_cure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(train_command.train, "train", full)
+    monkeypatch.setattr(eval_command.runner, "compare", full)
+    assert train_command.main(["--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"Tried to allocate 2 GiB. Go on with less at once: --resume {tmp_path / 'run'} with smaller --sft.microbatch" in said
+    with pytest.raises(torch.OutOfMemoryError):
+        train_command.main(["--out", str(tmp_path / "run"), "--debug"])
+    assert eval_command.main(["compare", "a", "b"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_other_errors_are_shown_as_ever() -> None:

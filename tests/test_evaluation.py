@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pusher import Pusher
+from pusher import THRESHOLD, Onlooker, Pusher
 
 from worldenv import checkpoint, evaluation
 from worldenv.config import EnvConfig
@@ -23,7 +23,7 @@ from worldenv.evaluation import Outcomes, evaluate, mcnemar, paired, wilson
 from worldenv.nouns import Observation
 
 CPU = torch.device("cpu")
-STEPS, THRESHOLD = 32, 0.5
+STEPS = 32
 
 
 # Statistics
@@ -115,24 +115,6 @@ def env():
     desk = Tabletop()
     yield desk
     desk.close()
-
-
-class Onlooker:
-    """A reflector that scores by where the red of the picture is, and by how many frames it saw: wrong frames or watches change its scores."""
-
-    def begin(self, instruction, frame):
-        return [(0, text) for text in instruction]
-
-    def judge(self, watch, frames):
-        pictures = frames.numpy().astype(float)
-        rows = np.arange(pictures.shape[2])[None, None, :, None]
-        scores = []
-        for (seen, text), video in zip(watch, pictures, strict=True):
-            colour = {"red": [1, -1, -1], "blue": [-1, -1, 1], "yellow": [0.5, 0.5, -1]}[text.split()[2]]
-            spot = np.clip(video @ np.array(colour) - 60, 0, None)
-            low = (spot * rows[0]).sum(axis=(1, 2)) / np.maximum(spot.sum(axis=(1, 2)), 1e-9)
-            scores.append(1 / (1 + np.exp(-(low - 37))) * (0.98 + 0.001 * (seen + np.arange(len(video)))))
-        return torch.tensor(np.array(scores), dtype=torch.float32), [(seen + frames.shape[1], text) for seen, text in watch]
 
 
 def really_stopped(env, start, protocol):

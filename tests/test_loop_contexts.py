@@ -81,8 +81,10 @@ def test_rollouts_of_an_iteration_that_was_learned_from_do_not_stay(tmp_path: Pa
     monkeypatch.setattr(stage_loop.policies, "save", lambda *_: None)
     monkeypatch.setattr(Desk, "policy", lambda *_: None)
     with run.at_work("loop", "f") as stage:
-        stage.savepoint("iterations").save({"learner": {}, "history": [{"return": 0.5}], "groups": [{}], "seconds": [1.0]})
+        kept = {"learner": {}, "history": [{"return": 0.5}], "groups": [{}], "seconds": [1.0], "collected": [[6, 0.5]]}
+        stage.savepoint("iterations").save(kept)
         for machine in range(2):
             stage_loop.log_path(stage.folder, 0, machine).write_bytes(b"rollouts")
         stage_loop.loop(Desk(run), stage)
     assert list(run.record("loop")["files"]) == []
+    assert run.record("loop")["timings"]["rollouts_per_second"] == 12.0  # the report wants it, also of a run that was killed after the last iteration

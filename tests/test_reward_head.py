@@ -20,7 +20,6 @@ from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ReflectorConfig, RewardConfig
 from worldenv.data.episode import Episode
-from worldenv.learning import reward_head
 from worldenv.learning.reward_head import Labelled, auc, calibration_error, fit_head, measure, score, stops, train_backbone
 from worldenv.presets import PRESETS
 from worldenv.reflector import weights
@@ -103,16 +102,16 @@ def test_the_clip_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_half_of_the_videos_are_as_the_simulator_draws_them() -> None:
-    drawn = [255 - one.frame for one in TRAIN]
+    drawn = [np.concatenate([one.frame[:1], 255 - one.frame[1:]]) for one in TRAIN]  # an imagined rollout starts at a true frame
     labelled = Labelled(TRAIN, drawn)
     batch, _ = labelled.draw(0, noise.Stream.BACKBONE, 0, 400, 0.5)
     assert 0.4 < batch[:, 2].mean() < 0.6
-    video = labelled.video(3, True)
-    assert np.array_equal(video[0], TRAIN[3].frame[0])  # an imagined rollout starts at a true frame
-    assert np.array_equal(video[1:], drawn[3][1:])
+    assert np.array_equal(labelled.video(3, True), drawn[3])
     assert np.array_equal(labelled.video(3, False), TRAIN[3].frame)
     with pytest.raises(ValueError, match="79 videos for 80 episodes"):
         Labelled(TRAIN, drawn[:-1])
+    with pytest.raises(ValueError, match="does not begin with its episode's first frame"):
+        Labelled(TRAIN, [255 - one.frame for one in TRAIN])
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
@@ -138,7 +137,7 @@ def test_nothing_to_learn_from_is_said() -> None:
 
 def test_the_stage_learns_and_its_metrics_are_json(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
     judge, metrics = trained
-    found = measure(judge, HELD_OUT)
+    found = measure(score(judge, HELD_OUT), HELD_OUT, 0.5)
     json.dumps({**metrics, **found}, allow_nan=False)
     assert found["auc"] > 0.998
     assert found["recall"] > 0.97
@@ -147,15 +146,15 @@ def test_the_stage_learns_and_its_metrics_are_json(trained: tuple[LlavaReflector
     assert metrics["embeddings"] == 300
     assert metrics["train_episodes"] == 80
     headless = LlavaReflector(judge.config, judge.llava, None)
-    assert measure(headless, HELD_OUT)["auc"] > 0.95
+    assert measure(score(headless, HELD_OUT), HELD_OUT, 0.5)["auc"] > 0.95
     assert not any(p.requires_grad for p in judge.llava.parameters())
 
 
 def test_labels_that_are_a_frame_late_are_seen(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
     """What a reflector and labels that are a frame apart look like: the test above would fail."""
-    judge, _ = trained
+    scores = score(trained[0], HELD_OUT)
     for by in (1, -1):
-        shifted = measure(judge, [replace(one, success=np.roll(one.success, by)) for one in HELD_OUT])
+        shifted = measure(scores, [replace(one, success=np.roll(one.success, by)) for one in HELD_OUT], 0.5)
         assert shifted["auc"] < 0.998
         assert shifted["recall"] < 0.97 or shifted["precision"] < 0.97
 
@@ -197,6 +196,15 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert whole.head is not None
     assert cut.head is not None
     assert all(torch.equal(a, b) for a, b in zip(whole.head.state_dict().values(), cut.head.state_dict().values(), strict=True))
+    cut.head = None  # killed after that, while it is measured: nothing is read, imagined or fitted again
+
+    def drawn() -> list[NDArray[np.uint8]]:
+        raise AssertionError("imagined again")
+
+    cut.embed = drawn  # type: ignore[assignment,method-assign]
+    assert fit_head(cut, TRAIN, config, 0, Savepoint(tmp_path / "d"), drawn) == want
+    assert cut.head is not None
+    assert all(torch.equal(a, b) for a, b in zip(whole.head.state_dict().values(), cut.head.state_dict().values(), strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_a_published_backbone_stays_as_it_is_and_gets_a_head(tmp_path: Path) -> 
     settings = replace(PRESETS["tiny"], reflector=like, reward=chosen)
     desk = SimpleNamespace(settings=settings, device=torch.device("cpu"), seed=0, env=SimpleNamespace(tasks=INSTRUCTIONS))
     stage = SimpleNamespace(metrics={}, savepoint=lambda name: Savepoint(tmp_path / name))
-    made = reward.fitted_llava(desk, stage, TRAIN[:20], [one.frame for one in TRAIN[:20]])  # type: ignore[arg-type]
+    made = reward.fitted_llava(desk, stage, TRAIN[:20], lambda: [one.frame for one in TRAIN[:20]])  # type: ignore[arg-type]
     assert made.config == replace(SMALL, sampler="stable_dyadic", frames=4, head_width=like.head_width, threshold=like.threshold)
     assert made.head is not None
     assert made.llava.model.dtype == torch.bfloat16
@@ -274,18 +282,16 @@ def test_how_episodes_end() -> None:
     assert stops([row(0.9, 0.1)], [np.array([True, False])], 0.5)["right"] == 1  # judged where it stops, not at the end
 
 
-def test_measure_reports_what_stops_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_reports_what_stops_say() -> None:
     some = HELD_OUT[:4]
     fixed = [np.where(one.success[1:], 0.9, 0.2).astype(np.float32) for one in some]
     fixed[0][:] = 0.8  # stops at once
-    monkeypatch.setattr(reward_head, "score", lambda *_: fixed)
-    found = measure(reflector(), some)
+    found = measure(fixed, some, 0.5)
     ends = stops(fixed, [one.success[1:] for one in some], 0.5)
     assert found["stops"] == ends
     assert found["false_stop_rate"] == (ends["early"] + ends["false"]) / 4
     assert found["episodes"] == 4
     assert found["frames"] == 40
     perfect = [np.where(one.success[1:], 0.6, 0.4).astype(np.float32) for one in some]
-    monkeypatch.setattr(reward_head, "score", lambda *_: perfect)
-    found = measure(reflector(), some)
+    found = measure(perfect, some, 0.5)
     assert (found["auc"], found["precision"], found["recall"], found["false_stop_rate"], found["best_eta"]) == (1.0, 1.0, 1.0, 0.0, 0.5)

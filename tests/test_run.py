@@ -190,28 +190,46 @@ def test_what_lies_beside_a_stage_is_made_again_where_it_is_gone(run):
     assert not run.check("report", "f")
 
 
+PLACED = (
+    ("gpus", 2), ("sft.microbatch", 4), ("sft.gradient_checkpointing", True), ("explore.processes", 2), ("world.gradient_checkpointing", True),
+    ("loop.slots", 8), ("loop.streams", 2), ("loop.microbatch", 4), ("loop.gradient_checkpointing", True), ("engines.limit_gb", 1.0),
+)  # fmt: skip
+"""Where a run happens and in how much memory, not what it is."""
+
+
 @pytest.mark.parametrize(
     ("path", "value", "made_again"),
     [
         ("seed", 1, {"demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"}),
         ("env.jitter_m", 0.01, {"demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"}),
         ("explore.held_out", 0.2, {"explore", "world", "reward", "loop", "eval", "report"}),  # who is held out is chosen when they are read
-        ("loop.slots", 8, {"reward", "loop", "eval", "report"}),  # how many are imagined side by side
         ("loop.scale_factor", 2.0, {"loop", "eval", "report"}),
         ("report.replays", 12, {"eval", "report"}),
         ("report.videos", 1, {"report"}),
-        ("loop.streams", 2, {"report"}),
-        ("engines.limit_gb", 1.0, {"loop", "eval", "report"}),
+        ("engines.back_end", "inductor", {"loop", "eval", "report"}),
+        *((name, value, set()) for name, value in PLACED),
     ],
 )
 def test_a_stage_is_done_again_where_a_setting_that_it_reads_is_another(path, value, made_again):
     """Of its own settings; what comes by its inputs comes by theirs."""
     other = changed(presets.TINY, path, value)
 
-    def reads(plan, settings):
-        return config.fingerprint(*plan.settings(settings))
+    def reads(name, settings):
+        return config.fingerprint(*train.deciding(name, settings))
 
-    assert {name for name, plan in train.STAGES.items() if reads(plan, presets.TINY) != reads(plan, other)} == made_again
+    assert {name for name in train.STAGES if reads(name, presets.TINY) != reads(name, other)} == made_again
+
+
+def test_a_run_goes_on_in_less_memory(tmp_path):
+    """What a GPU has no room for is asked for anew in smaller parts; the stage that was begun goes on, too."""
+    Run(tmp_path, presets.TINY)._lock.close()
+    less = presets.TINY
+    for name, value in PLACED:
+        less = changed(less, name, value)
+    run = Run(tmp_path, less)
+    run.keep_settings()
+    run._lock.close()
+    assert settings_of(tmp_path) == less
 
 
 def test_two_processes_do_not_share_a_folder(run):
@@ -239,8 +257,8 @@ def test_a_run_goes_on_with_networks_in_other_places(tmp_path):
     run.keep_settings()
     run._lock.close()
     assert settings_of(tmp_path).loop == placed
-    with pytest.raises(RunError, match=r"loop\.slots: 16 there, 3 asked"):
-        Run(tmp_path, dataclasses.replace(presets.TINY, loop=dataclasses.replace(placed, slots=3)))
+    with pytest.raises(RunError, match=r"loop\.bucket: 4 there, 3 asked"):
+        Run(tmp_path, dataclasses.replace(presets.TINY, loop=dataclasses.replace(placed, bucket=3)))
 
 
 def test_what_loop_has_done_is_kept_where_networks_move(tmp_path):
@@ -249,7 +267,7 @@ def test_what_loop_has_done_is_kept_where_networks_move(tmp_path):
     def begun(loop):
         settings = dataclasses.replace(presets.TINY, loop=loop)
         run = Run(tmp_path, settings)
-        return run, run.fingerprint("loop", train.STAGES["loop"].settings(settings), [])
+        return run, run.fingerprint("loop", train.deciding("loop", settings), [])
 
     run, fingerprint = begun(presets.TINY.loop)
     fail(run, "loop", fingerprint)

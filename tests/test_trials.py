@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pusher import Pusher
+from pusher import THRESHOLD, Onlooker, Pusher
 from small_policy import SMALL, statistics
 
 from worldenv import checkpoint, evaluation
@@ -159,18 +159,22 @@ def test_a_judge_ends_an_episode_at_the_first_score_above_eta():
 # Against the evaluation of the training pipeline, which runs many episodes side by side
 
 
-@pytest.mark.parametrize("mode", ["oracle", "limit"])
+@pytest.mark.parametrize("mode", ["oracle", "limit", "reflector"])
 def test_agrees_with_the_pipelines_own_evaluation(mode, tmp_path):
     """A policy that pushes: some episodes succeed, some only for a while."""
     pusher = Pusher()
-    bench = Bench(PolicyActor(pusher, TABLETOP, CPU, 1, False, None), None, CPU)
+    judge = Onlooker() if mode == "reflector" else None
+    bench = Bench(PolicyActor(pusher, TABLETOP, CPU, 1, False, None), judge, CPU)  # type: ignore[arg-type]
     want = asked(policy="pusher", mode=mode, episodes=9, views=1)
     runner.evaluate(want, tmp_path / "e", 1, bench)
     env = Tabletop(EnvConfig(image=64))
-    outcomes = evaluation.evaluate(pusher, env, want.starts(), 32, None, 1.0, CPU)
+    outcomes = evaluation.evaluate(pusher, env, want.starts(), 32, judge, THRESHOLD, CPU)  # type: ignore[arg-type]
     found = runner.read_trials(tmp_path / "e")
     made = {trial.number: trial for trial in found}
     assert [made[n].success for n in range(9)] == outcomes.by(mode).tolist()
+    if judge is not None:
+        assert [made[n].ended for n in range(9)] == outcomes.ends().tolist()
+        assert sum(made[n].ended < 32 for n in range(9)) > 0
     assert {trial.state for trial in found} == {env.state_hash(0, "test", i) for i in range(3)}
     assert any(trial.success for trial in found)
 
@@ -317,6 +321,15 @@ def _stored(out: Path, success: list[bool], **other: Any) -> Path:
     rows = [Trial(s.number, s.task, "test", s.index, f"state {s.index}", good, None, 9, 9, 1.0, 1.0) for s, good in zip(settings.starts(), success)]  # noqa: B905
     (out / "episodes.jsonl").write_text("".join(json.dumps(row.plain()) + "\n" for row in rows))
     return out
+
+
+def test_processes_end_without_a_word_where_another_has_failed(capfd):
+    workers = runner._Workers(asked(policy="somebody", mode="limit"), 1)
+    (pipe,) = workers.processes
+    pipe.send(Start(0, 0, "test", 0))
+    assert pipe.recv()[0] == "question"
+    workers.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_compare(tmp_path, capsys):

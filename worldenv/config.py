@@ -768,10 +768,6 @@ class LoopConfig:
         if self.permutation and self.control != "shuffle":
             raise ValueError(f"loop.permutation={self.permutation} with loop.control={self.control}: want 0, or loop.control=shuffle")
 
-    def placed_as(self, other: LoopConfig) -> LoopConfig:
-        """The same rollouts, on GPUs as `other` has them."""
-        return replace(self, streams=other.streams, apart=other.apart, apart_gpus=other.apart_gpus)
-
 
 @dataclass(frozen=True)
 class EnginesConfig:
@@ -872,6 +868,22 @@ class RunConfig:
         if self.eval.episodes > self.env.test_starts:
             more = "; give fewer, or raise env.test_states" if self.env.name == "tabletop" else "; give fewer, or choose more tasks"
             raise ValueError(f"eval.episodes={self.eval.episodes}: there are {self.env.test_starts} test states over all tasks{more}")
+
+    def placed_as(self, other: RunConfig) -> RunConfig:
+        """The same run on as many devices and processes, in as much memory and on as much of a disk as `other` has: its results are the same but
+        for the order in which numbers are added, and a run that was begun on one machine goes on on another.
+        """
+        loop = replace(
+            self.loop, streams=other.loop.streams, apart=other.loop.apart, apart_gpus=other.loop.apart_gpus, slots=other.loop.slots,
+            microbatch=other.loop.microbatch, gradient_checkpointing=other.loop.gradient_checkpointing,
+        )  # fmt: skip
+        return replace(
+            self, gpus=other.gpus, loop=loop,
+            sft=replace(self.sft, microbatch=other.sft.microbatch, gradient_checkpointing=other.sft.gradient_checkpointing),
+            explore=replace(self.explore, processes=other.explore.processes),
+            world=replace(self.world, gradient_checkpointing=other.world.gradient_checkpointing),
+            engines=replace(self.engines, limit_gb=other.engines.limit_gb),
+        )  # fmt: skip
 
     def _check_recorded(self) -> None:
         """ValueError for what asks an environment that is not there."""

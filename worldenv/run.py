@@ -148,7 +148,7 @@ class Run:
             self.keep_settings()
 
     def keep_settings(self) -> None:
-        """Store the settings, where what is stored has the networks on other GPUs, recordings elsewhere, or nothing is stored."""
+        """Store the settings, where what is stored is placed otherwise, or has recordings elsewhere, or nothing is stored."""
         known = self.out / "run.json"
         if not known.is_file() or settings_of(self.out) != self.settings:
             checkpoint.write_text(known, json.dumps({"settings": config.to_dict(self.settings)}, indent=1))
@@ -248,9 +248,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _where_asked(stored: config.RunConfig, asked: config.RunConfig) -> config.RunConfig:
-    """`stored` with what may change when a run goes on: which GPUs make the rollouts, since they make the same ones; and where recordings lie, since
-    what they hold is compared (worldenv.train)."""
-    placed = dataclasses.replace(stored, gpus=asked.gpus, loop=stored.loop.placed_as(asked.loop))
+    """`stored` with what may change when a run goes on: devices and memory, and where recordings lie, since what they hold is compared
+    (worldenv.train)."""
+    placed = stored.placed_as(asked)
     if not (stored.env.recorded and asked.env.recorded):
         return placed
     env = dataclasses.replace(stored.env, recordings=asked.env.recordings, robot=asked.env.robot)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from worldenv import console
+from worldenv import console, presets
 from worldenv.checkpoint import Savepoint
-from worldenv.config import LoopConfig, RunConfig
+from worldenv.config import RunConfig
 from worldenv.data import recorded
 from worldenv.learning import processes
 from worldenv.run import Run, RunError, Stage, done, savepoint_path, settings_of
@@ -38,6 +38,7 @@ class Plan:
     work: Callable[[Desk, Stage], None]
     inputs: tuple[str, ...]
     settings: Callable[[RunConfig], list[Any]]
+    """See `deciding`."""
 
 
 def _site(settings: RunConfig) -> list[Any]:
@@ -61,20 +62,25 @@ STAGES: dict[str, Plan] = {
     "reward": Plan(
         reward,
         ("demos", "explore", "world"),
-        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.loop.slots, c.reflector, c.reward],
+        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.reflector, c.reward],
     ),
     "loop": Plan(
         loop,
         ("demos", "scale", "explore", "world", "reward"),
-        lambda c: [c.seed, *_site(c), *_exploration(c), c.loop.placed_as(LoopConfig()), c.engines],
+        lambda c: [c.seed, *_site(c), *_exploration(c), c.loop, c.engines],
     ),
     "eval": Plan(
         evaluate,
         ("scale", "explore", "world", "reward", "loop"),
-        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.loop.placed_as(LoopConfig()), c.eval, c.report.replays, c.engines],
+        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.loop, c.eval, c.report.replays, c.engines],
     ),
     "report": Plan(write_report, RECORDED, lambda c: [c]),
 }
+
+
+def deciding(name: str, settings: RunConfig) -> list[Any]:
+    """What of `settings` decides the output of stage `name`: not where it is made, nor in how much memory."""
+    return STAGES[name].settings(settings.placed_as(presets.TINY))  # as one and the same run is
 
 
 def _inputs(name: str, settings: RunConfig) -> tuple[str, ...]:
@@ -170,7 +176,7 @@ def train(
     run.keep_settings()
     for name in names:
         plan = STAGES[name]
-        fingerprint = run.fingerprint(name, plan.settings(settings), list(_inputs(name, settings)))
+        fingerprint = run.fingerprint(name, deciding(name, settings), list(_inputs(name, settings)))
         if run.check(name, fingerprint):
             console.say(f"{name:>7}: skipped, done before")
             continue

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import tyro
 from numpy.typing import NDArray
 
@@ -369,6 +370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # of the command line, a checkpoint, or a folder that is another's
         print(f"worldenv-eval: {error}", file=sys.stderr)
         return 1 if isinstance(error, runner.TrialError) else 2
+    except torch.OutOfMemoryError as error:
+        print(f"worldenv-eval: {str(error).splitlines()[0]} Another --device may have room; the same command goes on from here", file=sys.stderr)
+        return 1
     except (OSError, LiberoMissing, NoOpenGL, LeRobotError, EngineError) as error:
         print(f"worldenv-eval: {error}", file=sys.stderr)
         return 1

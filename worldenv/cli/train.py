@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+import torch
 import tyro
 
 from worldenv import console, distributed, presets, run, train
@@ -28,6 +29,10 @@ from worldenv.stages.replay import replay
 
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 _STAGES = get_args(StageName)
+_LESS_MEMORY = (
+    "Go on with less at once: --resume {} with smaller --sft.microbatch, --loop.microbatch or --loop.slots, or with --sft.gradient-checkpointing, "
+    "--world.gradient-checkpointing or --loop.gradient-checkpointing; what is finished stays"
+)
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes_on = f"--resume {args.out}" if args.from_stage else "the same command"  # --from would begin what it has finished anew
         print(f"worldenv-train: stopped; {goes_on} goes on from here", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        if args.debug:
+            raise
+        print(f"worldenv-train: {str(error).splitlines()[0]} {_LESS_MEMORY.format(args.out)}", file=sys.stderr)
+        return 1
     except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError, ProcessError) as error:
         if args.debug:
             raise

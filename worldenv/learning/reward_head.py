@@ -42,9 +42,13 @@ class Labelled:
     """Every judged moment (episode, t >= 1) of some episodes, with its label."""
 
     def __init__(self, episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None) -> None:
-        """`drawn[e]` is like `episodes[e].frame`. ValueError where it is not, or where there is no success or no failure to learn from."""
+        """`drawn[e]` is like `episodes[e].frame` and has its first frame, as an imagined rollout has. ValueError where it is not, or where there is
+        no success or no failure to learn from.
+        """
         if drawn is not None and [frames.shape for frames in drawn] != [episode.frame.shape for episode in episodes]:
             raise ValueError(f"drawn: {len(drawn)} videos for {len(episodes)} episodes, or frames of another shape")
+        if drawn is not None and not all(np.array_equal(frames[0], episode.frame[0]) for frames, episode in zip(drawn, episodes, strict=True)):
+            raise ValueError("drawn: a video that does not begin with its episode's first frame")
         self._episodes, self._drawn = episodes, drawn
         moments = [(e, t) for e, episode in enumerate(episodes) for t in range(1, len(episode.success))]
         holds = np.array([episodes[e].success[t] for e, t in moments], bool)
@@ -88,8 +92,7 @@ class Labelled:
 
     def video(self, episode: int, drawn: bool) -> NDArray[np.uint8]:
         """(T + 1, H, W, 3): what the reflector would see of an episode, in the true environment or in the imagined one."""
-        true = self._episodes[episode].frame
-        return np.concatenate([true[:1], self._drawn[episode][1:]]) if drawn and self._drawn is not None else true
+        return self._drawn[episode] if drawn and self._drawn is not None else self._episodes[episode].frame
 
     def embed(self, reflector: LlavaReflector, moments: NDArray[np.int64]) -> Embedding:
         """The reflector's embeddings of `moments` (B, 3), read from scratch."""
@@ -158,17 +161,18 @@ def train_backbone(
 
 def fit_head(
     reflector: LlavaReflector, episodes: Sequence[Episode], config: RewardConfig, seed: int, savepoint: Savepoint,
-    drawn: Sequence[NDArray[np.uint8]] | None = None,
+    drawn: Callable[[], Sequence[NDArray[np.uint8]]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit a fresh reward head on the frozen backbone's embeddings of `episodes` (training ones only); it becomes `reflector.head`.
 
-    Returns metrics. Raises FloatingPointError where the loss is not finite.
+    Returns metrics. Raises FloatingPointError where the loss is not finite. A killed run goes on from `savepoint`, which holds the embeddings:
+    `drawn` is not asked then.
     """
     reflector.freeze()
     device = reflector.llava.device
-    moments = Labelled(episodes, drawn)
     kept = savepoint.load()
     if kept is None:
+        moments = Labelled(episodes, drawn and drawn())
         chosen, label = moments.choose(seed, noise.Stream.EMBEDDING, config.embeddings, config.positives)
         with torch.no_grad():
             pooled = [moments.embed(reflector, part).pooled.float() for part in np.array_split(chosen, max(1, len(chosen) // 64))]
@@ -192,12 +196,11 @@ def fit_head(
             total += finite(loss, "reward", epoch, "reward.head_lr") * len(some)
         losses.append(total / len(wanted))
         bar.note(loss=losses[-1])
-        if savepoint.due():
+        if savepoint.due() or epoch + 1 == config.head_epochs:  # the last one too: to measure what was fitted may take longer than to fit it
             state = {"head": dict(head.state_dict()), "optimizer": optimizer.state_dict(), "losses": losses}
             savepoint.save({**kept, **state, "epoch": epoch + 1})
     reflector.head = head
     reflector.freeze()
-    savepoint.clear()
     return {"head_epochs": config.head_epochs, "embeddings": len(wanted), "head_loss": losses[-1], "positives": float(wanted.mean())}
 
 
@@ -256,18 +259,16 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def measure(reflector: Judge, episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None) -> dict[str, Any]:
-    """How good the reflector is on `episodes` that it was not trained on; all frames but the first of each, at its threshold. JSON-ready.
+def measure(scores: Sequence[NDArray[np.float32]], episodes: Sequence[Episode], eta: float) -> dict[str, Any]:
+    """How good a reflector is that gives `episodes`, on which it was not trained, `scores` (T,), and ends them above `eta`. JSON-ready.
 
     auc, precision, recall, ece: over frames. false_stop_rate: of all episodes, the share that it would stop while the predicate does not hold,
     whether too early or in an episode that never succeeds; failure_stop_rate: of the episodes that never succeed, the share that it would stop;
     stop_recall: of the episodes that succeed at some time, the share that it would stop while the predicate holds. best_eta: the threshold on
     a grid of 0.05 at which most episodes would end right, for information: it is chosen on these same episodes, and nothing uses it.
     """
-    scores = score(reflector, episodes, drawn)
     labels = [episode.success[1:] for episode in episodes]
     every, holds = np.concatenate(scores), np.concatenate(labels)
-    eta = reflector.config.threshold
     called = every > eta
     ends = stops(scores, labels, eta)
     successes = sum(bool(label.any()) for label in labels)

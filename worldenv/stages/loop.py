@@ -87,16 +87,22 @@ class Practice:
     """Where LOOP's rollouts happen."""
 
     fleet: Fleet
-    threshold: float
-    """A score above it ends a rollout."""
+    success: float
+    """A score above it is success."""
+    terminates: bool
+    """And ends the rollout."""
+
+    @property
+    def threshold(self) -> float:
+        """A score above it ends a rollout."""
+        return self.success if self.terminates else math.inf
 
 
 def practice_of(desk: Desk, policy: OpenVLAOFT, folder: Path) -> Practice:
     """For `policy`, with engines as stage loop in `folder` took them, or takes them now."""
     reflector = None if desk.settings.loop.control == "true-simulator" else desk.reflector(desk.judging)
-    threshold = 0.5 if reflector is None else reflector.config.threshold
-    fleet = assembled(desk, folder, policy, reflector)
-    return Practice(fleet, threshold if desk.settings.loop.termination else math.inf)
+    success = 0.5 if reflector is None else reflector.config.threshold
+    return Practice(assembled(desk, folder, policy, reflector), success, desk.settings.loop.termination)
 
 
 def log_path(folder: Path, iteration: int, machine: int = 0) -> Path:
@@ -167,8 +173,9 @@ def loop(desk: Desk, stage: Stage) -> None:
     history: list[dict[str, float]] = []
     groups: list[dict[str, list[float]]] = []
     seconds: list[float] = []
+    collected: list[list[float]] = []  # rollouts that were made and seconds, by iteration; what a killed run had made of one is in neither
     if (kept := savepoint.load()) is not None:
-        history, groups, seconds = kept["history"], kept["groups"], kept["seconds"]
+        history, groups, seconds, collected = (kept[name] for name in ("history", "groups", "seconds", "collected"))
     for done in range(len(history)):  # left where the run was killed between a savepoint and this
         for log in logs(stage.folder, done):
             log.unlink()
@@ -192,21 +199,20 @@ def loop(desk: Desk, stage: Stage) -> None:
         if lost := [job.number for job in jobs if job.number not in by_number]:
             raise RunError(f"{stage.folder}: {len(lost)} rollouts of other machines are not there; want --out on a disk that all machines share")
         rollouts = [by_number[job.number] for job in jobs]
-        collected = time.monotonic()
+        collected.append([len(missing), time.monotonic() - began])
         metrics = learner.update(rollouts, iteration)
         returns = np.array([rollout.value for rollout in rollouts]).reshape(-1, settings.group)
         history.append({
             "return": float(np.mean(returns)),
-            "imagined_success": float(np.mean([r.stopped for r in rollouts])),
+            "imagined_success": float(np.mean([r.value > practice.success for r in rollouts])),
             "spread": float(np.mean(np.std(returns, axis=1))),
             **metrics,
         })  # fmt: skip
         groups.append({"mean": returns.mean(axis=1).tolist(), "low": returns.min(axis=1).tolist(), "high": returns.max(axis=1).tolist()})
         seconds.append(time.monotonic() - began)
-        stage.timings["rollouts_per_second"] = len(missing) / max(collected - began, 1e-9)
         if settings.snapshot_every and (iteration + 1) % settings.snapshot_every == 0:
             policies.save(snapshot_path(stage.folder, iteration + 1), learner.policy, learner.merged())
-        savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds})
+        savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds, "collected": collected})
         store.close()
         for log in (own, *others):
             log.unlink()
@@ -219,3 +225,5 @@ def loop(desk: Desk, stage: Stage) -> None:
     stage.timings["refit"] = {name: one.plain() for name, one in refits.items()}
     stage.metrics |= {"return_first": history[0]["return"], "return_last": history[-1]["return"], "history": history, "groups": groups}
     stage.timings["seconds_per_iteration"] = float(np.mean(seconds))
+    rollouts_made, took = np.sum(collected, axis=0)
+    stage.timings["rollouts_per_second"] = float(rollouts_made / took)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,36 +20,41 @@ from worldenv.reflector.judge import LlavaReflector
 from worldenv.run import Stage
 from worldenv.stages.desk import Desk
 
+Drawn = list[NDArray[np.uint8]]
+"""Videos of episodes as the simulator draws them, each like the episode's own frames."""
+
 
 def reward(desk: Desk, stage: Stage) -> None:
     """The reflector learns to see success, in true frames and in those that the simulator imagines of the same commands."""
     settings, (training, held_out) = desk.settings, desk.explored
     training = [*desk.episodes("demos"), *training]
     imagined = desk.world(None, desk.simulator())
-    drawn, drawn_held_out = (
-        audit.imagine_episodes(imagined, some, settings.loop.slots, settings.policy.chunk, label)
-        for some, label in ((training, "imagine"), (held_out, "imagine held-out"))
-    )
+
+    @functools.cache
+    def drawn() -> Drawn:
+        return audit.imagine_episodes(imagined, training, settings.loop.slots, settings.policy.chunk, "imagine")
+
     reflector: LlavaReflector | ClassifierReflector
     if settings.reward.judge == "classifier":
         reflector = ClassifierReflector.initialise(settings.reflector, settings.reward.classifier_width, desk.site.tasks, desk.seed).to(desk.device)
         stage.metrics["classifier"] = frame_classifier.train_classifier(
-            reflector, training, settings.reward, desk.seed, stage.savepoint("classifier"), drawn
+            reflector, training, settings.reward, desk.seed, stage.savepoint("classifier"), drawn()
         )
         tree = classifier.to_tree(reflector)
     else:
         reflector = fitted_llava(desk, stage, training, drawn)
         tree = reflectors.to_tree(reflector)
-    stage.metrics |= reward_head.measure(reflector, held_out)
-    stage.metrics["drawn"] = reward_head.measure(reflector, held_out, drawn_held_out)
-    scores = np.concatenate(reward_head.score(reflector, held_out))
+    scores, eta = reward_head.score(reflector, held_out), reflector.config.threshold
+    stage.metrics |= reward_head.measure(scores, held_out, eta)
+    drawn_held_out = audit.imagine_episodes(imagined, held_out, settings.loop.slots, settings.policy.chunk, "imagine held-out")
+    stage.metrics["drawn"] = reward_head.measure(reward_head.score(reflector, held_out, drawn_held_out), held_out, eta)
     success = np.concatenate([e.success[1:] for e in held_out])
-    checkpoint.save(stage.folder / "held-out.safetensors", {"score": scores, "success": success})
+    checkpoint.save(stage.folder / "held-out.safetensors", {"score": np.concatenate(scores), "success": success})
     checkpoint.save(stage.folder / "reflector.safetensors", tree)
 
 
-def fitted_llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]]) -> LlavaReflector:
-    """Backbone, then head."""
+def fitted_llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: Callable[[], Drawn]) -> LlavaReflector:
+    """Backbone, then head; `drawn` is asked where one of them is still to be taught."""
     settings = desk.settings
     half_done = stage.savepoint("half-done")
     if (kept := half_done.load()) is not None:
@@ -60,7 +66,7 @@ def fitted_llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: S
         stage.metrics["backbone"] = {"start": settings.reward.start, "parameters": sum(p.numel() for p in reflector.llava.parameters())}
     else:
         reflector = reflectors.initialise(settings.reflector, desk.site.tasks, desk.seed).to(desk.device)
-        stage.metrics["backbone"] = reward_head.train_backbone(reflector, training, settings.reward, desk.seed, stage.savepoint("backbone"), drawn)
+        stage.metrics["backbone"] = reward_head.train_backbone(reflector, training, settings.reward, desk.seed, stage.savepoint("backbone"), drawn())
         half_done.save({"reflector": reflectors.to_tree(reflector), "metrics": stage.metrics["backbone"]})
     if settings.reward.head:
         stage.metrics["head"] = reward_head.fit_head(reflector, training, settings.reward, desk.seed, stage.savepoint("head"), drawn)

@@ -191,7 +191,9 @@ def _work(pipe: Connection, asked: Evaluation) -> None:
 
     def ask(question: Any) -> Answer:
         pipe.send(("question", question))
-        answer: Answer = pipe.recv()
+        answer: Answer | None = pipe.recv()
+        if answer is None:  # another episode has failed, and all are ended
+            raise EOFError
         return answer
 
     torch.set_num_threads(1)

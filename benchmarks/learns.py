@@ -141,7 +141,7 @@ def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
     seconds = time.monotonic() - began
     policies.save(folder / "policy.safetensors", policy)
     reflector = desk.reflector()
-    after = evaluation.evaluate(policy, desk.env, before.start, settings.env.steps, reflector, reflector.config.threshold, desk.device)
+    after = evaluation.evaluate(policy, desk.env, before.start, settings.env.steps, [reflector], reflector.config.threshold, desk.device)
     return {
         "episodes_used": len(episodes),
         "fit": fitted,
@@ -158,7 +158,7 @@ def _true_simulator(args: LearnsArgs, out: Path) -> dict[str, Any]:
     chosen, steps = evaluation.starts(desk.env, desk.settings.eval.episodes), desk.settings.env.steps
     policies_by = {"sft": desk.policy("scale"), "loop": desk.policy("loop")}
     outcomes = {
-        name: evaluation.evaluate(policy, desk.env, chosen, steps, None, 1.0, desk.device, f"eval {name}") for name, policy in policies_by.items()
+        name: evaluation.evaluate(policy, desk.env, chosen, steps, (), 1.0, desk.device, f"eval {name}") for name, policy in policies_by.items()
     }
     record = desk.run.record("loop")
     return {

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def _strip(rows: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.floating] | N
             for spine in axes.spines.values():
                 spine.set_color("#1c8a4c" if success[t] else "#d4d9e1")
                 spine.set_linewidth(3 if success[t] else 1)
-            said = "" if score is None else f"  R {score[t]:.2f}{'*' if score[t] > eta else ''}"
+            said = "" if score is None or math.isnan(score[t]) else f"  R {score[t]:.2f}{'*' if score[t] > eta else ''}"
             axes.set_title(f"t {t + 1}{said}", fontsize=7.5)
         line[0].set_ylabel(name, fontsize=8)
     figure.suptitle(title, fontsize=9)

@@ -137,3 +137,22 @@ def test_savepoint_keeps_the_last_tree(tmp_path):
     assert not second.due()
     second.clear()
     assert second.load() is None
+
+
+def test_a_save_that_takes_long_is_made_seldom(tmp_path, monkeypatch):
+    """29 GB of a large simulator took longer to write than the half minute after which they were written again."""
+    now = 100.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    savepoint = Savepoint(tmp_path / "s", every_s=30.0)
+
+    def slow(path, tree):
+        nonlocal now
+        now += 60.0
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    now += 30.0
+    assert savepoint.due()
+    savepoint.save({})
+    for later, due in ((30.0, False), (1000.0, False), (110.0, True)):  # 19 minutes of work to one of writing
+        now += later
+        assert savepoint.due() == due

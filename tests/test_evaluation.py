@@ -7,6 +7,7 @@ stop; a one-sided McNemar; Wald instead of Wilson; wins and losses exchanged; Ne
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pusher import THRESHOLD, Onlooker, Pusher
 
 from worldenv import checkpoint, evaluation
+from worldenv.checkpoint import Savepoint
 from worldenv.config import EnvConfig
 from worldenv.envs.tabletop import Tabletop
 from worldenv.evaluation import Outcomes, evaluate, mcnemar, paired, wilson
@@ -139,7 +141,7 @@ def really_stopped(env, start, protocol):
 
 def test_one_pass_answers_what_three_stopped_runs_do(env):
     chosen = evaluation.starts(env, 45)
-    found = evaluate(Pusher(), env, chosen, STEPS, Onlooker(), THRESHOLD, CPU, batch=7)
+    found = evaluate(Pusher(), env, chosen, STEPS, [Onlooker()], THRESHOLD, CPU, batch=7)
     for protocol in ("oracle", "limit", "reflector"):
         stopped = [really_stopped(env, start, protocol) for start in chosen]
         assert found.by(protocol).tolist() == [success for success, _ in stopped]
@@ -153,12 +155,61 @@ def test_one_pass_answers_what_three_stopped_runs_do(env):
 
 def test_without_a_reflector_the_outcomes_are_the_same(env):
     chosen = evaluation.starts(env, 12)
-    seen = evaluate(Pusher(), env, chosen, STEPS, Onlooker(), THRESHOLD, CPU)
-    blind = evaluate(Pusher(), env, chosen, STEPS, None, THRESHOLD, CPU, batch=5)
+    seen = evaluate(Pusher(), env, chosen, STEPS, [Onlooker()], THRESHOLD, CPU)
+    blind = evaluate(Pusher(), env, chosen, STEPS, (), THRESHOLD, CPU, batch=5)
     assert np.array_equal(seen.success, blind.success)
     assert list(blind.tally(env.tasks)) == ["oracle", "limit"]
     with pytest.raises(ValueError, match="no reflector"):
         blind.by("reflector")
+
+
+class Barrier(Onlooker):
+    """Judges only when another does, too."""
+
+    def __init__(self, both):
+        self.both = both
+
+    def begin(self, instruction, frame):
+        self.both.wait(timeout=60)
+        return super().begin(instruction, frame)
+
+
+def test_several_reflectors_judge_side_by_side_until_each_episode_ends(env):
+    chosen = evaluation.starts(env, 42)
+    one = evaluate(Pusher(), env, chosen, STEPS, [Onlooker()], THRESHOLD, CPU, batch=7)
+    both = threading.Barrier(2)
+    two = evaluate(Pusher(), env, chosen, STEPS, [Barrier(both), Barrier(both)], THRESHOLD, CPU, batch=7)
+    assert np.array_equal(one.score, two.score, equal_nan=True)
+    assert np.array_equal(one.success, two.success)
+    last = -(-one.ends() // Pusher.chunk) * Pusher.chunk  # the chunk of the end is judged whole
+    assert np.array_equal(np.isnan(one.score), np.arange(STEPS)[None] >= last[:, None])
+    assert np.isnan(one.score).any()
+    few = one.first(10)
+    assert few.by("reflector").tolist() == one.by("reflector")[:10].tolist()
+    assert (len(few.start), len(few.success), len(few.score)) == (10, 10, 10)
+
+
+@pytest.mark.parametrize("judges", [0, 1, 2])
+def test_a_killed_evaluation_goes_on(judges, env, tmp_path):
+    chosen = evaluation.starts(env, 20)
+    asked = {"policy": Pusher(), "env": env, "chosen": chosen, "steps": STEPS, "threshold": THRESHOLD, "device": CPU, "batch": 6}
+    want = evaluate(**asked, reflectors=[Onlooker()] * judges)
+
+    class Killed(Savepoint):
+        def save(self, tree):
+            super().save(tree)
+            if len(tree["success"]) == 12:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(**asked, reflectors=[Onlooker()] * judges, savepoint=Killed(tmp_path / "s", every_s=0.0))
+    policy = Pusher()
+    for batches in ([6, 2], []):  # a second time there is nothing left to do
+        policy.batches.clear()
+        again = evaluate(**{**asked, "policy": policy}, reflectors=[Onlooker()] * judges, savepoint=Savepoint(tmp_path / "s"))
+        assert np.array_equal(again.success, want.success)
+        assert again.score is None if not judges else np.array_equal(again.score, want.score, equal_nan=True)
+        assert policy.batches[:: STEPS // Pusher.chunk] == batches
 
 
 def test_outcomes_of_known_tables():

@@ -29,6 +29,8 @@ FORMAT = "worldenv-tree-2"
 _MARK = "$"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk says that is full, for one or for this user."""
+_SELDOM = 19.0
+"""Between two saves of a savepoint is at least so many times the time that a save takes."""
 _PART = ".part"
 """Ends the name of a file that is not whole yet."""
 
@@ -237,9 +239,12 @@ class Savepoint:
     """What a long stage has so far, so that a killed run goes on: one file, replaced now and then, gone when the stage is done."""
 
     def __init__(self, path: Path, every_s: float = 30.0, saved: Callable[[], None] | None = None) -> None:
-        """Keep it at `path`, at most once in `every_s` seconds; `saved` is called after each save."""
+        """Keep it at `path`, at most once in `every_s` seconds, and so seldom that saving takes a twentieth of the time; with 0 it is always due.
+        `saved` is called after each save.
+        """
         self._path = path
         self._every_s = every_s
+        self._wait_s = every_s
         self._saved = saved
         self._last = time.monotonic()
 
@@ -248,13 +253,16 @@ class Savepoint:
         return load(self._path) if self._path.exists() else None
 
     def due(self) -> bool:
-        """Whether `every_s` seconds have passed since the last save."""
-        return time.monotonic() - self._last >= self._every_s
+        """Whether the last save is long enough ago."""
+        return time.monotonic() - self._last >= self._wait_s
 
     def save(self, tree: Any) -> None:
         """Replace what is kept by `tree`."""
+        began = time.monotonic()
         save(self._path, tree)
         self._last = time.monotonic()
+        if self._every_s:
+            self._wait_s = max(self._every_s, _SELDOM * (self._last - began))  # a large network's weights and moments take a minute
         if self._saved is not None:
             self._saved()
 

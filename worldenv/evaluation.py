@@ -9,10 +9,14 @@ A policy's chunks are executed open loop and ending only cuts an episode short, 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -20,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from worldenv import console
+from worldenv.checkpoint import Savepoint
 from worldenv.data.collect import Start, act_out
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.policy.contract import Policy
-from worldenv.reflector.contract import Reflector, scored
+from worldenv.reflector.contract import Reflector
 
 Protocol = Literal["oracle", "limit", "reflector"]
 _Z95 = 1.959963984540054
@@ -37,7 +42,7 @@ class Outcomes:
     success: NDArray[np.bool_]
     """(n, T + 1): the predicate at each observation, the first before any command."""
     score: NDArray[np.float32] | None
-    """(n, T): the reflector after each step; None where none was asked."""
+    """(n, T): the reflector after each step, NaN after the chunk in which it ended the episode; None where none was asked."""
     threshold: float
     """eta."""
 
@@ -57,6 +62,10 @@ class Outcomes:
             raise ValueError("no reflector was at this evaluation, so none ended it; evaluate with one")
         above = self.score > self.threshold
         return np.asarray(np.where(above.any(axis=1), above.argmax(axis=1) + 1, self.score.shape[1]))
+
+    def first(self, episodes: int) -> Outcomes:
+        """Of the first `episodes` alone."""
+        return Outcomes(self.start[:episodes], self.success[:episodes], None if self.score is None else self.score[:episodes], self.threshold)
 
     def tally(self, tasks: Sequence[str]) -> dict[str, Any]:
         """Successes, episodes and 95 % interval by protocol, and by task within it; JSON-ready."""
@@ -93,19 +102,81 @@ def starts(env: TrueEnvironment, episodes: int) -> list[Start]:
     return [Start(n, n % tasks, "test", n // tasks) for n in range(episodes)]
 
 
+class _Judges:
+    """Score videos until they end: one reflector at once, several side by side, each on a thread of its own."""
+
+    def __init__(self, reflectors: Sequence[Reflector], threshold: float, chunk: int) -> None:
+        self._threshold, self._chunk = threshold, chunk
+        self._free = SimpleQueue[Reflector]()
+        for reflector in reflectors:
+            self._free.put(reflector)
+        self._pool = ThreadPoolExecutor(len(reflectors)) if len(reflectors) > 1 else None
+
+    def begin(self, instruction: Sequence[str], frames: torch.Tensor) -> Callable[[], NDArray[np.float32]]:
+        """A call that waits for the scores (B, T), NaN after the chunk of an end, of B videos (B, T + 1, H, W, 3) uint8."""
+        if self._pool is not None:
+            return self._pool.submit(self._scored, instruction, frames).result
+        found = self._scored(instruction, frames)
+        return lambda: found
+
+    def _scored(self, instruction: Sequence[str], frames: torch.Tensor) -> NDArray[np.float32]:
+        reflector = self._free.get()
+        try:
+            score = np.full((frames.shape[0], frames.shape[1] - 1), np.nan, np.float32)
+            rows, watch = np.arange(len(frames)), reflector.begin(instruction, frames[:, 0])
+            for first in range(0, score.shape[1], self._chunk):
+                part, watch = reflector.judge(watch, frames[torch.from_numpy(rows), first + 1 : first + 1 + self._chunk])
+                score[rows, first : first + part.shape[1]] = part.cpu().numpy()
+                goes_on = np.flatnonzero(~(score[rows, first : first + part.shape[1]] > self._threshold).any(axis=1))
+                rows, watch = rows[goes_on], [watch[i] for i in goes_on]
+                if not len(rows):
+                    break
+            return score
+        finally:
+            self._free.put(reflector)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
 def evaluate(
-    policy: Policy, env: TrueEnvironment, chosen: Sequence[Start], steps: int, reflector: Reflector | None, threshold: float, device: torch.device,
-    label: str = "eval", batch: int = 30,
+    policy: Policy, env: TrueEnvironment, chosen: Sequence[Start], steps: int, reflectors: Sequence[Reflector], threshold: float,
+    device: torch.device, label: str = "eval", batch: int = 30, savepoint: Savepoint | None = None,
 ) -> Outcomes:  # fmt: skip
-    """Greedy episodes of `policy` from `chosen`, all to the step limit `steps`; with a reflector every frame is drawn and scored."""
-    success, scores = [], []
-    for i in console.track(0, -(-len(chosen) // batch), label):
-        some = chosen[i * batch : (i + 1) * batch]
-        recorders = act_out(env, policy, some, steps, None, render=reflector is not None, device=device)
-        success += [[m.success for m in r.moments] for r in recorders]
-        if reflector is not None:
-            frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders])).to(device)
-            scores.append(scored(reflector, [env.tasks[r.task] for r in recorders], frames[:, 0], frames[:, 1 : steps + 1], policy.chunk).numpy())
+    """Greedy episodes of `policy` from `chosen`, all to the step limit `steps`. With reflectors every frame is drawn, and scored until a score is
+    above `threshold`.
+
+    Several reflectors are one, on several devices: each scores a batch while the next ones are acted out. A killed evaluation goes on from
+    `savepoint`.
+    """
+    success: list[list[bool]] = []
+    scores: list[NDArray[np.float32]] = []
+    if savepoint is not None and (kept := savepoint.load()) is not None:
+        success, scores = kept["success"], kept["scores"]
+    begun: deque[tuple[list[list[bool]], Callable[[], NDArray[np.float32]] | None]] = deque()
+
+    def finish(but: int) -> None:
+        while len(begun) > but:
+            held, said = begun.popleft()
+            success.extend(held)
+            if said is not None:
+                scores.append(said())
+            if savepoint is not None and (savepoint.due() or len(success) == len(chosen)):
+                savepoint.save({"success": success, "scores": scores})
+
+    with contextlib.closing(_Judges(reflectors, threshold, policy.chunk)) as judges:
+        for i in console.track(-(-len(success) // batch), -(-len(chosen) // batch), label):
+            some = chosen[i * batch : (i + 1) * batch]
+            recorders = act_out(env, policy, some, steps, None, render=bool(reflectors), device=device)
+            said = None
+            if reflectors:
+                frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders]))
+                said = judges.begin([env.tasks[r.task] for r in recorders], frames)
+            begun.append(([[m.success for m in r.moments] for r in recorders], said))
+            finish(max(0, len(reflectors) - 1))
+        finish(0)
     return Outcomes(tuple(chosen), np.array(success), np.concatenate(scores) if scores else None, threshold)
 
 

@@ -30,6 +30,7 @@ from worldenv import action_map, console, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import SimulatorConfig, WorldConfig
 from worldenv.data.episode import Episode
+from worldenv.kernels import philox
 from worldenv.learning import processes
 from worldenv.learning.finite import finite
 from worldenv.learning.sft import one_cycle
@@ -279,9 +280,14 @@ def _levels(simulator: Evac, config: WorldConfig, seed: int, step: int, count: i
     return levels
 
 
+def _normal(seed: int, draw: int, step: int, stream: Stream, like: torch.Tensor) -> torch.Tensor:
+    """Standard normals like `like`, made on its device: on the host they would take as long as a step of a small network."""
+    return philox.normal(philox.Draw.of(seed, 0, draw, step, stream, like.device), tuple(like.shape))[0].to(like.dtype)
+
+
 def _noisy_memory(memory: torch.Tensor, seed: int, step: int) -> torch.Tensor:
     """Memory latents (B, z, M, h, w) with noise, half of them at level 0, later frames noisier."""
-    batch, channels, frames, height, width = memory.shape
+    batch, frames = memory.shape[0], memory.shape[2]
     divisor = _DIVISORS[0] + int(noise.integers(seed, Stream.WORLD_MEMORY, step, _DIVISORS[1] - _DIVISORS[0] + 1, 1)[0])
     draw = noise.uniform(seed, 0, 1, step, Stream.WORLD_MEMORY, (batch, frames))
     angle = np.clip((2.0 * draw - 1.0) * _LARGEST_ANGLE, 0.0, None)
@@ -289,7 +295,7 @@ def _noisy_memory(memory: torch.Tensor, seed: int, step: int) -> torch.Tensor:
     kept = torch.from_numpy(schedule.alphas_cumprod()[level]).to(memory)[:, None, :, None, None]
     # at level 0 the published process has a little noise already; a memory that is not noised stays as it is
     kept = torch.where(torch.from_numpy(level).to(memory.device)[:, None, :, None, None] == 0, torch.ones_like(kept), kept)
-    given = torch.from_numpy(noise.normal(seed, 0, 2, step, Stream.WORLD_MEMORY, (batch, channels, frames, height, width))).to(memory)
+    given = _normal(seed, 2, step, Stream.WORLD_MEMORY, memory)
     return kept.sqrt() * memory + (1.0 - kept).sqrt() * given
 
 
@@ -316,7 +322,7 @@ def example(simulator: Evac, clips: Clips, windows: NDArray[np.int64], config: W
         maps = torch.where(within((0.5, 1.5))[:, None, None, None, None], 0.0, maps)
         seen = ~within((0.0, 0.5), (1.0, 1.5), (2.5, 3.5))
         past = _noisy_memory(past, seed, step) if config.memory_noise else past
-    given = torch.from_numpy(noise.normal(seed, 0, 0, step, Stream.WORLD_NOISE, tuple(target.shape))).to(device)
+    given = _normal(seed, 0, step, Stream.WORLD_NOISE, target)
     level = torch.from_numpy(_levels(simulator, config, seed, step, count)).to(device)
     return Batch(target, past, maps, first, deltas, seen, level, given)
 
@@ -427,13 +433,19 @@ def train_simulator(
         simulator.train()
         return processes.total(total, clips.latents.device) / len(judged)
 
+    def check(step: int) -> None:
+        nonlocal best_loss, best
+        if checks and checks[-1][0] == step:  # before it was killed
+            return
+        checks.append([step, held_out_loss()])
+        if checks[-1][1] < best_loss:
+            best_loss, best = checks[-1][1], {name: value.clone() for name, value in averaged.items()}
+
     step, waiting = begin, 0
     simulator.train()
     for step in (bar := console.track(begin, config.steps, "simulator")):
-        if step and step % config.check_every == 0 and (not checks or checks[-1][0] < step):
-            checks.append([step, held_out_loss()])
-            if checks[-1][1] < best_loss:
-                best_loss, best = checks[-1][1], {name: value.clone() for name, value in averaged.items()}
+        if step and step % config.check_every == 0:
+            check(step)
         waiting = _without_better(checks)
         if waiting >= config.patience:
             break
@@ -460,10 +472,7 @@ def train_simulator(
         bar.note(loss=float(np.mean(losses[-50:])), held_out=checks[-1][1] if checks else math.nan)
     else:
         step = config.steps
-        if not checks or checks[-1][0] < step:
-            checks.append([step, held_out_loss()])
-            if checks[-1][1] < best_loss:
-                best_loss, best = checks[-1][1], averaged
+        check(step)
     keep(step)
     put(best)
     simulator.eval()

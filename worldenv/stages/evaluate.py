@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,22 +38,32 @@ def evaluate(desk: Desk, stage: Stage) -> None:
 
 def _in_truth(desk: Desk, stage: Stage) -> None:
     """Greedy success in the true environment, of both policies on the same test states; their imagined rollouts, replayed there."""
-    settings, reflector = desk.settings, desk.reflector()
-    eta, chosen = reflector.config.threshold, evaluation.starts(desk.env, settings.eval.episodes)
-    outcomes = {
-        name: evaluation.evaluate(policy, desk.env, chosen, settings.env.steps, reflector, eta, desk.device, f"eval {name}")
-        for name, policy in (("sft", desk.policy("scale")), ("loop", desk.policy("loop")))
-    }
+    settings = desk.settings
+    outcomes = _outcomes(desk, stage)
+    eta = outcomes["sft"].threshold
     checkpoint.save(stage.folder / "outcomes.safetensors", {name: one.tree() for name, one in outcomes.items()})
     stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
-    stage.metrics["curve"] = _curve(desk)
-    stage.metrics["world"] = _fidelity(desk, desk.world(reflector, desk.simulator()), desk.explored[1])
+    stage.metrics["curve"] = _curve(desk, stage, outcomes)
+    stage.metrics["world"] = _fidelity(desk, desk.world(None, desk.simulator()), desk.explored[1])
     for i, name in enumerate(POLICIES):
         pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
         stage.metrics.setdefault("engines", {})[name] = engines
         stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
         checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
+
+
+def _outcomes(desk: Desk, stage: Stage) -> dict[str, evaluation.Outcomes]:
+    """Of both policies from the same test states, judged on every device that judges LOOP's rollouts."""
+    settings, judges = desk.settings, [desk.reflector(device) for device, parts in desk.places if "reflector" in parts]
+    chosen, eta = evaluation.starts(desk.env, settings.eval.episodes), judges[0].config.threshold
+    return {
+        name: evaluation.evaluate(
+            desk.policy("scale" if name == "sft" else "loop"), desk.env, chosen, settings.env.steps, judges, eta, desk.device, f"eval {name}",
+            savepoint=stage.savepoint(f"outcomes-{name}"),
+        )
+        for name in POLICIES
+    }  # fmt: skip
 
 
 def _in_imagination(desk: Desk, stage: Stage) -> None:
@@ -102,13 +112,17 @@ def _recorded_pairs(desk: Desk, episodes: Sequence[Episode]) -> list[audit.Pair]
     return audit.recorded(world, desk.reflector(), episodes, desk.settings.loop.slots, desk.settings.policy.chunk)
 
 
-def _curve(desk: Desk) -> list[dict[str, Any]]:
-    """Greedy success in the true environment by LOOP iteration."""
-    chosen = evaluation.starts(desk.env, min(desk.settings.eval.curve_episodes, desk.settings.eval.episodes))
+def _curve(desk: Desk, stage: Stage, outcomes: Mapping[str, evaluation.Outcomes]) -> list[dict[str, Any]]:
+    """Greedy success in the true environment by LOOP iteration; `outcomes` are those before the first and after the last."""
+    settings = desk.settings
+    chosen = evaluation.starts(desk.env, min(settings.eval.curve_episodes, settings.eval.episodes))
+    known = {0: outcomes["sft"], settings.loop.iterations: outcomes["loop"]}
     rows = []
     for iteration, path in snapshots(desk.run.out):
-        policy = policies.load(path, desk.device)
-        outcome = evaluation.evaluate(policy, desk.env, chosen, desk.settings.env.steps, None, 1.0, desk.device, f"eval iteration {iteration}")
+        outcome = known[iteration].first(len(chosen)) if iteration in known else evaluation.evaluate(
+            policies.load(path, desk.device), desk.env, chosen, settings.env.steps, (), 1.0, desk.device, f"eval iteration {iteration}",
+            savepoint=stage.savepoint(f"outcomes-{iteration}"),
+        )  # fmt: skip
         rows.append({"iteration": iteration, **outcome.tally(desk.env.tasks)["oracle"]})
     return rows
 

@@ -159,7 +159,7 @@ def measure(args: FidelityArgs) -> dict[str, Any]:
     episodes, masks = [e for e, _ in kept], [mask for _, mask in kept]
     drawn: dict[str, list[Frames]] = {}
     for name, desk in desks.items():
-        drawn[name] = [frames[1:] for frames in audit.imagine_episodes(desk.world(None, desk.simulator()), episodes, batch, chunk, name)]
+        drawn[name] = [frames[1:] for frames in audit.imagine_episodes([desk.world(None, desk.simulator())], episodes, batch, chunk, name)]
     pictures: dict[str, Sequence[Frames]] = {
         **drawn,
         COPY: [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes],

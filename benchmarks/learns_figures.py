@@ -26,10 +26,10 @@ from worldenv import audit, checkpoint, report
 from worldenv.cli.arguments import parse
 from worldenv.data.collect import act_out
 from worldenv.evaluation import Outcomes
-from worldenv.nouns import Context
 from worldenv.policy import weights as policies
 from worldenv.run import Run, settings_of
 from worldenv.stages.desk import Desk
+from worldenv.stages.evaluate import replayed_pairs
 
 _SHOWN = 9
 """Frames of a strip."""
@@ -171,11 +171,6 @@ def _trajectories(pairs: Sequence[audit.Pair], eta: float, out: Path) -> list[st
     return said
 
 
-def _pairs(run: Path) -> list[audit.Pair]:
-    stored = checkpoint.load(run / "stages" / "eval" / "replays-loop.safetensors")
-    return [audit.Pair(**{**tree, "context": Context(**tree["context"])}) for tree in stored]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when all is drawn, 2 where there is no finished run."""
     try:
@@ -190,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     records = [report.read(run) for run in runs]
     eta = float(Outcomes.from_tree(checkpoint.load(runs[0] / "stages" / "eval" / "outcomes.safetensors")["loop"]).threshold)
-    pairs = _pairs(runs[0])
+    pairs = replayed_pairs(runs[0] / "stages" / "eval" / "replays-loop.safetensors")
     success_by_iteration(records, args.out / "success_by_iteration.png")
     imagined_and_true(records, args.out / "imagined_and_true.png")
     world_by_chunk(records, pairs, eta, args.out / "world_by_chunk.png")

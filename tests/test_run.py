@@ -206,7 +206,7 @@ PLACED = (
         ("loop.scale_factor", 2.0, {"loop", "eval", "report"}),
         ("report.replays", 12, {"eval", "report"}),
         ("report.videos", 1, {"report"}),
-        ("engines.back_end", "inductor", {"loop", "eval", "report"}),
+        ("engines.back_end", "inductor", {"reward", "loop", "eval", "report"}),
         *((name, value, set()) for name, value in PLACED),
     ],
 )

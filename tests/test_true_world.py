@@ -97,6 +97,6 @@ def test_episodes_of_unequal_length_are_imagined_in_one_batch():
     episodes = [recorder.episode(env, "test") for recorder in recorders]
     world = TrueWorld(env, CPU, every_frame=True)
     for batch in (1, 2):
-        imagined = audit.imagine_episodes(world, episodes, batch, 5, "imagine")
+        imagined = audit.imagine_episodes([world], episodes, batch, 5, "imagine")
         assert [len(frames) for frames in imagined] == [14, 9]
         assert all(np.array_equal(frames, episode.frame) for frames, episode in zip(imagined, episodes, strict=True))

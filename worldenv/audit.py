@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from worldenv import console
 from worldenv.data.episode import Episode
+from worldenv.devices import dealt
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.learning.reward_head import score
 from worldenv.nouns import Context
@@ -50,14 +51,14 @@ def psnr(ours: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
-def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chunk: int, label: str) -> list[NDArray[np.uint8]]:
-    """Each episode's commands in `world`, from its first frame: that frame and the imagined ones (T + 1, H, W, 3), in order.
+def imagine_episodes(worlds: Sequence[World], episodes: Sequence[Episode], batch: int, chunk: int, label: str) -> list[NDArray[np.uint8]]:
+    """Each episode's commands in a world, from its first frame: that frame and the imagined ones (T + 1, H, W, 3), in order.
 
-    `batch` episodes at a time, the shorter ones prolonged by their last command to whole chunks, of which nothing is kept; `label` names the
-    progress bar.
+    `worlds` are one, on several devices, which take turns. `batch` episodes at a time, the shorter ones prolonged by their last command to whole
+    chunks, of which nothing is kept; `label` names the progress bar.
     """
-    out: list[NDArray[np.uint8]] = []
-    for n in console.track(0, math.ceil(len(episodes) / batch), label):
+
+    def imagined(world: World, n: int) -> list[NDArray[np.uint8]]:
         start = n * batch
         some = episodes[start : start + batch]
         longest = chunk * math.ceil(max(e.steps for e in some) / chunk)
@@ -68,8 +69,10 @@ def imagine_episodes(world: World, episodes: Sequence[Episode], batch: int, chun
             made = advance(world, scenes, command[:, first : first + chunk])
             scenes = [one.after for one in made]
             parts.append(torch.stack([one.frames for one in made]).cpu().numpy())
-        out += [frames[: e.steps + 1] for frames, e in zip(np.concatenate(parts, axis=1), some, strict=True)]
-    return out
+        return [frames[: e.steps + 1] for frames, e in zip(np.concatenate(parts, axis=1), some, strict=True)]
+
+    batches = console.track(0, math.ceil(len(episodes) / batch), label)
+    return [frames for some in dealt(worlds, batches, imagined) for frames in some]
 
 
 def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], true: Sequence[NDArray[np.uint8]], chunk: int) -> list[float]:
@@ -104,9 +107,9 @@ def replay(
     return pairs
 
 
-def recorded(world: World, reflector: Judge, episodes: Sequence[Episode], batch: int, chunk: int) -> list[Pair]:
-    """What was recorded, beside the same commands in `world` from the same first frames: the truth where nobody can act. As `imagine_episodes`."""
-    drawn = imagine_episodes(world, episodes, batch, chunk, "imagine recorded")
+def recorded(worlds: Sequence[World], reflector: Judge, episodes: Sequence[Episode], batch: int, chunk: int) -> list[Pair]:
+    """What was recorded, beside the same commands in `worlds` from the same first frames: the truth where nobody can act. As `imagine_episodes`."""
+    drawn = imagine_episodes(worlds, episodes, batch, chunk, "imagine recorded")
     imagined, true = score(reflector, episodes, drawn, chunk), score(reflector, episodes, chunk=chunk)
     return [
         Pair(e.context, e.command, frames[1:], ours, e.frame[1:], theirs, e.success[1:])

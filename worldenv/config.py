@@ -771,7 +771,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class EnginesConfig:
-    """What runs the networks of rollouts, in stages loop and eval. Learning is always PyTorch's."""
+    """What runs the networks of rollouts, in stages loop and eval, and the simulator in stage reward. Learning is always PyTorch's."""
 
     back_end: Literal["auto", "eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt"] = "auto"
     """auto: for each network the fastest of this machine's back ends whose engine passed parity here, if 1.1 times as fast as eager. What was taken

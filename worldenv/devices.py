@@ -1,10 +1,19 @@
-"""Which devices a name means, and being on one."""
+"""Which devices a name means, being on one, and working on several at once."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
+
+Worker = TypeVar("Worker")
+Job = TypeVar("Job")
+Made = TypeVar("Made")
 
 torch.backends.cudnn.allow_tf32 = False
 """Float32 is float32: by default cuDNN rounds what convolutions read to 10 bits, which parity and LOOP's check of its ratio would see."""
@@ -38,3 +47,32 @@ def gpus_of(device: torch.device, wanted: int) -> list[torch.device]:
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """With `device` as the present GPU, which is where kernels are launched and TensorRT and AOTInductor load a plan; nothing on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def dealt(workers: Sequence[Worker], jobs: Iterable[Job], work: Callable[[Worker, Job], Made]) -> Iterator[Made]:
+    """`work` (worker, job) of each of `jobs`, in their order: by one worker here, by several side by side, each on a thread of its own.
+
+    `jobs` is read on this thread, no further ahead than there are workers. Raises what `work` raises, when the others have ended.
+    """
+    if len(workers) == 1:
+        yield from (work(workers[0], job) for job in jobs)
+        return
+    free = SimpleQueue[Worker]()
+    for worker in workers:
+        free.put(worker)
+
+    def one(job: Job) -> Made:
+        worker = free.get()
+        try:
+            return work(worker, job)
+        finally:
+            free.put(worker)
+
+    begun = deque[Future[Made]]()
+    with ThreadPoolExecutor(len(workers)) as pool:
+        for job in jobs:
+            begun.append(pool.submit(one, job))
+            if len(begun) == len(workers):
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()

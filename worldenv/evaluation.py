@@ -9,14 +9,10 @@ A policy's chunks are executed open loop and ending only cuts an episode short, 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +21,8 @@ from numpy.typing import NDArray
 
 from worldenv import console
 from worldenv.checkpoint import Savepoint
-from worldenv.data.collect import Start, act_out
+from worldenv.data.collect import Recorder, Start, act_out
+from worldenv.devices import dealt
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.policy.contract import Policy
 from worldenv.reflector.contract import Reflector
@@ -102,43 +99,18 @@ def starts(env: TrueEnvironment, episodes: int) -> list[Start]:
     return [Start(n, n % tasks, "test", n // tasks) for n in range(episodes)]
 
 
-class _Judges:
-    """Score videos until they end: one reflector at once, several side by side, each on a thread of its own."""
-
-    def __init__(self, reflectors: Sequence[Reflector], threshold: float, chunk: int) -> None:
-        self._threshold, self._chunk = threshold, chunk
-        self._free = SimpleQueue[Reflector]()
-        for reflector in reflectors:
-            self._free.put(reflector)
-        self._pool = ThreadPoolExecutor(len(reflectors)) if len(reflectors) > 1 else None
-
-    def begin(self, instruction: Sequence[str], frames: torch.Tensor) -> Callable[[], NDArray[np.float32]]:
-        """A call that waits for the scores (B, T), NaN after the chunk of an end, of B videos (B, T + 1, H, W, 3) uint8."""
-        if self._pool is not None:
-            return self._pool.submit(self._scored, instruction, frames).result
-        found = self._scored(instruction, frames)
-        return lambda: found
-
-    def _scored(self, instruction: Sequence[str], frames: torch.Tensor) -> NDArray[np.float32]:
-        reflector = self._free.get()
-        try:
-            score = np.full((frames.shape[0], frames.shape[1] - 1), np.nan, np.float32)
-            rows, watch = np.arange(len(frames)), reflector.begin(instruction, frames[:, 0])
-            for first in range(0, score.shape[1], self._chunk):
-                part, watch = reflector.judge(watch, frames[torch.from_numpy(rows), first + 1 : first + 1 + self._chunk])
-                score[rows, first : first + part.shape[1]] = part.cpu().numpy()
-                goes_on = np.flatnonzero(~(score[rows, first : first + part.shape[1]] > self._threshold).any(axis=1))
-                rows, watch = rows[goes_on], [watch[i] for i in goes_on]
-                if not len(rows):
-                    break
-            return score
-        finally:
-            self._free.put(reflector)
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+def _until_ended(reflector: Reflector, instruction: Sequence[str], frames: torch.Tensor, chunk: int, threshold: float) -> NDArray[np.float32]:
+    """Scores (B, T) of videos (B, T + 1, H, W, 3) uint8 after each step, `chunk` at a time as in a rollout; NaN after the chunk of an end."""
+    score = np.full((frames.shape[0], frames.shape[1] - 1), np.nan, np.float32)
+    rows, watch = np.arange(len(frames)), reflector.begin(instruction, frames[:, 0])
+    for first in range(0, score.shape[1], chunk):
+        part, watch = reflector.judge(watch, frames[torch.from_numpy(rows), first + 1 : first + 1 + chunk])
+        score[rows, first : first + part.shape[1]] = part.cpu().numpy()
+        open_still = np.flatnonzero(~(part.cpu().numpy() > threshold).any(axis=1))
+        rows, watch = rows[open_still], [watch[i] for i in open_still]
+        if not len(rows):
+            break
+    return score
 
 
 def evaluate(
@@ -155,28 +127,24 @@ def evaluate(
     scores: list[NDArray[np.float32]] = []
     if savepoint is not None and (kept := savepoint.load()) is not None:
         success, scores = kept["success"], kept["scores"]
-    begun: deque[tuple[list[list[bool]], Callable[[], NDArray[np.float32]] | None]] = deque()
 
-    def finish(but: int) -> None:
-        while len(begun) > but:
-            held, said = begun.popleft()
-            success.extend(held)
-            if said is not None:
-                scores.append(said())
-            if savepoint is not None and (savepoint.due() or len(success) == len(chosen)):
-                savepoint.save({"success": success, "scores": scores})
-
-    with contextlib.closing(_Judges(reflectors, threshold, policy.chunk)) as judges:
+    def acted() -> Iterator[list[Recorder]]:
         for i in console.track(-(-len(success) // batch), -(-len(chosen) // batch), label):
-            some = chosen[i * batch : (i + 1) * batch]
-            recorders = act_out(env, policy, some, steps, None, render=bool(reflectors), device=device)
-            said = None
-            if reflectors:
-                frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders]))
-                said = judges.begin([env.tasks[r.task] for r in recorders], frames)
-            begun.append(([[m.success for m in r.moments] for r in recorders], said))
-            finish(max(0, len(reflectors) - 1))
-        finish(0)
+            yield act_out(env, policy, chosen[i * batch : (i + 1) * batch], steps, None, render=bool(reflectors), device=device)
+
+    def judged(reflector: Reflector | None, recorders: list[Recorder]) -> tuple[list[list[bool]], NDArray[np.float32] | None]:
+        held = [[m.success for m in r.moments] for r in recorders]
+        if reflector is None:
+            return held, None
+        frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders]))
+        return held, _until_ended(reflector, [env.tasks[r.task] for r in recorders], frames, policy.chunk, threshold)
+
+    judges: Sequence[Reflector | None] = reflectors or [None]
+    for held, score in dealt(judges, acted(), judged):
+        success += held
+        scores += [] if score is None else [score]
+        if savepoint is not None and (savepoint.due() or len(success) == len(chosen)):
+            savepoint.save({"success": success, "scores": scores})
     return Outcomes(tuple(chosen), np.array(success), np.concatenate(scores) if scores else None, threshold)
 
 

@@ -62,7 +62,7 @@ STAGES: dict[str, Plan] = {
     "reward": Plan(
         reward,
         ("demos", "explore", "world"),
-        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.reflector, c.reward],
+        lambda c: [c.seed, *_site(c), c.explore.held_out, c.policy.chunk, c.reflector, c.reward, c.engines],
     ),
     "loop": Plan(
         loop,

@@ -24,8 +24,7 @@ from worldenv.report.fields import POLICIES
 from worldenv.rollout.collect import Assignment
 from worldenv.run import Run, Stage, settings_of, snapshots
 from worldenv.stages.desk import AUDIT_NUMBERS, REPLAY_NUMBERS, Desk
-from worldenv.stages.fleet import Fleet, assembled
-from worldenv.world import ImaginedWorld
+from worldenv.stages.fleet import Fleet, Imagining, assembled, imagining
 
 
 def evaluate(desk: Desk, stage: Stage) -> None:
@@ -45,7 +44,7 @@ def _in_truth(desk: Desk, stage: Stage) -> None:
     stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
     stage.metrics["curve"] = _curve(desk, stage, outcomes)
-    stage.metrics["world"] = _fidelity(desk, desk.world(None, desk.simulator()), desk.explored[1])
+    stage.metrics["world"] = _fidelity(desk, imagining(desk, stage.folder), desk.explored[1])
     for i, name in enumerate(POLICIES):
         pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
         stage.metrics.setdefault("engines", {})[name] = engines
@@ -79,9 +78,10 @@ def _in_imagination(desk: Desk, stage: Stage) -> None:
         stage.metrics.setdefault("engines", {})[name] = engines
     checkpoint.save(stage.folder / "outcomes.safetensors", hits)
     stage.metrics["paired"] = evaluation.paired(hits["sft"], hits["loop"])
-    pairs = _recorded_pairs(desk, held[: settings.report.replays])
+    simulators = imagining(desk, stage.folder)
+    pairs = _recorded_pairs(desk, simulators, held[: settings.report.replays])
     stage.metrics["world"] = {
-        **_fidelity(desk, desk.world(None, desk.simulator()), held),
+        **_fidelity(desk, simulators, held),
         "outcome_agreement_recorded": audit.agreement(pairs, desk.site.tasks, settings.reflector.threshold),
     }
     checkpoint.save(stage.folder / "recorded.safetensors", [_plain(pair) for pair in pairs])
@@ -107,9 +107,8 @@ def _spread(episodes: Sequence[Episode]) -> list[Episode]:
     return [episodes[i] for i in sorted(range(len(episodes)), key=lambda i: turns[i])]
 
 
-def _recorded_pairs(desk: Desk, episodes: Sequence[Episode]) -> list[audit.Pair]:
-    world = desk.world(None, desk.simulator())
-    return audit.recorded(world, desk.reflector(), episodes, desk.settings.loop.slots, desk.settings.policy.chunk)
+def _recorded_pairs(desk: Desk, simulators: Imagining, episodes: Sequence[Episode]) -> list[audit.Pair]:
+    return audit.recorded(simulators.worlds, desk.reflector(), episodes, desk.settings.loop.slots, desk.settings.policy.chunk)
 
 
 def _curve(desk: Desk, stage: Stage, outcomes: Mapping[str, evaluation.Outcomes]) -> list[dict[str, Any]]:
@@ -127,10 +126,10 @@ def _curve(desk: Desk, stage: Stage, outcomes: Mapping[str, evaluation.Outcomes]
     return rows
 
 
-def _fidelity(desk: Desk, imagined: ImaginedWorld, episodes: Sequence[Episode]) -> dict[str, Any]:
+def _fidelity(desk: Desk, simulators: Imagining, episodes: Sequence[Episode]) -> dict[str, Any]:
     """PSNR by chunk on held-out exploration: imagined, the first frame repeated, and the autoencoder's own reconstruction as ceiling."""
     chunk, reconstruct = desk.settings.policy.chunk, desk.simulator().reconstruct
-    ours = [frames[1:] for frames in audit.imagine_episodes(imagined, episodes, desk.settings.loop.slots, chunk, "imagine held-out")]
+    ours = [frames[1:] for frames in audit.imagine_episodes(simulators.worlds, episodes, desk.settings.loop.slots, chunk, "imagine held-out")]
     still = [np.broadcast_to(e.frame[:1], e.frame[1:].shape) for e in episodes]
     ceiling = [reconstruct(torch.from_numpy(e.frame[1:]).to(desk.device)).cpu().numpy() for e in episodes]
     by = {"psnr_by_chunk": ours, "psnr_copy_first_by_chunk": still, "psnr_ceiling_by_chunk": ceiling}
@@ -168,10 +167,10 @@ def audit_run(out: Path, name: Literal["sft", "loop"], episodes: int, device: st
     settings = settings_of(out)
     eager, few = EnginesConfig(back_end="eager"), replace(settings.report, replays=episodes)
     desk = Desk(Run(out, replace(settings, device=device, engines=eager, report=few), leads=False))
-    if settings.env.recorded:
-        pairs = _recorded_pairs(desk, _spread(desk.explored[1])[:episodes])
-    else:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.env.recorded:
+            pairs = _recorded_pairs(desk, imagining(desk, Path(folder)), _spread(desk.explored[1])[:episodes])
+        else:
             pairs, _ = _replays(desk, name, Path(folder), AUDIT_NUMBERS)
     if kept is not None:
         checkpoint.save(kept, [_plain(pair) for pair in pairs])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from worldenv.reflector.judge import Watching
 from worldenv.rollout.collect import Assignment, Part, Replica
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import RECORD_NUMBERS, Desk
+from worldenv.world import ImaginedWorld, advance, started
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,44 @@ class _Member:
     simulator: Evac | None
 
 
+@dataclass(frozen=True)
+class Imagining:
+    """Who imagines commands that are given: nobody acts, and nobody judges."""
+
+    worlds: list[ImaginedWorld]
+    """One on every device that has a simulator of LOOP's."""
+    fitted: compiled.Fitted
+    """The first one's engines; the others have the same."""
+
+
+def imagining(desk: Desk, folder: Path) -> Imagining:
+    """Simulators by engines, as stage folder `folder` kept them, or takes them now."""
+    chunk, loop = desk.settings.policy.chunk, desk.settings.loop
+    simulators = [desk.simulator(device) for device, parts in desk.places if "simulator" in parts]
+    devices = [simulator.latent_scale.device for simulator in simulators]
+    worlds = [desk.world(None, simulator, device) for simulator, device in zip(simulators, devices, strict=True)]
+    networks = [compiled.of_simulator(simulator, _precision(desk), (1, 4, max(16, loop.slots))) for simulator in simulators]
+    shown = desk.episodes("demos")
+
+    def rollouts() -> None:
+        some = [shown.load(entry.number) for entry in shown.entries[: loop.bucket]]
+        command = torch.from_numpy(np.stack([np.pad(e.command[:chunk], ((0, max(0, chunk - e.steps)), (0, 0)), mode="edge") for e in some]))
+        scenes = started(worlds[0], [e.context for e in some], range(RECORD_NUMBERS, RECORD_NUMBERS + len(some)))
+        for _ in range(2):  # what is remembered of one chunk is given to the next
+            scenes = [one.after for one in advance(worlds[0], scenes, command)]
+
+    store = _store(desk)
+    fitted = compiled.fitted(networks[0], rollouts, desk.settings.engines, store, folder / "engines.json", simulators[0])
+    for device, mine in zip(devices[1:], networks[1:], strict=True):
+        compiled.alike(fitted, mine, store, device)
+    return Imagining(worlds, fitted)
+
+
+def _store(desk: Desk) -> Store:
+    """One for all devices, whose plans it keeps."""
+    return Store(desk.run.out / "engines", int(desk.settings.engines.limit_gb * 1e9))
+
+
 def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | None) -> Fleet:
     """The fleet of `policy`, which is on the run's device: in the imagined world with `reflector`, or in the true environment without.
 
@@ -78,7 +118,7 @@ def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | N
     replicas, least = ([one.replica for one in some] for some in (members, leads))
     if len(members) == 1:  # a CPU's workers share it
         replicas *= desk.schedule.workers(desk.device, members[0].replica.world)
-    store = Store(desk.run.out / "engines", int(desk.settings.engines.limit_gb * 1e9))  # one: it keeps the plans of all devices
+    store = _store(desk)
     fitted = _fitted(desk, folder, replicas if len(members) == 1 else least, leads, store, imagined=reflector is not None)
     copies = [
         (member.replica.device, compiled.alike(fitted, member.networks, store, member.replica.device)) for member in members

@@ -19,6 +19,7 @@ from worldenv.reflector.classifier import ClassifierReflector
 from worldenv.reflector.judge import LlavaReflector
 from worldenv.run import Stage
 from worldenv.stages.desk import Desk
+from worldenv.stages.fleet import Imagining, imagining
 
 Drawn = list[NDArray[np.uint8]]
 """Videos of episodes as the simulator draws them, each like the episode's own frames."""
@@ -28,11 +29,14 @@ def reward(desk: Desk, stage: Stage) -> None:
     """The reflector learns to see success, in true frames and in those that the simulator imagines of the same commands."""
     settings, (training, held_out) = desk.settings, desk.explored
     training = [*desk.episodes("demos"), *training]
-    imagined = desk.world(None, desk.simulator())
+
+    @functools.cache
+    def imagined() -> Imagining:
+        return imagining(desk, stage.folder)
 
     @functools.cache
     def drawn() -> Drawn:
-        return audit.imagine_episodes(imagined, training, settings.loop.slots, settings.policy.chunk, "imagine")
+        return audit.imagine_episodes(imagined().worlds, training, settings.loop.slots, settings.policy.chunk, "imagine")
 
     reflector: LlavaReflector | ClassifierReflector
     if settings.reward.judge == "classifier":
@@ -46,8 +50,9 @@ def reward(desk: Desk, stage: Stage) -> None:
         tree = reflectors.to_tree(reflector)
     scores, eta = reward_head.score(reflector, held_out), reflector.config.threshold
     stage.metrics |= reward_head.measure(scores, held_out, eta)
-    drawn_held_out = audit.imagine_episodes(imagined, held_out, settings.loop.slots, settings.policy.chunk, "imagine held-out")
+    drawn_held_out = audit.imagine_episodes(imagined().worlds, held_out, settings.loop.slots, settings.policy.chunk, "imagine held-out")
     stage.metrics["drawn"] = reward_head.measure(reward_head.score(reflector, held_out, drawn_held_out), held_out, eta)
+    stage.metrics["engines"] = imagined().fitted.plain
     success = np.concatenate([e.success[1:] for e in held_out])
     checkpoint.save(stage.folder / "held-out.safetensors", {"score": np.concatenate(scores), "success": success})
     checkpoint.save(stage.folder / "reflector.safetensors", tree)

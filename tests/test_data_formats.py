@@ -454,6 +454,21 @@ def test_the_command_goes_all_the_way_round(tmp_path, capsys):
     assert command_line.main(["--out", str(tmp_path / "f")]) == 2
 
 
+@pytest.mark.parametrize("to", ["libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"])
+def test_another_robots_fingers_are_written_as_they_are_read(to, tmp_path, capsys):  # of another width: openings of 1 came back as 0.667
+    EpisodeSet(tmp_path / "a").add(0, shown(0, 6, gripper=np.linspace(0, 1, 7)))
+    EpisodeSet(tmp_path / "a").seal()
+    for source, kind, out in (("a", to, "b"), ("b", "episodes", "c")):
+        if source == "b" and to != "libero-hdf5":
+            strip_ours(tmp_path / "b", to.removeprefix("lerobot-"))  # else the opening itself lies beside the fingers
+        argv = [str(tmp_path / source), "--to", kind, "--out", str(tmp_path / out), "--robot", "agibot_g1"]
+        assert command_line.main(argv) == 0
+    (again,) = EpisodeSet(tmp_path / "c")
+    np.testing.assert_allclose(again.gripper, np.linspace(0, 1, 7), atol=1e-6)
+    assert command_line.main([str(tmp_path / "a"), "--out", str(tmp_path / "d"), "--robot", "agibot_g1"]) == 2
+    assert "ours hold openings; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -16,6 +16,7 @@ from worldenv.checkpoint import CheckpointError, atomic_folder
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.episode import GIVEN, Episode, EpisodeSet, read_camera
 from worldenv.nouns import Camera
+from worldenv.robots.contract import Robot
 from worldenv.robots.named import named
 
 Format = Literal["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"]
@@ -35,7 +36,8 @@ class Choices:
     frames: lerobot.Frames = "h264-lossless"
     """LeRobot sets that are written: how pictures are kept."""
     robot: str = "panda"
-    """LeRobot sets and LIBERO's files: whose gripper it is, by whose width fingers become an opening: agibot_g1, panda, tabletop, or a .json file."""
+    """LeRobot sets and LIBERO's files, read or written: whose gripper it is, by whose width fingers become an opening, and back: agibot_g1, panda,
+    tabletop, or a .json file."""
     camera: Path | None = None
     """Where the pictures were taken from, for episodes that do not say it: .json with intrinsics (3, 3) [px], camera_to_world (4, 4) [m], both in
     OpenCV's axes, height and width [px] of the pictures, and mirrored, where pictures are to stay as OpenVLA-OFT's (docs/own-robot.md)."""
@@ -53,7 +55,8 @@ def _mean_something(source: Path, to: Format, choices: Choices) -> None:
     usual = Choices()
     reading = {"--view": choices.view is not None, "--gripper": choices.gripper != usual.gripper, "--no-mirrored": not choices.mirrored}
     changed = [flag for flag, given in reading.items() if given]
-    if choices.robot != usual.robot and source.is_dir() and not is_lerobot(source) and not list(source.glob("*.hdf5")):
+    ours = source.is_dir() and not is_lerobot(source) and not list(source.glob("*.hdf5"))
+    if choices.robot != usual.robot and to == "episodes" and ours:
         raise ValueError(f"--robot {choices.robot}: says whose fingers LeRobot's and LIBERO's data hold, ours hold openings; leave it out")
     if changed and source.exists() and not is_lerobot(source):
         raise ValueError(f"{changed[0]}: says how a LeRobot data set is read, and {source} is none; leave it out")
@@ -111,16 +114,16 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
     if out.exists():
         raise ValueError(f"{out}: there already; nothing is overwritten: move it, or choose another --out")
     _mean_something(source, to, choices)
-    count = _Count()
+    count, robot = _Count(), named(choices.robot)
     episodes = count.of(episode for _, episode in read(source, choices))
     if to == "lerobot-v2.1":
-        lerobot.write(out, episodes, "v2.1", choices.frames)
+        lerobot.write(out, episodes, "v2.1", choices.frames, robot)
     elif to == "lerobot-v3.0":
-        lerobot.write(out, episodes, "v3.0", choices.frames)
+        lerobot.write(out, episodes, "v3.0", choices.frames, robot)
     else:
         with atomic_folder(out) as partial:
             if to == "libero-hdf5":
-                _write_hdf5(partial, episodes)
+                _write_hdf5(partial, episodes, robot)
             else:
                 kept = EpisodeSet(partial)
                 for number, episode in enumerate(episodes):
@@ -135,7 +138,7 @@ _NAME_BYTES = 200
 """Of a file, before "_demo.hdf5": disks take 255."""
 
 
-def _write_hdf5(out: Path, episodes: Iterable[Episode]) -> None:
+def _write_hdf5(out: Path, episodes: Iterable[Episode], robot: Robot) -> None:
     """A file for each instruction, all open until the last episode came; on an error none is there."""
     with contextlib.ExitStack() as files:
         add: dict[str, Callable[[Episode], None]] = {}
@@ -146,7 +149,7 @@ def _write_hdf5(out: Path, episodes: Iterable[Episode]) -> None:
                 name = re.sub(r"\W+", "_", words).strip("_").encode()[:_NAME_BYTES].decode(errors="ignore")
                 if (taken := of.setdefault(name, words)) != words:
                     raise ValueError(f"instructions {taken!r} and {words!r} would be one file, {name}_demo.hdf5: reword one, or convert them apart")
-                add[words] = files.enter_context(libero_hdf5.writing(out / f"{name}_demo.hdf5", words))
+                add[words] = files.enter_context(libero_hdf5.writing(out / f"{name}_demo.hdf5", words, robot))
             add[words](episode)
 
 

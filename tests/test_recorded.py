@@ -230,7 +230,7 @@ def test_what_was_recorded_decides_and_not_where_it_lies(acted: Path, ragged: Pa
         first, other = (json.loads((tmp_path / run / f"stages/{stage}/stage.json").read_text()) for run in "ab")
         assert first["fingerprint"] == other["fingerprint"], stage
     train.train(tmp_path / "a", dataclasses.replace(moved, loop=dataclasses.replace(moved.loop, contexts=3)), until="explore")
-    more = dataclasses.replace(EpisodeSet(ragged).load(0), source="another day")
+    more = dataclasses.replace(cut(EpisodeSet(ragged).load(0), 16), source="another day")
     grown = written(tmp_path / "grown", *EpisodeSet(ragged), more)
     train.train(tmp_path / "c", short(recordings(tmp_path / "moved"), str(grown)), until="explore", reuse=[tmp_path / "a"])
     assert metrics(tmp_path / "c", "explore")["episodes"] == 10
@@ -300,9 +300,21 @@ def test_a_site_is_what_its_recordings_show(acted: Path, tmp_path: Path) -> None
 def test_exploration_of_other_tasks_alone_is_one_line(acted: Path, tmp_path: Path) -> None:
     site, demos = Recorded(recordings(acted / "stages/demos")), EpisodeSet(acted / "stages/demos")
     stranger = dataclasses.replace(demos.load(0), instruction="open the drawer")
-    why = "0 episodes of the run's tasks that are no demonstrations, want 2 .*1 are of other tasks: 'open the drawer'"
+    why = "0 different episodes of the run's tasks that are no demonstrations, want 2 .*1 are of other tasks: 'open the drawer'"
     with pytest.raises(ValueError, match=why):
         given.take_exploration(site, EpisodeSet(written(tmp_path / "set", stranger, demos.load(0))), demos, tmp_path / "out")
+
+
+def test_a_recording_that_is_there_twice_is_taken_once(acted: Path, tmp_path: Path) -> None:  # else one is learned from, the other held out
+    site, demos, explored = Recorded(recordings(acted / "stages/demos")), EpisodeSet(acted / "stages/demos"), EpisodeSet(acted / "stages/explore")
+    source = written(tmp_path / "set", explored.load(0), explored.load(1), marked(explored.load(0), 7), demos.load(0), explored.load(1))
+    told = given.take_exploration(site, EpisodeSet(source), demos, tmp_path / "out")
+    assert (told["episodes"], told["repeated"], told["demonstrations"]) == (2, 2, 1)
+    for mine, theirs in zip(EpisodeSet(tmp_path / "out"), (explored.load(0), explored.load(1)), strict=True):
+        assert np.array_equal(mine.frame, theirs.frame)
+    same = written(tmp_path / "same", explored.load(0), marked(explored.load(0), 7))
+    with pytest.raises(ValueError, match="1 different episodes of the run's tasks"):
+        given.take_exploration(site, EpisodeSet(same), demos, tmp_path / "none")
 
 
 def test_a_report_of_recordings_has_its_own_successes(whole: Path) -> None:

@@ -78,25 +78,28 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
 def take_exploration(env: Site, source: EpisodeSet, demonstrations: EpisodeSet, out: Path) -> dict[str, Any]:
     """Write all episodes of the tasks of `env` in `source` to `out`, in the order of the source: whether they succeed or not.
 
-    As `take`; those of other tasks are passed over, and those that show what a demonstration does, so that nothing is learned from twice or
-    held out from what is learned. Returns metrics. ValueError where fewer than two are left: one to learn from, one to judge by.
+    As `take`; those of other tasks are passed over, and those that show what a demonstration or one before them does, so that nothing is learned
+    from twice or held out from what is learned. Returns metrics. ValueError where fewer than two are left: one to learn from, one to judge by.
     """
     episodes, tasks, looks = EpisodeSet(out), {plain(words): task for task, words in enumerate(env.tasks)}, _Looks(env)
-    shown = {_motion(one) for one in demonstrations}
-    taken, others, again = [0] * len(env.tasks), Counter[str](), 0
+    shown, before = {_motion(one) for one in demonstrations}, set[bytes]()
+    taken, others, again, repeated = [0] * len(env.tasks), Counter[str](), 0, 0
     for episode in source:
         task = tasks.get(plain(episode.instruction))
         if task is None:
             others[episode.instruction] += 1
-        elif _motion(episode) in shown:
+        elif (motion := _motion(episode)) in shown:
             again += 1
+        elif motion in before:
+            repeated += 1
         else:
+            before.add(motion)
             where = f"{source.folder}: {episode.instruction!r}, episode {taken[task]}"
             _keep(episodes, sum(taken), looks.as_in_env(want_camera(episode, where), task, taken[task], where), where, "explore")
             taken[task] += 1
     if sum(taken) < 2:
         told = f"; {others.total()} are of other tasks: {', '.join(map(repr, list(others)[:3]))}" if others else ""
-        found = f"{sum(taken)} episodes of the run's tasks that are no demonstrations"
+        found = f"{sum(taken)} different episodes of the run's tasks that are no demonstrations"
         raise ValueError(f"explore.source={str(source.folder)!r}: {found}, want 2 at least{told}")
     episodes.seal()
     successes = sum(entry.first_success is not None for entry in episodes.entries)
@@ -106,6 +109,7 @@ def take_exploration(env: Site, source: EpisodeSet, demonstrations: EpisodeSet, 
         "source": str(source.folder),
         "passed_over": others.total(),
         "demonstrations": again,
+        "repeated": repeated,
         "fingerprint": episodes.fingerprint,
     }
 

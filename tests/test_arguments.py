@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from worldenv.cli import train
 from worldenv.cli.arguments import parse, value_of
 from worldenv.config import EnvConfig, RunConfig
 from worldenv.devices import device_of
-from worldenv.envs import libero
+from worldenv.envs import libero, suites
 from worldenv.envs.tabletop import Tabletop
 from worldenv.learning.loop import memory
 from worldenv.presets import TINY
@@ -41,7 +42,8 @@ from worldenv.presets import TINY
         (["--demos.per-task", "9", "--env.train-states", "8"], "demos.per_task=9: want at most env.train_states=8"),
         (["--eval.episodes", "1201"], "eval.episodes=1201: there are 1200 test states over all tasks; give fewer, or raise env.test_states"),
         (["--env.tasks", "1"], "eval.episodes=1200: there are 400 test states"),
-        (["--env.name", "libero_10", "--sft.prior-steps", "0"], "eval.episodes=1200: there are 500 test states"),
+        (["--env.name", "libero_10"], "env.test_states=400: libero_10 has the 50 that LIBERO publishes; set it to that"),
+        (["--env.name", "libero_10", "--env.test-states", "50", "--sft.prior-steps", "0"], "eval.episodes=1200: there are 500 test states"),
         (["--sft.prior-per-task", "0"], "sft.prior_per_task=0: sft.prior_steps=1200 want episodes"),
         (["--sft.beta2", "1"], "sft.beta2=1.0: want at least 0 and less than 1"),
         (["--explore.factors"], "explore.factors=(): want at least one factor"),
@@ -176,8 +178,16 @@ def test_tasks_and_test_states_are_those_of_the_environments() -> None:
     assert EnvConfig(test_states=7).test_starts == 7 * len(Tabletop(EnvConfig()).tasks)
     assert EnvConfig(test_states=7, tasks=(1,)).test_starts == 7
     for suite in libero.SUITES:
-        assert EnvConfig(name=suite).test_starts == 10 * libero.TEST_STATES
-        assert EnvConfig(name=suite, tasks=(9, 4), test_states=7).test_starts == 2 * libero.TEST_STATES
+        assert EnvConfig(name=suite, test_states=50).test_starts == 10 * libero.TEST_STATES
+        assert EnvConfig(name=suite, test_states=50, tasks=(9, 4)).test_starts == 2 * libero.TEST_STATES
+
+
+def test_training_states_of_libero_are_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(suites, "Libero", lambda *words: asked.append(words))  # LIBERO itself need not be there
+    suites.open_suite("libero_goal", 64, config=EnvConfig(name="libero_goal", train_states=7, test_states=50))
+    suites.open_suite("libero_goal", 256, wrist=True)
+    assert asked == [("libero_goal", 64, False, True, 7), ("libero_goal", 256, True, True, 50)]
 
 
 def test_what_may_be_below_zero_or_nothing_still_may() -> None:

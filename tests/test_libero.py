@@ -274,7 +274,7 @@ def test_first_import_asks_nothing_and_leaves_the_home_alone(tmp_path):
         (lambda: Libero("libero_90"), "suite='libero_90'"),  # type: ignore[arg-type]
         (lambda: ours("libero_object").begin(10, "test", 0), "libero_object has 10 tasks"),
         (lambda: ours("libero_object").begin(0, "test", 50), "libero_object has 50 per task"),
-        (lambda: ours("libero_object").begin(0, "train", 50), "raise train_states"),
+        (lambda: ours("libero_object").begin(0, "train", 50), "raise env.train_states"),
         (lambda: ours("libero_object").advance(np.zeros(6)), r"command \(6,\)"),
         (lambda: ours("libero_object").advance(np.full(7, np.nan)), "not finite"),
         (lambda: ours("libero_object").reset(options={"state": 1}), "unknown options"),

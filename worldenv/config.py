@@ -69,6 +69,15 @@ def _want_multiple(name: str, given: int, of: str, part: int) -> None:
         raise ValueError(f"{name}={given}: want a multiple of {of}={part}")
 
 
+LIBERO_TEST_STATES = 50
+"""Initial states per task that LIBERO publishes; there are no others to evaluate on."""
+
+
+def tasks_of(environment: str) -> int:
+    """How many tasks the tabletop has, or a suite of LIBERO."""
+    return 3 if environment == "tabletop" else 10
+
+
 _OF_RECORDED = {"recordings": "where its demonstrations lie", "robot": "whose they are"}
 
 
@@ -93,7 +102,7 @@ class EnvConfig:
     train_states: Count = 50
     """Fixed initial states per task for demonstrations, exploration and LOOP."""
     test_states: Count = 200
-    """Fixed initial states per task for evaluation only, disjoint from the others. LIBERO has the 50 that it publishes."""
+    """Fixed initial states per task for evaluation only, disjoint from the others. In LIBERO want 50, those that it publishes."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "env.")
@@ -105,8 +114,11 @@ class EnvConfig:
                 raise ValueError(f"env.{name}={given!r}: {self.name} has its own; leave it out, or choose --env.name recorded")
         if self.recorded:
             return  # only the recordings say how many tasks there are
-        if len(set(self.tasks)) < len(self.tasks) or max(self.tasks, default=0) >= self._there:
-            raise ValueError(f"env.tasks={self.tasks}: want different numbers, 0 .. {self._there - 1}: {self.name} has {self._there} tasks")
+        there = tasks_of(self.name)
+        if len(set(self.tasks)) < len(self.tasks) or max(self.tasks, default=0) >= there:
+            raise ValueError(f"env.tasks={self.tasks}: want different numbers, 0 .. {there - 1}: {self.name} has {there} tasks")
+        if self.name != "tabletop" and self.test_states != LIBERO_TEST_STATES:
+            raise ValueError(f"env.test_states={self.test_states}: {self.name} has the {LIBERO_TEST_STATES} that LIBERO publishes; set it to that")
 
     @property
     def recorded(self) -> bool:
@@ -114,13 +126,9 @@ class EnvConfig:
         return self.name == "recorded"
 
     @property
-    def _there(self) -> int:
-        return 3 if self.name == "tabletop" else 10  # tasks of the tabletop, of each suite of LIBERO
-
-    @property
     def test_starts(self) -> int:
         """Test states of all the tasks of an environment."""
-        return (len(self.tasks) or self._there) * (self.test_states if self.name == "tabletop" else 50)
+        return (len(self.tasks) or tasks_of(self.name)) * self.test_states
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from worldenv import checkpoint, evaluation
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
-from worldenv.config import EnginesConfig, EnvConfig
+from worldenv.config import LIBERO_TEST_STATES, EnginesConfig, EnvConfig, tasks_of
 from worldenv.devices import device_of
 from worldenv.engines.recipe import EngineError
 from worldenv.envs import suites
-from worldenv.envs.libero import TEST_STATES
 from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.evaluation import Protocol
@@ -154,7 +153,7 @@ class InspectArgs:
 
 def _tasks(asked: tuple[int, ...], suite: str, who: actors.Description) -> tuple[int, ...]:
     """Which tasks are evaluated. ValueError for one that is not there, or that the expert cannot do."""
-    able = tuple(range(3 if suite == "tabletop" else 10))
+    able = tuple(range(tasks_of(suite)))
     if who.name == "expert" and suite != "tabletop":
         able = suites.expert(suite).TASKS[suite]
     if odd := [task for task in asked if task not in able]:
@@ -207,7 +206,7 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     tasks = _tasks(args.tasks, args.suite, who)
     its = who.env if who.env is not None and who.env.name == args.suite else None
     ours = its if args.suite == "tabletop" else None
-    most = (ours or EnvConfig()).test_states if args.suite == "tabletop" else TEST_STATES
+    most = (ours or EnvConfig()).test_states if args.suite == "tabletop" else LIBERO_TEST_STATES
     episodes = EPISODES_PER_TASK * len(tasks) if args.episodes is None else args.episodes
     if not 1 <= episodes <= most * len(tasks):
         raise ValueError(f"--episodes {episodes}: there are {most} test states for each of {len(tasks)} tasks; give 1 .. {most * len(tasks)}")

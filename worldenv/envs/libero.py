@@ -24,6 +24,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from worldenv.config import LIBERO_TEST_STATES
 from worldenv.envs import libero_install
 from worldenv.envs.contract import Snapshot, Split
 from worldenv.envs.gymnasium_env import GymnasiumEnv
@@ -43,7 +44,7 @@ SETTLE_STEPS = 10
 """Control steps without motion, gripper opening, in which objects come to rest. Source: as `STEPS`."""
 IDLE = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 """The command of a settling step."""
-TEST_STATES = 50
+TEST_STATES = LIBERO_TEST_STATES
 """Published initial states per task."""
 
 _TRAIN_SEED = 20250928  # training state i is drawn under seed _TRAIN_SEED + i
@@ -370,7 +371,7 @@ class Libero(GymnasiumEnv):
         if split not in ("train", "test"):
             raise ValueError(f"split={split!r}: want 'train' or 'test'")
         if not 0 <= index < self.states(split):
-            more = "; raise train_states for more" if split == "train" else ""
+            more = "; raise env.train_states for more" if split == "train" else ""
             raise ValueError(f"{split} state {index}: {self.suite} has {self.states(split)} per task, 0 .. {self.states(split) - 1}{more}")
 
     def _place(self, task: int, split: Split, index: int) -> _Scene:

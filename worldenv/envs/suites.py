@@ -42,14 +42,15 @@ def picture(suite: str) -> int:
 def open_suite(suite: str, image: int, wrist: bool = False, pictures: bool = True, config: EnvConfig | None = None) -> Libero | Tabletop:
     """The environment. `image` [px], `wrist` and `pictures` as in `Libero`; the tabletop has no wrist camera, and always draws its first frame.
 
-    `config` is the tabletop's, but for the picture. Raises ValueError where there is no such suite or view, LiberoMissing as `Libero` does.
+    `config` is the tabletop's, but for the picture; of LIBERO it says how many training states there are. Raises ValueError where there is no such
+    suite or view, LiberoMissing as `Libero` does.
     """
     check(suite)
+    given = config or EnvConfig()
     if suite != "tabletop":
-        return Libero(suite, image, wrist, pictures)  # type: ignore[arg-type]
+        return Libero(suite, image, wrist, pictures, given.train_states)  # type: ignore[arg-type]
     if wrist:
         raise ValueError("the tabletop has one camera; this policy wants two views")
-    given = config or EnvConfig()
     return Tabletop(EnvConfig(**{**vars(given), "image": image}))
 
 

@@ -192,6 +192,20 @@ def test_merging_is_pefts(tmp_path: Path) -> None:
     assert float((ours["1.weight"] - base["1.weight"]).abs().max()) > 1e-2
 
 
+def test_the_output_layer_that_peft_writes_beside_its_lora_is_passed_over(tmp_path: Path) -> None:
+    """As in the published fine-tuning: the output layer is adapted, and PEFT then writes its weight too."""
+    model = torch.nn.Module()
+    model.language_model = language = torch.nn.Module()
+    language.embed_tokens, language.lm_head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9, bias=False)
+    model.get_input_embeddings, model.get_output_embeddings = lambda: language.embed_tokens, lambda: language.lm_head
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).save_pretrained(str(tmp_path))
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.language_model.lm_head.base_layer.weight" in written
+    factors = lora.Adapter.read(tmp_path).factors
+    assert factors.keys() == {"language_model.lm_head"}
+    assert torch.equal(factors["language_model.lm_head"][1], written["base_model.model.language_model.lm_head.lora_B.weight"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_unmerging_gives_the_base_back_to_rounding(dtype: torch.dtype) -> None:
     """One rounding of the merged weight, one of the difference: an ulp of the larger of the two each."""

@@ -28,6 +28,8 @@ BACKBONE = ("vision_backbone", "projector", "language_model")
 """The parts of `Network` that get LoRA."""
 _ADAPTER = "default"
 _PEFT = "base_model.model."
+_OUTPUT_LAYER = tuple(f"{_PEFT}language_model.lm_head.{name}" for name in ("weight", "base_layer.weight"))
+"""PEFT adds the output layer itself where that is adapted, under one of these names; it is never read."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "fan_in_fan_out": (False, None), "use_rslora": (False, None), "use_dora": (False, None), "bias": ("none", None),
@@ -120,7 +122,7 @@ class Adapter:
             name, _, which = key.removeprefix(_PEFT).removesuffix(".weight").rpartition(".lora_")
             if key.startswith(_PEFT) and which in ("A", "B"):
                 factors.setdefault(name, {})[which] = tensor
-            elif key != f"{_PEFT}language_model.lm_head.weight":  # PEFT adds the output layer itself where that is adapted; it is never read
+            elif key not in _OUTPUT_LAYER:
                 unknown.append(key)
         broken = sorted(name for name, pair in factors.items() if len(pair) < 2 or not pair["A"].shape[0] == pair["B"].shape[1] == stated["r"])
         if unknown or broken or not factors:

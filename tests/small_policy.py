@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,10 +50,10 @@ LIKE: PolicyConfig = dataclasses.replace(
 """As a published directory states it; nothing of it is what we would take by default."""
 
 
-def llama_like_tokenizer() -> PromptTokenizer:
+def llama_like_tokenizer(instructions: Sequence[str] = INSTRUCTIONS) -> PromptTokenizer:
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": PUBLISHED_EMPTY, "<pad>": PUBLISHED_PAD}
     split = pre_tokenizers.Whitespace()
-    for text in INSTRUCTIONS:
+    for text in instructions:
         for word, _ in split.pre_tokenize_str(prompt(text)):
             words.setdefault(word, 100 + len(words))
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -60,8 +61,8 @@ def llama_like_tokenizer() -> PromptTokenizer:
     return PromptTokenizer(tokenizer, PUBLISHED_EMPTY, PUBLISHED_PAD)
 
 
-def published_policy(config: PolicyConfig = LIKE, seed: int = 0) -> OpenVLAOFT:
-    made = OpenVLAOFT.create(config, llama_like_tokenizer(), statistics(), noise.torch_seed(seed, 9), torch.device("cpu"))
+def published_policy(config: PolicyConfig = LIKE, seed: int = 0, instructions: Sequence[str] = INSTRUCTIONS) -> OpenVLAOFT:
+    made = OpenVLAOFT.create(config, llama_like_tokenizer(instructions), statistics(), noise.torch_seed(seed, 9), torch.device("cpu"))
     with torch.no_grad():
         made.network.scale_head.last.weight.mul_(50.0)
     return made

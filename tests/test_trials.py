@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from pusher import THRESHOLD, Onlooker, Pusher
-from small_policy import SMALL, statistics
+from small_policy import SMALL, published_policy, statistics
 
 from worldenv import checkpoint, evaluation
 from worldenv.cli import eval as command_line
@@ -37,6 +37,7 @@ from worldenv.policy import weights as policies
 from worldenv.policy.lerobot import LeRobotError, LeRobotPolicy
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer
+from worldenv.policy.published import save_directory
 from worldenv.presets import preset
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.run import RunError
@@ -486,6 +487,38 @@ def test_a_checkpoint_is_evaluated_and_knows_its_file(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["sampling"] == "sampled, seed 3"
 
 
+def test_a_published_directory_of_several_suites_is_evaluated_and_its_content_is_who_it_is(tmp_path, capsys):
+    oft = tmp_path / "oft"
+    save_directory(oft, published_policy(instructions=Tabletop(EnvConfig()).tasks), 7)
+    (stated,) = json.loads((oft / "dataset_statistics.json").read_text()).values()
+    suites = dict.fromkeys(("libero_goal_no_noops", "libero_spatial_no_noops"), stated)
+    (oft / "dataset_statistics.json").write_text(json.dumps(suites))
+    assert command_line._directory(command_line.RunArgs(str(oft), "libero_goal")).dataset == "libero_goal_no_noops"
+    run = ["run", "--policy", str(oft), "--suite", "tabletop", "--views", "1", "--tasks", "0", "--episodes", "1", "--out", str(tmp_path / "e")]
+    assert command_line.main(run) == 2
+    assert "say which data set (--dataset" in capsys.readouterr().err
+    run += ["--dataset", "libero_goal_no_noops"]
+    assert command_line.main(run) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["successes"] in (0, 1)
+    assert command_line.main(run) == 0, "it goes on"
+    assert command_line.main([*run[:-1], "libero_spatial_no_noops"]) == 2
+    assert "identity" in capsys.readouterr().err
+    head = oft / "action_head--7_checkpoint.pt"
+    (oft / "action_head--8_checkpoint.pt").write_bytes(head.read_bytes())
+    elsewhere = [*run, "--out", str(tmp_path / "f")]
+    assert command_line.main(elsewhere) == 2
+    assert "say which (--step" in capsys.readouterr().err
+    assert command_line.main([*elsewhere, "--step", "7"]) == 0
+    (oft / "action_head--8_checkpoint.pt").unlink()
+    assert command_line.main(run) == 0
+    changed = torch.load(head, weights_only=True)
+    changed["module.model.fc2.bias"] += 0.01  # in place, as large as before
+    torch.save(changed, head)
+    capsys.readouterr()
+    assert command_line.main(run) == 2
+    assert "identity" in capsys.readouterr().err
+
+
 def test_every_point_of_a_curve_is_run_as_asked(tmp_path, capsys, monkeypatch):
     """The policy that LOOP starts from, then its copies, each in a folder of its own."""
     (tmp_path / "stages" / "loop").mkdir(parents=True)
@@ -592,6 +625,8 @@ INSPECT = ["inspect", "--suite", "tabletop", "--task", "0", "--out", "x.npz"]
         ([*EXPERT, "--demonstrations", "50"], "--demonstrations 50: an expert is trained on none"),
         ([*EXPERT, "--reflector", "r.safetensors"], "--reflector r.safetensors: is for --mode reflector"),
         (["run", "--policy", "a.npy", "--suite", "tabletop", "--views", "1"], "--views 1: is for an OpenVLA-OFT directory; a.npy knows its own"),
+        (["run", "--policy", "a.npy", "--suite", "tabletop", "--dataset", "x"], "--dataset x: is for an OpenVLA-OFT directory; a.npy knows its own"),
+        ([*EXPERT, "--step", "7"], "--step 7: is for an OpenVLA-OFT directory"),
         (["run", "--policy", "a.npy", "--suite", "tabletop", "--python", "p"], "--python p: is for lerobot:PATH"),
         (["run", "--policy", "a.npy", "--suite", "tabletop", "--demonstrations", "-1"], "--demonstrations -1: want a count"),
         (["run", "--policy", "lerobot:x", "--suite", "tabletop", "--views", "1"], "--views 1: is for an OpenVLA-OFT directory"),

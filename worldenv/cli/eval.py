@@ -28,6 +28,7 @@ from worldenv.envs.libero_install import LiberoMissing
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.evaluation import Protocol
 from worldenv.nouns import ACTION_DIM
+from worldenv.policy import published
 from worldenv.policy.lerobot import LeRobotError
 from worldenv.run import settings_of, snapshots
 from worldenv.stages.evaluate import audit_run
@@ -67,6 +68,10 @@ class RunArgs:
     """Per task, that the policy was trained on: for the record, where the checkpoint does not know."""
     views: int | None = None
     """Pictures that an OpenVLA-OFT directory was trained with; the published LIBERO models: 2."""
+    dataset: str | None = None
+    """Whose statistics of an OpenVLA-OFT directory; by default the suite's (libero_goal_no_noops, libero_goal), else the only ones."""
+    step: int | None = None
+    """Of which step's heads, where an OpenVLA-OFT directory has several."""
     image: int | None = None
     """Side of the pictures [px]; by default that of the policy's run, else 256 in LIBERO."""
     device: str = "auto"
@@ -170,11 +175,12 @@ def _image(asked: int | None) -> None:
 def _mean_something(args: RunArgs, who: actors.Description) -> None:
     """ValueError with one line for a flag that means nothing to the policy, or in the mode, that is asked for."""
     path = Path(args.policy)
-    published = args.policy != "expert" and path.is_dir() and not (path / "run.json").is_file()
+    directory = args.policy != "expert" and path.is_dir() and not (path / "run.json").is_file()
     if args.python is not None and not args.policy.startswith("lerobot:"):
         raise ValueError(f"--python {args.python}: is for lerobot:PATH, whose process it runs; leave it out for {args.policy}")
-    if args.views is not None and not published:
-        raise ValueError(f"--views {args.views}: is for an OpenVLA-OFT directory; {args.policy} knows its own, leave it out")
+    for flag in ("views", "dataset", "step"):
+        if (given := getattr(args, flag)) is not None and not directory:
+            raise ValueError(f"--{flag} {given}: is for an OpenVLA-OFT directory; {args.policy} knows its own, leave it out")
     if args.views not in (None, 1, 2):
         raise ValueError(f"--views {args.views}: want 1, or 2 with the camera on the hand")
     if args.demonstrations is not None and (args.policy == "expert" or who.env is not None):
@@ -186,6 +192,12 @@ def _mean_something(args: RunArgs, who: actors.Description) -> None:
         raise ValueError(f"--reflector {args.reflector}: is for --mode reflector; {args.mode} asks none, leave it out")
 
 
+def _directory(args: RunArgs) -> actors.Directory:
+    """How the policy is opened if it is an OpenVLA-OFT directory."""
+    dataset = args.dataset if args.dataset is not None else published.dataset_of(Path(args.policy), args.suite)
+    return actors.Directory(args.views or actors.Directory.views, dataset, args.step)
+
+
 def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     """What is asked for, and the reflector's file. ValueError with one line for what does not fit."""
     if not args.policy:
@@ -193,7 +205,7 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: want at least 1")
     _image(args.image)
-    who = actors.describe(args.policy, args.demonstrations)
+    who = actors.describe(args.policy, args.demonstrations, _directory(args))
     _mean_something(args, who)
     if args.policy == "expert" and (args.mode == "reflector" or args.sample):
         raise ValueError("--policy expert: it is neither watched nor sampled; modes oracle and limit")
@@ -232,7 +244,8 @@ def _evaluate(args: RunArgs) -> dict[str, Any]:
             return runner.evaluate(asked, out, args.processes, None)
     robot = suites.robot(args.suite)
     seed = args.seed if args.sample else None
-    with actors.open_bench(args.policy, robot, device_of(args.device), args.python, seed, args.views, judge) as bench, files.written(out, goes_on):
+    opened = actors.open_bench(args.policy, robot, device_of(args.device), args.python, seed, _directory(args), judge)
+    with opened as bench, files.written(out, goes_on):
         return runner.evaluate(runner.seen_by(asked, bench.actor.views), out, args.processes, bench)
 
 

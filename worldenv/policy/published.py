@@ -146,7 +146,7 @@ def _step(directory: Path, step: int | None) -> str:
     if not there or (step is not None and str(step) not in there):
         raise CheckpointError(f"{directory}/action_head--{'N' if step is None else step}_checkpoint.pt: no such file; there are {there or 'none'}")
     if step is None and len(there) > 1:
-        raise CheckpointError(f"{directory}: action heads of steps {', '.join(there)}: say which")
+        raise CheckpointError(f"{directory}: action heads of steps {', '.join(there)}: say which (--step of worldenv-eval run), or keep one")
     return there[0] if step is None else str(step)
 
 
@@ -248,10 +248,18 @@ def _length(tensors: Mapping[str, torch.Tensor], ending: str, otherwise: int) ->
     return next((len(tensor) for name, tensor in tensors.items() if name.endswith(ending)), otherwise)
 
 
+def dataset_of(directory: Path, suite: str) -> str | None:
+    """The data set of LIBERO's `suite` in the statistics of `directory`, by its published names; None where it has none of them."""
+    file = directory / "dataset_statistics.json"
+    there = _json(file) if file.is_file() else {}
+    return next((name for name in (f"{suite}_no_noops", suite) if name in there), None)
+
+
 def _statistics(file: Path, dataset: str | None) -> Statistics:
     names = sorted(_json(file))
     if dataset is None and len(names) != 1:
-        raise CheckpointError(f"{file}: statistics of {', '.join(names)}: say which data set")
+        flags = "--dataset of worldenv-eval run, --sft.dataset of worldenv-train"
+        raise CheckpointError(f"{file}: statistics of {', '.join(names)}: say which data set ({flags})")
     return Statistics.published(file, names[0] if dataset is None else dataset)
 
 

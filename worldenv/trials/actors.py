@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +111,25 @@ class LeRobotActor:
 
 
 @dataclass(frozen=True)
+class Directory:
+    """How an OpenVLA-OFT directory is opened, where it leaves that open."""
+
+    views: int = 2
+    """Pictures that it was trained with; the published LIBERO models: 2."""
+    dataset: str | None = None
+    """Whose statistics; None: there are those of one data set."""
+    step: int | None = None
+    """Whose heads; None: there are those of one step."""
+
+
+@dataclass(frozen=True)
 class Description:
     """What a result says of who acted."""
 
     name: str
     """As asked for."""
     identity: str
-    """SHA-256 of its file; its name where it is not one file."""
+    """SHA-256 of its file, or of all that is read in its directory; its name where it is neither."""
     demonstrations: int | None
     """Per task, that it was trained on; None where that is not known, and for an expert."""
     env: EnvConfig | None = None
@@ -153,8 +166,20 @@ def weights_of(name: str) -> Path | None:
     return locate(name) if name != "expert" and Path(name).exists() else None
 
 
-def describe(name: str, demonstrations: int | None) -> Description:
-    """Without opening it. `demonstrations` is what the caller knows; a run knows itself. ValueError where there is no such policy."""
+def _identity(path: Path, opened: Directory) -> str:
+    """SHA-256 of a file; of a directory, of the files of the kinds that are read there and of what is chosen among them."""
+    if path.is_file():
+        return checkpoint.file_hash(path)
+    read = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".pt") and file.is_file())
+    told = [*(f"{file.name} {checkpoint.file_hash(file)}" for file in read), f"{opened.dataset} {opened.step}"]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def describe(name: str, demonstrations: int | None, opened: Directory) -> Description:
+    """Without opening it. `demonstrations` is what the caller knows; a run knows itself. ValueError where there is no such policy.
+
+    A directory is read whole, at the disk's speed: weights that were changed in place are others.
+    """
     if name == "expert":
         return Description(name, name, None)
     if name.split(":")[0] == "univla":
@@ -162,7 +187,7 @@ def describe(name: str, demonstrations: int | None) -> Description:
     if name.startswith("lerobot:"):
         return Description(name, name, demonstrations)
     path = locate(name)
-    identity = checkpoint.file_hash(path) if path.is_file() else str(path.resolve())
+    identity = _identity(path, opened)
     folder = _run_of(path.resolve())
     if folder is None:
         return Description(name, identity, demonstrations)
@@ -171,8 +196,8 @@ def describe(name: str, demonstrations: int | None) -> Description:
     return Description(name, identity, settings.demos.per_task, settings.env, judge if judge.is_file() else None)
 
 
-def open_actor(name: str, robot: Robot, device: torch.device, python: str | None, seed: int | None, views: int | None) -> Actor:
-    """The actor of that name, which is not "expert". `views` is how many an OpenVLA-OFT directory was trained with (published LIBERO models: 2).
+def open_actor(name: str, robot: Robot, device: torch.device, python: str | None, seed: int | None, directory: Directory) -> Actor:
+    """The actor of that name, which is not "expert"; `directory` is for one of OpenVLA-OFT.
 
     Raises ValueError or CheckpointError with one line where it cannot be opened, LeRobotError as `LeRobotPolicy` does.
     """
@@ -185,7 +210,8 @@ def open_actor(name: str, robot: Robot, device: torch.device, python: str | None
         return LeRobotActor(other, robot, other.views)
     path = locate(name)
     if path.is_dir():
-        opened = published.open_directory(path, images=views or 2, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        opened = published.open_directory(path, directory.dataset, directory.step, dtype=dtype, images=directory.views)
         opened.network.to(device)
     else:
         opened = policies.load(path, device)
@@ -243,8 +269,8 @@ def _closing(bench: Bench) -> Any:
 
 
 def open_bench(
-    name: str, robot: Robot, device: torch.device, python: str | None, seed: int | None, views: int | None, judge: Path | None
+    name: str, robot: Robot, device: torch.device, python: str | None, seed: int | None, directory: Directory, judge: Path | None
 ) -> contextlib.AbstractContextManager[Bench]:
     """`open_actor`, and the reflector in file `judge`; closed with the block."""
-    actor = open_actor(name, robot, device, python, seed, views)
+    actor = open_actor(name, robot, device, python, seed, directory)
     return _closing(Bench(actor, reflectors.load_judge(judge).to(device) if judge else None, device))

@@ -17,7 +17,7 @@ from worldenv.devices import device_of
 from worldenv.envs import libero, suites
 from worldenv.envs.tabletop import Tabletop
 from worldenv.learning.loop import memory
-from worldenv.presets import TINY
+from worldenv.presets import PAPER, TINY
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,25 @@ def test_memory_of_an_update_of_no_queries(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err.splitlines() == [
         "worldenv.learning.loop.memory: loop.microbatch=0: want at least 1", "worldenv.learning.loop.memory: policy.images=3: want 1 or 2 views",
     ]  # fmt: skip
+
+
+def test_the_manuals_commands_are_of_the_published_sizes() -> None:
+    """Of docs/policy-and-reflector.md: without the preset they would be of the tiny networks, for published weights."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "policy-and-reflector.md").read_text().replace("\\\n", " ")
+    found = {}
+    for line in re.findall(r"^(?:worldenv-train|torchrun \S+ \S+ -m worldenv\.cli\.train) (.*/models/.*)$", page, flags=re.MULTILINE):
+        argv = line.partition("#")[0].split()
+        found[argv[argv.index("--out") + 1]] = parse("worldenv-train", train.TrainArgs, train._defaults(argv), argv).settings
+    assert found.keys() == {"runs/oft", "runs/oft-as-is", "runs/judged"}
+    for settings in found.values():
+        assert (settings.policy, settings.env.image) == (PAPER.policy, 256)
+        assert dataclasses.replace(settings.reflector, sampler=PAPER.reflector.sampler) == PAPER.reflector
+    fine, as_it_is, judged = (found[out] for out in ("runs/oft", "runs/oft-as-is", "runs/judged"))
+    assert fine.sft == dataclasses.replace(PAPER.sft, start="/models/openvla-7b")
+    told = ("lora_rank", "lora_alpha", "lr", "schedule", "steps", "beta2", "batch")
+    assert [getattr(fine.sft, name) for name in told] == [32, 16, 5e-4, "steps", 150_000, 0.999, 64]
+    assert (as_it_is.sft.steps, as_it_is.sft.views, as_it_is.sft.precision) == (0, 1, "bfloat16")
+    assert (judged.reflector.sampler, judged.reflector.frames) == ("stable_dyadic", 32)
 
 
 def test_tasks_and_test_states_are_those_of_the_environments() -> None:

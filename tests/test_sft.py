@@ -358,7 +358,7 @@ def test_a_published_directory_is_a_start(tmp_path: Path) -> None:
 def test_without_steps_a_published_policy_stays_as_it_is(tmp_path: Path) -> None:
     given, source = episodes(), published_policy()
     save_directory(tmp_path / "oft", source, 5)
-    config = dataclasses.replace(CONFIG, start=str(tmp_path / "oft"), steps=0)
+    config = dataclasses.replace(CONFIG, start=str(tmp_path / "oft"), steps=0, views=1)
     policy = pretrained(dataclasses.replace(SMALL, scale_floor=0.0), config, given, TABLETOP, 0, torch.device("cpu"))
     metrics = sft(policy, given, TABLETOP, config, 0, savepoint(tmp_path))
     assert (metrics["steps"], metrics["l1_train"]) == (0, None)
@@ -368,7 +368,12 @@ def test_without_steps_a_published_policy_stays_as_it_is(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"no statistics of 'libero_goal'; there are drawn numbers"):
         pretrained(SMALL, dataclasses.replace(config, dataset="libero_goal"), given, TABLETOP, 0, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"sft\.dataset='libero_goal': .*set sft\.steps=0"):
-        dataclasses.replace(config, dataset="libero_goal", steps=3)
+        dataclasses.replace(config, dataset="libero_goal", views=0, steps=3)
+    for views in (0, 2):  # the released LIBERO models see two, and were opened with one in silence
+        with pytest.raises(ValueError, match=rf"sft\.steps=0, sft\.views={views}: a run has one camera.*say sft\.views=1.*run --views 2"):
+            dataclasses.replace(config, views=views)
+    with pytest.raises(ValueError, match=r"sft\.views=1: is for a policy that is taken as it is"):
+        dataclasses.replace(config, steps=3)
 
 
 def test_rates_of_the_published_schedule() -> None:

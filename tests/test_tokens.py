@@ -296,7 +296,7 @@ def test_what_needs_the_density_says_so(tmp_path: Path) -> None:
         policy.evaluate_actions(observation(2), torch.zeros(2, 8, 7))
     with pytest.raises(ValueError, match=r"policy\.head=tokens, sft\.start='x', sft\.steps=0: .*fine-tune it"):
         dataclasses.replace(
-            TINY, policy=dataclasses.replace(TINY.policy, head="tokens"), sft=dataclasses.replace(TINY.sft, start="x", steps=0)
+            TINY, policy=dataclasses.replace(TINY.policy, head="tokens"), sft=dataclasses.replace(TINY.sft, start="x", steps=0, views=1)
         )
 
 

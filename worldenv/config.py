@@ -518,6 +518,8 @@ class SftConfig:
     """Peak learning rate of these."""
     dataset: str = ""
     """With steps=0: whose statistics, where the directory has those of several data sets."""
+    views: int = 0
+    """With steps=0: views that the policy was trained with, which its directory does not say; want 1, since a run has one camera. 0: not said."""
     lora_rank: int = 0
     """Train LoRA of this rank on the backbone (published: 32); 0 trains everything."""
     lora_alpha: Count = 16
@@ -541,6 +543,15 @@ class SftConfig:
             raise ValueError(f"sft.prior_per_task=0: sft.prior_steps={self.prior_steps} want episodes; give at least 1, or set sft.prior_steps to 0")
         if self.dataset and self.steps:
             raise ValueError(f"sft.dataset={self.dataset!r}: fine-tuning takes those of its demonstrations; leave it away, or set sft.steps=0")
+        as_it_is = bool(self.start) and not self.steps
+        if self.views and not as_it_is:
+            raise ValueError(f"sft.views={self.views}: is for a policy that is taken as it is (sft.start, sft.steps=0); leave it away")
+        if as_it_is and self.views != 1:
+            raise ValueError(
+                f"sft.start={self.start!r}, sft.steps=0, sft.views={self.views}: a run has one camera, and a directory does not say how many views "
+                "its policy was trained with (the released LIBERO ones: 2): say sft.views=1 where it was one; else fine-tune it (sft.steps), or "
+                "evaluate it (worldenv-eval run --views 2)"
+            )
 
 
 @dataclass(frozen=True)

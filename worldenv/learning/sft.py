@@ -66,7 +66,7 @@ def pretrained(config: PolicyConfig, sft: SftConfig, episodes: Sequence[Episode]
     if sft.steps:
         opened = published.open_base(Path(sft.start), _statistics(episodes, robot), dtype, seed, config.head)
     else:
-        opened = published.open_directory(Path(sft.start), sft.dataset or None, dtype=dtype, seed=seed)
+        opened = published.open_directory(Path(sft.start), sft.dataset or None, dtype=dtype, seed=seed, images=sft.views)
     ours = {name: getattr(config, name) for name in ("images", "attention", "scale_factor", "scale_floor", "scale_ceiling")}
     settings = dataclasses.replace(opened.config, **ours)
     opened.network.config = settings

@@ -83,6 +83,11 @@ def _llama_like(folder: Path, empty: int) -> Path:
 
 def test_published_tokenizer_is_checked(tmp_path: Path) -> None:
     assert PromptTokenizer.published(_llama_like(tmp_path, PUBLISHED_EMPTY)).ids("x") == (BOS, 3, PUBLISHED_EMPTY)
+    for change in ("enable_padding", "enable_truncation"):  # as its last use left it
+        stored = Tokenizer.from_file(str(_llama_like(tmp_path, PUBLISHED_EMPTY)))
+        getattr(stored, change)(**({"length": 40} if change == "enable_padding" else {"max_length": 0}))
+        stored.save(str(tmp_path / "tokenizer.json"))
+        assert PromptTokenizer.published(tmp_path / "tokenizer.json").ids("x") == (BOS, 3, PUBLISHED_EMPTY), change
     with pytest.raises(ValueError, match="not Llama-2's tokenizer"):
         PromptTokenizer.published(_llama_like(tmp_path, 29000))
     with pytest.raises(ValueError, match="no such file"):

@@ -615,6 +615,17 @@ def test_directories_of_older_releases_load(published: Path, tmp_path: Path) -> 
     assert torch.equal(one.embed(INSTRUCTIONS[:1], [clip]).answer, other.embed(INSTRUCTIONS[:1], [clip]).answer)
 
 
+def test_the_question_is_whole_whatever_the_tokenizer_was_last_used_with(published: Path, tmp_path: Path) -> None:
+    directory = copied(published, tmp_path)
+    want = weights.open_directory(directory, SMALL, torch.float32).llava.prompt
+    stored = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    stored.enable_padding(length=64)
+    stored.enable_truncation(max_length=4)
+    stored.save(str(directory / "tokenizer.json"))
+    got = weights.open_directory(directory, SMALL, torch.float32).llava.prompt
+    assert (got.before, got.question(INSTRUCTIONS[0])) == (want.before, want.question(INSTRUCTIONS[0]))
+
+
 def _edit(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
         content = json.loads((directory / name).read_text())

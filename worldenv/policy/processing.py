@@ -68,6 +68,8 @@ class PromptTokenizer:
         tokenizer = Tokenizer.from_file(str(file))
         if [tokenizer.token_to_id(token) for token in ("<s>", "</s>", "▁")] != [BOS, STOP, PUBLISHED_EMPTY]:
             raise ValueError(f"{file}: not Llama-2's tokenizer: <s>, </s> and the empty token are not {BOS}, {STOP}, {PUBLISHED_EMPTY}")
+        tokenizer.no_padding()  # a file keeps what its tokenizer was last used with, and would pad or cut prompts by that
+        tokenizer.no_truncation()
         return cls(tokenizer, empty=PUBLISHED_EMPTY, pad=PUBLISHED_PAD)
 
     @property

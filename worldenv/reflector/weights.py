@@ -112,7 +112,10 @@ def _published_prompt(path: Path) -> Prompt:
     if not path.is_file():
         raise ReflectorError(f"{path}: no such file; a LLaVA-OneVision directory in the layout of transformers holds it")
     try:
-        return Prompt(Tokenizer.from_file(str(path)))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()  # a file keeps what its tokenizer was last used with, and would pad or cut the question by that
+        tokenizer.no_truncation()
+        return Prompt(tokenizer)
     except Exception as error:  # tokenizers raises plain Exception
         raise ReflectorError(f"{path}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import pickle
 from collections.abc import Sequence
@@ -661,6 +662,18 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match=r"weights\.pt"):
         weights.read(path)
     assert not (Path(__file__).parent / "evil.txt").exists()
+
+
+def test_a_file_with_more_than_tensors_says_how_to_keep_these_alone(tmp_path: Path) -> None:
+    path, source = tmp_path / "last.ckpt", trained(seed=1)
+    torch.save({"state_dict": released(source), "hyper_parameters": argparse.Namespace(lr=1e-4)}, path)  # as Lightning saves them
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.ckpt: holds more than tensors \(argparse\.Namespace\)") as caught:
+        weights.read(path)
+    said = str(caught.value)
+    assert "again" not in said
+    cure = said.partition("in Python: ")[2].replace("'weights.pt'", repr(str(tmp_path / "weights.pt")))
+    exec(cure, {"torch": torch})
+    assert weights.read(tmp_path / "weights.pt").keys() == released(source).keys()
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "no tensors"])

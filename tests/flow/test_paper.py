@@ -20,11 +20,10 @@ from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import open_env
 
 
-def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def small(folder: Path) -> RunConfig:
     """PAPER with the tiny networks on the tabletop, which begin from weights in `folder`, and every stage cut short."""
     tasks = open_env(TINY.env).tasks
-    monkeypatch.setattr(small_policy, "INSTRUCTIONS", tuple(tasks))
-    published.save_directory(folder / "openvla", small_policy.published_policy(), 1)
+    published.save_directory(folder / "openvla", small_policy.published_policy(instructions=tasks), 1)
     reflectors.save_directory(folder / "llava", reflectors.initialise(TINY.reflector, tasks, 0))
     sampler = {name: getattr(PAPER.simulator, name) for name in ("posterior", "eta", "dynamic_rescale", "final")}
     simulator = replace(TINY.simulator, **sampler, denoise_steps=2)
@@ -45,8 +44,8 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_it_runs_from_published_directories_to_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, out = small(tmp_path / "weights", monkeypatch), tmp_path / "run"
+def test_it_runs_from_published_directories_to_its_report(tmp_path: Path) -> None:
+    settings, out = small(tmp_path / "weights"), tmp_path / "run"
     train.train(out, settings)
     told = report.read(out)
     assert told["preset"] == "paper"

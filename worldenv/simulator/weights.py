@@ -61,6 +61,12 @@ def read(path: Path) -> Tensors:
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # Lightning puts hyper_parameters beside the weights
+            raise CheckpointError(
+                f"{path}: holds more than tensors ({found[1]}), and nothing of that is run here; where you trust the file, keep its weights alone, "
+                f"in Python: found = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
+                "torch.save({'state_dict': found['state_dict']}, 'weights.pt')"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: truncated, damaged, or not made of plain tensors ({reason}); get it again") from error
     for layer in ("state_dict", "module"):

@@ -49,6 +49,7 @@ from worldenv.presets import PAPER, TINY
         (["--explore.factors"], "explore.factors=(): want at least one factor"),
         (["--explore.factors", "1", "0"], "explore.factors=(1.0, 0.0): want more than 0"),
         (["--world.vae-steps", "0"], "world.vae_steps=0: the autoencoder begins from random weights"),
+        (["--world.clip", "x"], "world.clip='x': is for a released EVAC that lacks its image tower; give that as world.initial"),
         (["--world.grad-clip", "0"], "world.grad_clip=0.0: want more than 0"),
         (["--world.dropout", "2"], "world.dropout=2.0: a share, want 0 .. 1"),
         (["--reward.backbone-steps", "0"], "reward.backbone_steps=0: the backbone begins from random weights"),

@@ -608,6 +608,20 @@ def test_the_image_tower_may_be_an_open_clip_file(tmp_path: Path) -> None:
         weights.load(tmp_path / "evac.pt", SMALL, tmp_path / "clip.bin")
 
 
+def test_training_may_begin_without_the_image_tower_in_the_file(tmp_path: Path) -> None:
+    source, theirs, target = trained(seed=1), trained(seed=3), trained(seed=2)
+    torch.save({name: value for name, value in released(source).items() if not name.startswith("embedder.")}, tmp_path / "evac.pt")
+    torch.save({f"visual.{name}": value for name, value in theirs.clip.state_dict().items()}, tmp_path / "clip.bin")
+    with pytest.raises(checkpoint.CheckpointError, match=r"evac\.pt: clip: missing.*give open_clip's file beside it \(world\.clip"):
+        weights.begin_from(target, tmp_path / "evac.pt")
+    assert weights.begin_from(target, tmp_path / "evac.pt", tmp_path / "clip.bin") == []
+    for name, value in target.named_parameters():
+        assert torch.equal(value, (theirs if name.startswith("clip.") else source).get_parameter(name)), name
+    checkpoint.save(tmp_path / "ours.safetensors", weights.to_tree(source))
+    with pytest.raises(checkpoint.CheckpointError, match=r"clip\.bin: is for a released EVAC"):
+        weights.begin_from(target, tmp_path / "ours.safetensors", tmp_path / "clip.bin")
+
+
 def test_a_file_of_something_else_is_no_simulator(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "policy.safetensors", {"config": {}, "backbone": {}})
     with pytest.raises(checkpoint.CheckpointError, match=r"policy\.safetensors: not a simulator"):
@@ -672,7 +686,7 @@ def test_a_file_with_more_than_tensors_says_how_to_keep_these_alone(tmp_path: Pa
     said = str(caught.value)
     assert "again" not in said
     cure = said.partition("in Python: ")[2].replace("'weights.pt'", repr(str(tmp_path / "weights.pt")))
-    exec(cure, {"torch": torch})
+    exec(cure, {"torch": torch})  # what the user is told to run
     assert weights.read(tmp_path / "weights.pt").keys() == released(source).keys()
 
 

@@ -642,6 +642,8 @@ class WorldConfig:
     """Powers at the last step; (1, 0) is every clip alike."""
     initial: str = ""
     """Checkpoint to begin from: ours, released EVAC, or DynamiCrafter-512. Its autoencoder is taken as it is. Empty: random weights."""
+    clip: str = ""
+    """open_clip's file (ViT-H/14), for a released EVAC as `initial` that holds no CLIP image tower. Empty: `initial` has it."""
     frozen: tuple[Literal["vae", "clip", "image_resampler", "action_resampler"], ...] = ("vae",)
     """Parts that the simulator's training leaves as they are (the released model: vae clip action_resampler)."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -653,6 +655,8 @@ class WorldConfig:
         _check_numbers(self, "world.")
         if not self.vae_steps and not self.initial:
             raise ValueError("world.vae_steps=0: the autoencoder begins from random weights; give at least 1, or a checkpoint as world.initial")
+        if self.clip and not self.initial:
+            raise ValueError(f"world.clip={self.clip!r}: is for a released EVAC that lacks its image tower; give that as world.initial, or drop this")
         if "vae" not in self.frozen:
             raise ValueError(f"world.frozen={self.frozen}: vae must be among them, since every episode is encoded once")
 

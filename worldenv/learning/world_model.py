@@ -503,12 +503,12 @@ def train(
     """A simulator trained on `training` episodes, from `config.initial` or random weights, and its metrics; `held_out` decides when to stop.
 
     `savepoint` gives the place of each part's savepoint. Of several processes each returns the simulator; the metrics are the first one's.
-    Errors as those of the two stages; CheckpointError where `config.initial` does not fit.
+    Errors as those of the two stages; CheckpointError where `config.initial` or `config.clip` does not fit.
     """
     simulator = Evac.initialised(simulator_config, seed)
     metrics: dict[str, Any] = {}
     if config.initial:
-        new = begin_from(simulator, Path(config.initial))
+        new = begin_from(simulator, Path(config.initial), Path(config.clip) if config.clip else None)
         metrics["initial"] = {"file": config.initial, "not_in_it": len(new)}
     simulator = simulator.to(device)
     if not config.initial:

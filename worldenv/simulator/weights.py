@@ -129,6 +129,8 @@ def _fill_parts(simulator: Evac, parts: Mapping[str, Tensors], name: str) -> Non
         if latents is not None and any(one.startswith("latents ") for one in wrong.get("image_resampler", {}).get("mis-shaped", [])):
             cure = f". It has {latents.shape[1]} image tokens, these settings {simulator.config.image_resampler.queries}: "
             cure += "take simulator.image_resampler.queries from the file (128: RLinf's fine-tuned EVAC, presets.EVAC_RLINF)"
+        if not parts.get("clip", True):
+            cure += ". It holds no image tower of CLIP: give open_clip's file beside it (world.clip; --clip of worldenv-imagine)"
         raise CheckpointError(f"{name}: " + "; ".join(f"{part}: {_listed(misfits)}" for part, misfits in wrong.items()) + cure)
     for part, (given, _) in fitting.items():
         getattr(simulator, part).load_state_dict(given)
@@ -172,19 +174,31 @@ def load_dynamicrafter(simulator: Evac, state: Mapping[str, torch.Tensor], name:
     return [*kept, *(f"action_resampler.{key}" for key in simulator.action_resampler.state_dict())]
 
 
-def begin_from(simulator: Evac, path: Path) -> list[str]:
+def begin_from(simulator: Evac, path: Path, clip: Path | None = None) -> list[str]:
     """Fill `simulator` from `path`, for training: a file of ours, released EVAC, or DynamiCrafter-512, told apart by what they hold.
 
-    Returns the names that the file has no weights for, which stay as they are. Raises CheckpointError as the functions for each.
+    `clip` is an open_clip file, for a released EVAC without its image tower. Returns the names that the file has no weights for, which stay as they
+    are. Raises CheckpointError as the functions for each, and where `clip` is given beside another file.
     """
-    if is_ours(path):
+    ours = is_ours(path)
+    state = {} if ours else read(path)
+    released = f"{PREFIXES['unet']}domain_embedding.weight" in state
+    if clip is not None and not released:
+        raise CheckpointError(f"{clip}: is for a released EVAC that lacks its image tower, and {path} is none; leave it away")
+    if ours:
         fill(simulator, _ours(checkpoint.load(path), str(path))["weights"], str(path))
         return []
-    state = read(path)
-    if f"{PREFIXES['unet']}domain_embedding.weight" not in state:
+    if not released:
         return load_dynamicrafter(simulator, state, str(path))
-    load_published(simulator, state, str(path))
+    _load_released(simulator, state, str(path), clip)
     return []
+
+
+def _load_released(simulator: Evac, state: Mapping[str, torch.Tensor], name: str, clip: Path | None) -> None:
+    """A released EVAC's tensors, its image tower from file `clip` where that is given."""
+    load_published(simulator, state, name, without=["clip"] if clip else [])
+    if clip is not None:
+        load_clip(simulator, read(clip), str(clip))
 
 
 def _ours(tree: Any, name: str) -> dict[str, Any]:
@@ -228,7 +242,5 @@ def load(path: Path, released: configs.SimulatorConfig, clip: Path | None = None
         return from_tree(checkpoint.load(path), str(path))
     state = read(path)
     simulator = Evac.unfilled(released)
-    load_published(simulator, state, str(path), without=["clip"] if clip else [])
-    if clip is not None:
-        load_clip(simulator, read(clip), str(clip))
+    _load_released(simulator, state, str(path), clip)
     return simulator.eval()

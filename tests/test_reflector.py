@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv.checkpoint import CheckpointError
@@ -559,6 +560,44 @@ def test_in_half_precision_places_stay_exact(tmp_path: Path) -> None:
         assert {tensor.dtype for name, tensor in buffers.items() if "inv_freq" in name} == {torch.float32}
         assert torch.equal(one.strict(INSTRUCTIONS[0], video, [5, 19]), opened.strict(INSTRUCTIONS[0], video, [5, 19]))
     assert any("inv_freq" in name for name in buffers)
+
+
+class Drawn(TorchDispatchMode):
+    """Operations that fill memory with random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if any(word in str(func) for word in ("normal", "uniform", "rand")) and made.device.type != "meta":
+            self.found.append(str(func))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_file_is_opened_without_drawing_weights_first(dtype: torch.dtype) -> None:
+    """They would take 32 GB and minutes at the published size. What is in no file is as transformers makes it, and types are the file's."""
+    reflector = lively(SMALL)
+    llava.cast(reflector.llava.model, dtype)
+    tree, before = weights.to_tree(reflector), torch.get_rng_state()
+    with Drawn() as drawn:
+        again = weights.from_tree(tree, "here")
+    assert drawn.found == []
+    assert torch.equal(before, torch.get_rng_state())
+    assert weights.to_tree(again)["backbone"] == tree["backbone"]
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(one.llava.model, kind)()) for one in (again, reflector))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype, name
+            assert torch.equal(ours[name], tensor), name
+    video = videos(1, 9)[0]
+    assert torch.equal(again.freeze().strict(INSTRUCTIONS[0], video, [3, 8]), reflector.strict(INSTRUCTIONS[0], video, [3, 8]))
+    with Drawn() as drawn:
+        weights.initialise(SMALL, INSTRUCTIONS, 0)
+    assert drawn.found, "it is seen where it happens"
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

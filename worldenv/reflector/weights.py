@@ -83,15 +83,28 @@ def from_tree(tree: Any, name: str) -> LlavaReflector:
     if not isinstance(tree, dict) or tree.get("kind") != KIND:
         raise ReflectorError(f"{name}: no reflector ({KIND}); was it written by the stage reward?")
     config = ReflectorConfig(**tree["config"])
-    with torch.random.fork_rng(devices=[]):
-        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(tree["backbone"]))
+    model = _unfilled(LlavaOnevisionConfig.from_dict(tree["backbone"]))
     _fill(model, tree["weights"], f"{name}: backbone")
     model.tie_weights()
     head = None
     if tree["head"] is not None:
-        head = fresh_head(config, 0)
+        with torch.device("meta"):
+            head = RewardHead(config.width, config.head_width)
         _fill(head, tree["head"], f"{name}: reward head")
     return LlavaReflector(config, Llava(model, Prompt(Tokenizer.from_str(tree["tokenizer"]))), head)
+
+
+def _unfilled(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
+    """transformers' model whose weights are to be filled: no memory is taken and no number drawn for them, of which there may be 8 billion.
+
+    What is in no file is computed: places, and rotary frequencies, in float32 whatever the weights are.
+    """
+    with torch.device("meta"):
+        model = LlavaOnevisionForConditionalGeneration(config)
+    language, places = model.model.language_model, model.model.vision_tower.embeddings
+    language.rotary_emb = type(language.rotary_emb)(config.text_config)
+    places.position_ids = torch.arange(places.num_positions).expand((1, -1))
+    return model
 
 
 def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:

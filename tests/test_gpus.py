@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from worldenv.benchmarks import engine_rows
 from worldenv.config import LoopConfig
 from worldenv.learning.loop.update import Learner
 from worldenv.nouns import Rollout
+from worldenv.policy import lora
 from worldenv.presets import TINY
 from worldenv.rollout.collect import Flight, Replica, Schedule, placement
 from worldenv.run import Run, RunError
@@ -114,6 +116,29 @@ def test_a_policy_acts_there_as_on_the_cpu() -> None:
         want, got = here.act(observation(3), uniform), there.act(observation(3), uniform)
     for field in dataclasses.fields(want):
         close(getattr(got, field.name), getattr(want, field.name), ATOL)
+
+
+def test_merged_weights_leave_the_gpu_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second policy beside the one that learns, at each save, would be 15 GB of the published size."""
+    network = small_policy().network.to(GPU)
+    lora.attach(network, 2, 4, 0)
+    here, there, add = lora.merged(network.cpu()), network.to(GPU), lora._sum
+    made, most = list[weakref.ref[torch.Tensor]](), 0
+
+    def watched(weight: torch.Tensor, delta: torch.Tensor, sign: float) -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(one() is not None for one in made))
+        made.append(weakref.ref(total := add(weight, delta, sign)))
+        assert total.device.type == "cuda"
+        return total
+
+    monkeypatch.setattr(lora, "_sum", watched)
+    merged = lora.merged(there)
+    assert len(made) == len(lora.targets(small_policy().network)) > most
+    assert most <= 1
+    for name, tensor in merged.items():
+        assert tensor.device == CPU
+        close(tensor, here[name], 1e-6)
 
 
 def test_random_networks_of_benchmarks_are_drawn_where_they_run() -> None:

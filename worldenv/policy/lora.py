@@ -182,6 +182,6 @@ class Plain(Mapping[str, torch.Tensor]):
 
 
 def merged(network: nn.Module) -> dict[str, torch.Tensor]:
-    """All of `Plain` at once, as copies."""
+    """All of `Plain` as copies on the CPU, one after another: beside what trains, a GPU has no room for a second network."""
     plain = Plain(network)
-    return {name: tensor if name in plain.changed else tensor.clone() for name, tensor in plain.items()}
+    return {name: tensor.to("cpu", copy=name not in plain.changed) for name, tensor in plain.items()}

@@ -309,7 +309,7 @@ class Learner:
         self._follow()
 
     def merged(self) -> dict[str, torch.Tensor]:
-        """The network's weights under their plain names, LoRA added to the pristine ones, which stay as they are."""
+        """The network's weights under their plain names, on the CPU, LoRA added to the pristine ones, which stay as they are."""
         return lora.merged(self.policy.network)
 
     def export_adapter(self, directory: Path) -> None:

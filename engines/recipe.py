@@ -182,8 +182,8 @@ class EngineRecipe:
 
 
 def relative_error(ours: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative L2 distance, in float64; infinite where a value is not finite or the shapes differ."""
-    if ours.shape != want.shape or not bool(torch.isfinite(ours).all()):
+    """Relative L2 distance, in float64; infinite where a value of either is not finite or the shapes differ."""
+    if ours.shape != want.shape or not all(bool(torch.isfinite(one).all()) for one in (ours, want)):
         return float("inf")
     want = want.double()
     distance, size = torch.linalg.vector_norm(ours.double() - want), torch.linalg.vector_norm(want)

@@ -15,7 +15,7 @@ from test_simulator import SMALL as SIMULATOR
 
 from worldenv import compiled
 from worldenv.benchmarks import engine_rows, networks
-from worldenv.engines import backend, export, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
+from worldenv.engines import backend, export, parity, policy_backbone, policy_heads, reflector_llm, reflector_vision, simulator_unet, simulator_vae
 from worldenv.engines.eager import Eager
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, relative_error
 from worldenv.kernels import group_norm
@@ -213,9 +213,18 @@ def test_rows_that_are_cut_are_the_first_axis_of_all_that_varies() -> None:
 def test_what_is_not_a_number_is_infinitely_far() -> None:
     want = torch.ones(4)
     assert relative_error(want, want) == 0.0
-    assert relative_error(torch.tensor([1.0, 1, 1, float("nan")]), want) == float("inf")
+    for wrong in (torch.tensor([1.0, 1, 1, value]) for value in (float("nan"), float("inf"), -float("inf"))):
+        assert relative_error(wrong, want) == relative_error(want, wrong) == relative_error(wrong, wrong) == float("inf")
     assert relative_error(torch.ones(3), want) == float("inf")
     assert relative_error(2 * want, want) == pytest.approx(1.0)
+
+
+def test_an_engine_does_not_pass_where_eager_is_not_a_number() -> None:
+    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4)}),), ("y",), 1e-5)
+    given = [recipe.example()]
+    for eager in (lambda x: x / 0, lambda x: x * float("nan")):
+        assert not parity.compare(recipe, "another", lambda x: x, eager, given).passed
+    assert parity.compare(recipe, "another", lambda x: x, lambda x: x, given).passed
 
 
 def test_back_ends_are_named_and_what_they_lack_too() -> None:

@@ -447,6 +447,15 @@ def test_a_simulator_that_drifts_is_run_by_the_next_back_end(
             capsys.readouterr()
 
 
+def test_a_closed_loop_whose_latents_are_not_finite_is_infinitely_far() -> None:
+    simulator = trained(SMALL_SIMULATOR)
+    network = compiled.of_simulator(simulator)[0]
+    engine = Eager(lambda *given: network.eager(*given) * float("nan"), network.recipe)
+    given = compiled.loop_inputs(simulator, torch.zeros(SMALL_SIMULATOR.height, SMALL_SIMULATOR.width, 3, dtype=torch.uint8))
+    found = compiled.compare_loops(simulator, [compiled.Choice(network, engine, None, None)], given)
+    assert found == dict.fromkeys(("1", "4", "16"), float("inf"))
+
+
 @pytest.mark.slow
 def test_an_engine_that_drifts_in_a_closed_loop_is_not_used(by_engines: Engined, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """Right to two parts in a hundred thousand in a step, and still wrong after 16 chunks: then the whole simulator is eager."""

@@ -275,6 +275,31 @@ def test_a_rollout_that_keeps_failing_is_reported_with_its_key_after_all_others(
         assert_same(flight, small.want[number], frames=False)
 
 
+def test_a_rollout_whose_latents_are_not_finite_is_reported_and_takes_no_other_with_it(small: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames would be black, and the judge would score them."""
+    bad, world, given = small.jobs[2].number, small.replica.world, dict[int, Flight]()
+    drawn = world._noise  # type: ignore[attr-defined]
+
+    def noises(scenes: Sequence[Any]) -> torch.Tensor:
+        made: torch.Tensor = drawn(scenes)
+        made[[i for i, scene in enumerate(scenes) if (scene.number, scene.chunk) == (bad, 1)]] = float("nan")
+        return made
+
+    monkeypatch.setattr(world, "_noise", noises)
+
+    def take(flights: Flights) -> None:
+        for flight in flights.fly(small.jobs):
+            given[flight.job.number] = flight
+
+    said = rf"rollout {bad} of group 0 .*decode.*FloatingPointError: latents of chunk 1 are not finite"
+    flown = Flights([small.replica], seed=SEED, steps=small.steps, threshold=THRESHOLD, schedule=Schedule(16, small.bucket))
+    with flown as flights, pytest.raises(RolloutError, match=said):
+        take(flights)
+    assert given.keys() == small.want.keys() - {bad}
+    for number, flight in given.items():
+        assert_same(flight, small.want[number], frames=False)
+
+
 def test_cancelled_rollouts_are_not_given_out_and_change_no_others(small: Plant) -> None:
     gone = {small.jobs[i].number for i in (2, 7, 11)}
     given: dict[int, Flight] = {}

@@ -391,15 +391,20 @@ class Evac(nn.Module):
 
     @torch.no_grad()
     def finish_chunk(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, list[Memory]]:
-        """See `Simulator`."""
+        """See `Simulator`. Raises FloatingPointError where latents are not finite: their frames would be black, and a judge would score them."""
         latents = torch.stack([self._latents(chunk.batch)[chunk.row] for chunk in chunks]).transpose(1, 2)
+        finite = torch.isfinite(latents).flatten(1).all(1)
         frames = self.frames(latents.flatten(0, 1))
         frames = frames.view(*latents.shape[:2], *frames.shape[1:])
         tokens = [chunk.batch.condition.image[chunk.row] for chunk in chunks]
-        return frames, [self._grown(chunk.memory, *one) for chunk, *one in zip(chunks, latents, tokens, strict=True)]
+        grown = [self._grown(chunk.memory, *one) for chunk, *one in zip(chunks, latents, tokens, strict=True)]
+        if not all(sound := finite.tolist()):  # asked last: a GPU is then waited for once all of the chunk is under way
+            number = (len(chunks[sound.index(False)].memory.history) - self.config.memory) // self.chunk
+            raise FloatingPointError(f"latents of chunk {number} are not finite; try another precision, and look at the checkpoint")
+        return frames, grown
 
     def imagine(self, memory: Sequence[Memory], action_map: ActionMap, noise: torch.Tensor) -> tuple[torch.Tensor, list[Memory]]:
-        """See `Simulator`. Raises ValueError as `begin_chunk`."""
+        """See `Simulator`. Raises ValueError as `begin_chunk`, FloatingPointError as `finish_chunk`."""
         return self._through(self.begin_chunk(memory, action_map, noise))
 
     def _through(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[Memory]]:
@@ -420,8 +425,7 @@ class Evac(nn.Module):
 
         `maps(first, end)` draws the action maps (end - first, H, W, 3) uint8 of these steps, asked for as they are needed; `rays` (6, h, w);
         `deltas` (N, 14) one row per step, not normalised; `noise(chunk)` *noise_shape(). A chunk that the path does not fill is given its
-        last map again and deltas of 0, after normalisation (the released sampler's padding). Raises FloatingPointError where latents are not
-        finite.
+        last map again and deltas of 0, after normalisation (the released sampler's padding). Raises FloatingPointError as `finish_chunk`.
         """
         (memory,) = self.begin(frame[None])
         steps, told = len(deltas), self.normalise(deltas)[None]
@@ -431,8 +435,6 @@ class Evac(nn.Module):
             drawn = torch.cat([drawn, drawn[-1:].expand(self.chunk - len(drawn), -1, -1, -1)])
             tokens = self.action_tokens(chunk_deltas(told, number, self.config))
             frames, (memory,) = self._through(self._begin_chunk([memory], drawn[None], rays[None], tokens, noise(number)[None]))
-            if not bool(torch.isfinite(memory.history[-self.chunk :]).all()):
-                raise FloatingPointError(f"latents of chunk {number} are not finite; try another precision, and look at the checkpoint")
             yield frames[0, : end - first]
 
     def _begin_chunk(

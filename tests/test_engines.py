@@ -25,7 +25,7 @@ from worldenv import checkpoint, compiled
 from worldenv.benchmarks.bench_rollout import inside
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import EnginesConfig, LoopConfig
-from worldenv.engines import backend, export, inductor, onnxruntime, parity, policy_heads
+from worldenv.engines import backend, export, inductor, onnxruntime, parity, policy_heads, tensorrt
 from worldenv.engines.eager import Eager
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, Precision, relative_error
 from worldenv.engines.refit import RefitError
@@ -411,6 +411,36 @@ def test_an_engine_that_was_fastest_and_cannot_be_had_again_gives_way_to_the_nex
         choice = compiled.choose(network, EnginesConfig(), Store(three.root), CPU, [network.recipe.example()])
     assert choice.engine.back_end == "inductor"
     assert "out of memory" in choice.why
+
+
+def fails(error: Exception) -> Any:
+    def call(*given: Any) -> Any:
+        raise error
+
+    return call
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
+
+
+@pytest.mark.parametrize(("part", "error"), [("plain", FULL), ("build", FULL), ("load", FULL), ("load", FileNotFoundError(2, "No such file"))])
+def test_what_fails_on_the_way_to_an_engine_makes_room_for_the_next(
+    part: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also while a plan is prepared or read; of two back ends the second here is not installed, so that eager is left."""
+    network = heads()
+    if part == "plain":
+        network = dataclasses.replace(network, plain=fails(error))
+    else:
+        monkeypatch.setattr(onnxruntime, part, fails(error))
+    monkeypatch.setattr(compiled, "AUTOMATIC", {"cpu": ("onnxruntime", "tensorrt")})
+    monkeypatch.setattr(tensorrt, "requires", lambda: "tensorrt is not installed")
+    choice = compiled.choose(network, EnginesConfig(), Store(tmp_path), CPU, recorded(network))
+    assert choice.engine.back_end == "eager"
+    assert choice.why.startswith("policy_heads: onnxruntime does not run: ")
+    assert str(error) in choice.why
+    assert choice.why.endswith("tensorrt is not installed")
+    assert "the next back end is used" in capsys.readouterr().err
 
 
 def test_a_simulator_that_drifts_is_run_by_the_next_back_end(

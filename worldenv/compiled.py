@@ -215,14 +215,14 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
     if missing := chosen.requires():
         raise EngineError(missing)
     with on(device):
-        plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
         try:
+            plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
             engine = chosen.load(plan.folder, network.recipe, device)
             rival = Choice.eager(network).run if timed else None
             found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, rival)
         except EngineError:
             raise
-        except RuntimeError as error:  # of CUDA, of a compiled graph, or out of memory: the next back end may do better
+        except (RuntimeError, OSError) as error:  # of CUDA, of a compiled graph, a file, or out of memory: the next back end may do better
             raise EngineError(f"{network.name}: {name} does not run: {said(error)[0]}") from error
     store.write_parity(plan.key, found.plain())
     return Choice(network, engine, found, plan)

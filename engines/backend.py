@@ -68,11 +68,11 @@ _Change = tuple[list[int] | None, torch.dtype]
 class Running:
     """An engine as a network calls it: inputs become the recipe's types, what is alike for all rows is repeated, outputs are of the caller's type."""
 
-    def __init__(self, engine: Engine, outside: Callable[..., Any] | None = None) -> None:
+    def __init__(self, engine: Engine, outside: nn.Module | None = None) -> None:
         """`outside` takes inputs of lengths that the engine was not built for, which is said once; without it they are an EngineError."""
         self.engine, self._outside, self._told = engine, outside, False
-        self._changes: dict[Signature, list[_Change] | None] = {}
-        """What is done to each input; None where the engine was not built for them."""
+        self._changes: dict[Signature, tuple[Callable[..., Any], list[_Change]]] = {}
+        """What runs inputs of a signature, and what is done to each before."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,18 +84,17 @@ class Running:
         asked = signature(given)
         if asked not in self._changes:  # once for what comes again at every step of every chunk
             self._changes[asked] = self._changed(given)
-        if (changes := self._changes[asked]) is None:
-            assert self._outside is not None
-            return self._outside(*given)
+        run, changes = self._changes[asked]
         ready = []
         for one, (shape, kind) in zip(given, changes, strict=True):
             wide = one if shape is None else one.expand(shape)
             ready.append((wide if wide.dtype == kind else wide.to(kind)).contiguous())
-        made = self.engine(*ready)
+        with torch.no_grad():
+            made = run(*ready)
         own = next((one.dtype for one in given if one.is_floating_point()), torch.float32)
         return tuple(one.to(own) for one in made) if isinstance(made, tuple) else made.to(own)
 
-    def _changed(self, given: Sequence[torch.Tensor]) -> list[_Change] | None:
+    def _changed(self, given: Sequence[torch.Tensor]) -> tuple[Callable[..., Any], list[_Change]]:
         shapes, recipe = self._repeated(given), self.engine.recipe
         kinds = [recipe.kind_of(binding) for binding in recipe.inputs]
         if self._outside is not None:
@@ -105,9 +104,11 @@ class Running:
                 if not self._told:
                     warnings.warn(f"{error}; until then, eager runs what is outside them", RuntimeWarning, stacklevel=3)
                 self._told = True
-                return None
+                # as for the engine: some of what is given may be of the engine's type already, see `dtype`
+                own = next((one.dtype for one in self._outside.parameters()), recipe.dtype)
+                return self._outside, [(None, own if binding.kind == "model" else recipe.kind_of(binding)) for binding in recipe.inputs]
         changed = (None if shape == list(one.shape) else shape for shape, one in zip(shapes, given, strict=True))
-        return list(zip(changed, kinds, strict=True))
+        return self.engine, list(zip(changed, kinds, strict=True))
 
     def _repeated(self, given: Sequence[torch.Tensor]) -> list[list[int]]:
         recipe = self.engine.recipe

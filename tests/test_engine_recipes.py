@@ -12,6 +12,7 @@ import torch
 from small_policy import SMALL, small_policy
 from test_reflector import SMALL as SMALL_REFLECTOR
 from test_simulator import SMALL as SIMULATOR
+from test_simulator import trained
 
 from worldenv import compiled
 from worldenv.benchmarks import engine_rows, networks
@@ -181,6 +182,20 @@ def test_inputs_that_an_engine_was_not_built_for_run_by_the_module_and_that_is_s
         assert torch.equal(other(long, long), 0 * long)
         assert torch.equal(other(torch.ones(6, 3), torch.ones(1, 3)), torch.zeros(6, 3))
         assert torch.equal(other(fits, fits), 2 * fits)
+
+
+def test_a_batch_that_a_narrow_engine_was_not_built_for_runs_by_the_wide_module() -> None:
+    """Keys and values are the engine's bfloat16 by then, the rest is float32."""
+    simulator = trained(SIMULATOR)
+    network = compiled.of_simulator(simulator, "bf16", batch=(1, 1, 2))[0]
+    wide = network.recipe.example({"batch": 3})
+    engine = Eager(lambda *given: pytest.fail("it was not built for three"), network.recipe)
+    engine.back_end = "another"
+    run = compiled.Choice(network, engine, None, None).run
+    with pytest.warns(RuntimeWarning, match=r"input x is \(3, .*eager runs what is outside"):
+        made = run(*(one.float() for one in wide[:3]), *wide[3:])
+    with torch.no_grad():
+        assert torch.equal(made, network.eager(*(one.float() for one in wide)))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

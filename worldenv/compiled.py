@@ -198,7 +198,7 @@ class Choice:
         """What a network's user calls: what is outside an engine's ranges is run by the network's own module."""
         if self.own:
             return self.engine
-        return Running(self.engine, None if self.engine.back_end == "eager" else Eager(self.network.eager, self.network.recipe))
+        return Running(self.engine, None if self.engine.back_end == "eager" else self.network.eager)
 
     @property
     def plain(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """kernels/group_norm.py: GroupNorm with the channels last, as the simulator's networks keep their activations.
 
     y[n, p, c] = (x[n, p, c] - mean[n, g]) / sqrt(var[n, g] + eps) * weight[c] + bias[c]
-with mean and (biased) variance over all p and the channels of group g. Source: Wu & He 2018 (arXiv:1803.08494) eq. 1 to 6.
+with mean and (biased) variance over all p and the channels of group g: the mean of the channels' own variances, and the variance of their means.
+Source: Wu & He 2018 (arXiv:1803.08494) eq. 1 to 6.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ def group_norm_ref(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: tor
 def _as_graph(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """For whoever compiles a graph: one form for all sizes, of operators that every runtime has; statistics run along whole rows of channels."""
     wide, (count, _, channels) = x.float(), x.shape
-    sums = (wide.mean(1), (wide * wide).mean(1))
-    mean, square = (one.view(count, groups, channels // groups).mean(-1, keepdim=True) for one in sums)
-    scale = torch.rsqrt((square - mean * mean).clamp_min(0.0) + eps) * weight.view(groups, -1)
+    center = wide.mean(1, keepdim=True)
+    away = wide - center
+    of_channels = center.view(count, groups, channels // groups)
+    mean = of_channels.mean(-1, keepdim=True)
+    apart = of_channels - mean
+    variance = ((away * away).mean(1).view(count, groups, channels // groups) + apart * apart).mean(-1, keepdim=True)
+    scale = torch.rsqrt(variance + eps) * weight.view(groups, -1)
     shift = bias.view(groups, -1) - mean * scale
     return (wide * scale.view(count, 1, channels) + shift.view(count, 1, channels)).to(x.dtype)
 
@@ -42,12 +47,16 @@ def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.T
         return _as_graph(x, groups, weight, bias, eps)
     if x.device.type == "cpu" and x.numel() <= _SMALL:
         return F.group_norm(x.transpose(1, 2).contiguous(), groups, weight, bias, eps).transpose(1, 2).contiguous()
-    if x.element_size() < 4:  # read in its own type, summed in float32: no wide copy is made
-        sums = (x.mean(1, dtype=torch.float32), torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() / pixels)
+    # a channel's variance is about its own mean: E[x^2] - E[x]^2 loses what the mean is wider than the spread, twice
+    if x.element_size() < 4:  # read in its own type, summed in float32: no wide copy is made, and 8 bits hold no such mean to begin with
+        center = x.mean(1, dtype=torch.float32)
+        square = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() / pixels
+        within = torch.addcmul(square, center, center, value=-1.0).clamp_min(0.0)
     else:
-        sums = (x.mean(1), (x * x).mean(1))
-    moments = torch.stack(sums).view(2, count, groups, -1).mean(-1, keepdim=True)
-    mean, square = moments.unbind()
-    scale = torch.rsqrt(torch.addcmul(square, mean, mean, value=-1.0).clamp_min(0.0).add_(eps)) * weight.view(groups, -1)
+        center = x.mean(1)
+        within = (x - center[:, None]).square_().mean(1)  # one wide tensor, which the result then takes the place of
+    center, within = center.view(count, groups, -1), within.view(count, groups, -1)
+    mean = center.mean(-1, keepdim=True)
+    scale = torch.rsqrt((within + (center - mean).square()).mean(-1, keepdim=True).add_(eps)) * weight.view(groups, -1)
     shift = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1.0)
     return torch.addcmul(shift.view(count, 1, channels), x, scale.view(count, 1, channels)).to(x.dtype)

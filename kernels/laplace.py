@@ -285,7 +285,7 @@ def draw(mu: torch.Tensor, log_scale: torch.Tensor, source: torch.Tensor | Draw)
     """Actions (B, K, D) and their log-density (B, K), float32, of `mu` and `log_scale` (B, K, D), which get no gradient.
 
     `source` is uniform (B, K, D) float64 in (0, 1), or the addresses of B draws of the counter RNG: then uniforms are made where they are used.
-    The density is that of the action as it is rounded to float32. Raises ValueError where shapes do not fit.
+    The density is that of the action as it is rounded to float32. Raises ValueError where shapes do not fit, or `source` is on another device.
     """
     given = source.words if isinstance(source, Draw) else source
     fits = given.shape == (len(mu), 5) if isinstance(source, Draw) else given.shape == mu.shape and given.dtype == torch.float64
@@ -294,7 +294,7 @@ def draw(mu: torch.Tensor, log_scale: torch.Tensor, source: torch.Tensor | Draw)
             f"draw: mu {tuple(mu.shape)}, log-scale {tuple(log_scale.shape)}, source {tuple(given.shape)} {given.dtype}: "
             "want (B, K, D) twice and uniforms alike in float64, or B draws"
         )
-    return draw_triton(mu, log_scale, source) if uses_kernel(mu, log_scale) else draw_ref(mu, log_scale, source)
+    return draw_triton(mu, log_scale, source) if uses_kernel(mu, log_scale, given) else draw_ref(mu, log_scale, source)
 
 
 def log_prob(action: torch.Tensor, mu: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:

@@ -562,6 +562,10 @@ def test_one_gpus_kernel_takes_no_tensor_of_another(monkeypatch: pytest.MonkeyPa
         (lambda: laplace.log_prob(torch.zeros(2, 7), torch.zeros(2, 7), torch.zeros(3, 7)), "log-scale \\(3, 7\\)"),
         (lambda: laplace.draw(torch.zeros(2, 8, 7), torch.zeros(2, 8, 7), torch.zeros(2, 8, 7)), "float64"),
         (lambda: laplace.draw(torch.zeros(2, 8, 7), torch.zeros(2, 8, 7), philox.Draw.of(1, 2, 3, 4, 5)), "B draws"),
+        (
+            lambda: laplace.draw(*[torch.zeros(2, 8, 7)] * 2, torch.zeros(2, 8, 7, dtype=torch.float64, device="meta")),
+            "cpu and meta: move all of them to one device",
+        ),
         (lambda: laplace.clipped(*[torch.zeros(2, 3)] * 2, torch.zeros(3), torch.ones(2, 3, dtype=torch.bool), 0.1), "advantage \\(3,\\)"),
         (lambda: frames.for_vae(torch.zeros(1, 3, 9, 9), (9, 9), torch.float32), "want \\(N, H, W, 3\\) uint8"),
         (lambda: frames.for_policy(pictures(1, 9, 9, 3), 9, 0.0, (0,) * 3, (1,) * 3), "area 0"),

@@ -16,7 +16,6 @@ import logging
 import re
 import shutil
 import struct
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from worldenv import __version__, checkpoint
 from worldenv.engines.onnx_forms import FORMS
 from worldenv.engines.recipe import EngineError, EngineRecipe, said, symbol
 from worldenv.engines.store import Store, Wanted
+from worldenv.kernels import group_norm
 
 OPSET = 20
 """The newest that TensorRT-RTX 1.7 builds is 22; from 21 on the exporter writes GroupNormalization, which the CPU runs slower."""
@@ -132,9 +132,7 @@ def architecture(module: nn.Module, recipe: EngineRecipe) -> str:
     files = {inspect.getsourcefile(type(one)) for one in module.modules()} | {__file__}
     rooms = {Path(str(file)).parent for file in files if "worldenv" in str(file) and "site-packages" not in str(file)}
     sources = {Path(file) for file in files if file is not None} | {path for room in rooms for path in room.glob("*.py")}
-    kernels = sys.modules.get("worldenv.kernels.group_norm")
-    if kernels is not None and kernels.__file__ is not None:
-        sources.add(Path(kernels.__file__))
+    sources.add(Path(str(group_norm.__file__)))  # whoever has imported it, or not: a function of no layer's file
     for path in sorted(sources, key=lambda one: (one.name, str(one))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -158,8 +158,9 @@ def _installed(name: str) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of what writes a plan and what runs it."""
-    return {"torch": torch.__version__, **{name: importlib.metadata.version(name) for name in ("onnxruntime", "onnx", "onnxscript")}}
+    """Of what writes a plan and what runs it, our own operators among that."""
+    installed = {name: importlib.metadata.version(name) for name in ("onnxruntime", "onnx", "onnxscript")}
+    return {"torch": torch.__version__, "operators": _core.OPERATORS, **installed}
 
 
 def architecture(device: torch.device) -> str:

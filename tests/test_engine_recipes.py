@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,15 @@ def test_a_graph_has_another_name_where_what_it_is_made_of_is_written_otherwise(
     changed.write_text(Path(str(group_norm.__file__)).read_text() + "# otherwise")
     monkeypatch.setattr(group_norm, "__file__", str(changed))
     assert export.architecture(layer, recipe) != before
+
+
+def test_a_graphs_name_does_not_depend_on_what_was_imported_before() -> None:
+    code = (
+        "from torch import nn\nfrom worldenv.engines import export\nfrom worldenv.engines.recipe import Binding, EngineRecipe\n"
+        "given = nn.Linear(3, 2), EngineRecipe('toy', (Binding('x', {'batch': (1, 2, 4), 'width': 3}),), ('y',), 1e-5)\n"
+        "before = export.architecture(*given)\nimport worldenv.compiled\nassert export.architecture(*given) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -17,6 +17,8 @@ MOST_ROW: int
 PANEL: int
 QUAD: int
 """What the operators FewKeysAttention, NarrowConv and WinogradConv for ONNX Runtime take (csrc/onnxruntime/kernels.hpp)."""
+OPERATORS: str
+"""SHA-256 of the operators' sources, 64 hex digits."""
 
 def philox_bits(seed: int, rollout: _Words, chunk: _Words, step: _Words, stream: int, count: int) -> _Words:
     """Words (B, count) of rollout, chunk, step (B,); else TypeError, ValueError."""
@@ -111,8 +113,6 @@ class Batch:
     def chunk(self) -> _Words: ...
     @property
     def step(self) -> _Words: ...
-    @property
-    def speculative(self) -> NDArray[np.bool_]: ...
 
 class Ending:
     """A rollout has ended; none of its work runs any more."""

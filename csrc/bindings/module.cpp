@@ -14,4 +14,5 @@ PYBIND11_MODULE(_core, m) {
   m.attr("MOST_ROW") = worldenv::kMostRow;
   m.attr("PANEL") = worldenv::kPanel;
   m.attr("QUAD") = worldenv::kQuad;
+  m.attr("OPERATORS") = WORLDENV_OPERATORS;
 }

@@ -11,7 +11,6 @@ from torch import nn
 
 from worldenv.engines.backend import Engine, compute_capability
 from worldenv.engines.recipe import EngineError, EngineRecipe
-from worldenv.engines.refit import load_state
 from worldenv.engines.store import Store
 
 
@@ -29,10 +28,8 @@ class Eager:
         return self.module(*given)
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """See `Engine`."""
-        if not isinstance(self.module, nn.Module):
-            raise EngineError(f"{self.recipe.name}: eager runs a function, which has no weights to change")
-        load_state(self.recipe, self.module, weights)
+        """EngineError: the weights are the network's own."""
+        raise EngineError(f"{self.recipe.name}: eager has no weights to exchange; it runs the module itself")
 
 
 def requires() -> str | None:

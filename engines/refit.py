@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from worldenv.engines.recipe import EngineError, EngineRecipe
+from worldenv.engines.recipe import EngineError
 
 
 class RefitError(EngineError):
@@ -32,15 +31,6 @@ def check_shapes(name: str, want: Mapping[str, torch.Tensor], given: Mapping[str
     for one, tensor in want.items():
         if given[one].shape != tensor.shape:
             raise RefitError(f"{name}: weight {one} is {tuple(given[one].shape)}, the engine's {tuple(tensor.shape)}; nothing was changed")
-
-
-@torch.no_grad()
-def load_state(recipe: EngineRecipe, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put `weights` into `module` in place. RefitError as above."""
-    own = {name: tensor.data for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    check_shapes(recipe.name, own, weights)
-    for name, tensor in own.items():
-        tensor.copy_(weights[name])
 
 
 class Refitter(Protocol):

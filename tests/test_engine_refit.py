@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from worldenv.engines.eager import Eager
-from worldenv.engines.recipe import Binding, EngineRecipe
 from worldenv.engines.refit import RefitError, refit_tensorrt
 
 NAMES = ("layer.0.weight", "layer.0.bias", "layer.1.weight")
@@ -85,21 +81,3 @@ def test_names_are_compared_before_the_first_is_set(given: Mapping[str, Any], sa
 def test_whatever_a_refitter_does_wrong_is_an_error(how: dict[str, Any], said: str) -> None:
     with pytest.raises(RefitError, match=said):
         refit_tensorrt("policy_backbone", Fake(weights("A"), **how), weights("B"))
-
-
-def test_eager_takes_all_weights_or_none() -> None:
-    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}),), ("y",), 1e-6, refit=True)
-    module = nn.Linear(3, 2)
-    engine, (x,) = Eager(module, recipe), recipe.example()
-    first = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    second = {name: tensor + 1 for name, tensor in first.items()}
-    before = engine(x)
-    with pytest.raises(RefitError, match="missing"):
-        engine.refit({"weight": second["weight"]})
-    with pytest.raises(RefitError, match=r"weight is \(3, 2\)"):
-        engine.refit({**second, "weight": second["weight"].T})
-    assert torch.equal(engine(x), before)
-    engine.refit(second)
-    assert not torch.equal(engine(x), before)
-    engine.refit(first)
-    assert torch.equal(engine(x), before)

@@ -126,6 +126,9 @@ def test_torch_tensorrt_is_refitted_from_the_program_that_it_was_made_from(tmp_p
     before = engine(x)
     with pytest.raises(RefitError, match="missing"):
         engine.refit({"weight": first["weight"]})
+    with pytest.raises(RefitError, match=r"weight is \(3, 2\), the engine's \(2, 3\); nothing was changed"):
+        engine.refit({**second, "weight": second["weight"].T})
+    assert torch.equal(engine(x), before)
     engine.refit(second)
     assert torch.allclose(engine(x), x @ second["weight"].T + second["bias"], atol=1e-6)
     engine.refit(first)

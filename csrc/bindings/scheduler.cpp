@@ -20,7 +20,6 @@ using Jobs = std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>
 struct Items {
   std::uint32_t stage, device, shape;
   Array<std::uint32_t> slot, rollout, chunk, step;
-  Array<bool> speculative;
 
   explicit Items(const Batch& batch)
       : stage(batch.stage),
@@ -29,15 +28,13 @@ struct Items {
         slot(size(batch)),
         rollout(size(batch)),
         chunk(size(batch)),
-        step(size(batch)),
-        speculative(size(batch)) {
+        step(size(batch)) {
     for (std::size_t i = 0; i < batch.items.size(); ++i) {
       const Item& item = batch.items[i];
       slot.mutable_data()[i] = item.slot;
       rollout.mutable_data()[i] = item.rollout;
       chunk.mutable_data()[i] = item.chunk;
       step.mutable_data()[i] = item.step;
-      speculative.mutable_data()[i] = item.speculative;
     }
   }
   static py::ssize_t size(const Batch& batch) { return static_cast<py::ssize_t>(batch.items.size()); }
@@ -289,8 +286,7 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("slot", &Items::slot)
       .def_readonly("rollout", &Items::rollout)
       .def_readonly("chunk", &Items::chunk)
-      .def_readonly("step", &Items::step)
-      .def_readonly("speculative", &Items::speculative);
+      .def_readonly("step", &Items::step);
   py::class_<Ending>(m, "Ending", "A rollout has ended; none of its work runs any more.")
       .def_readonly("rollout", &Ending::rollout)
       .def_readonly("group", &Ending::group)

@@ -135,7 +135,7 @@ def small() -> list[compiled.Network]:
     judge = reflectors.initialise(SMALL_REFLECTOR, ("push",), 0)
     judge.llava.model.to(GPU)
     policy = small_policy(SMALL)
-    policy.network.to(GPU)
+    policy.network.to(GPU, torch.bfloat16)  # engines of a float32 one would be that
     return compiled.of_rollout(policy, Evac.initialised(SMALL_SIMULATOR, 0).eval().to(GPU), judge, Watching(["push"], 8, 4), "bf16")
 
 

@@ -28,7 +28,7 @@ rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reaso
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, compiled.Network]:
-    """The tiny preset's, in bfloat16, by name."""
+    """The tiny preset's, as on a GPU: in bfloat16, the policy's in float32, by name."""
     return {one.name: one for one in engine_rows.subject("tiny", "preset", None, torch.device("cpu"), "bf16").networks}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -164,6 +165,34 @@ def test_loop_learns_from_rollouts_by_engines_that_follow_its_weights(eager: Pla
     made, _ = fly(ours, Schedule(7, 2), [replica])  # still by the weights of before the last update
     with pytest.raises(ValueError, match="other weights"):
         learner.check_ratio([flight.rollout() for flight in made.values()])
+
+
+def test_a_float32_policy_acts_by_float32_engines_on_a_gpu_too(eager: Plant) -> None:
+    """Of bfloat16 ones, which pass parity, LOOP refuses the rollouts: a GPU's `auto` ended at the first iteration, and at every resumption."""
+    for asked in ("auto", "bf16", "fp8"):
+        simulator, _ = inside(eager.replica.world)
+        settings, watching = EnginesConfig(precision=asked), Watching(INSTRUCTIONS, 3 * POLICY.chunk, POLICY.chunk)  # type: ignore[arg-type]
+        precision = compiled.precision_of(settings, torch.device("cuda"))
+        policy = small_policy(POLICY)
+        found = compiled.of_rollout(policy, simulator, None, watching, precision)
+        assert {one.name: one.recipe.precision for one in found if one.recipe.refit} == {"policy_backbone": "fp32", "policy_heads": "fp32"}
+        assert found[0].recipe.precision == precision
+        policy.network.to(torch.bfloat16)
+        assert compiled.of_rollout(policy, None, None, watching, precision)[0].recipe.precision == "bf16"
+    replica = networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy)
+    learner = Learner(replica.policy, LoopConfig(group=GROUP, contexts=3, batch=4), SEED)
+    for made, ends in (
+        (compiled.of_policy(replica.policy, "bf16"), pytest.raises(ValueError, match="other weights")),
+        (compiled.of_rollout(replica.policy, None, None, watching, "bf16"), contextlib.nullcontext()),
+    ):
+        ready = [compiled.Choice(one, Eager(export.prepared(one.plain(), one.recipe), one.recipe), None, None) for one in made]
+        for one in ready:
+            given = [one.network.recipe.example({"batch": 2})]
+            assert parity.compare(one.network.recipe, "another", backend.Running(one.engine), one.network.eager, given).passed
+        with compiled.placed(ready):
+            flights, _ = fly(dataclasses.replace(eager, replica=replica), Schedule(7, 2), [replica])
+        with ends:
+            learner.check_ratio([flight.rollout() for flight in flights.values()])
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["backbone", "heads"])

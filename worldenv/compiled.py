@@ -123,9 +123,15 @@ def _passes(tokens: Sequence[tuple[int, int]]) -> tuple[Range, Range, Range]:
 def of_rollout(
     policy: OpenVLAOFT | None, simulator: Evac | None, reflector: object, watching: Watching, precision: Precision = "fp32", bucket: int = 4
 ) -> list[Network]:
-    """All networks of a rollout, of these, for batches of up to `bucket` rollouts and for all that the judge is asked in `watching`."""
+    """All networks of a rollout, of these, for batches of up to `bucket` rollouts and for all that the judge is asked in `watching`.
+
+    Where the policy is float32 so are its engines: LOOP wants their densities to be the module's to a part in a thousand (`Learner.check_ratio`).
+    """
     simulated = of_simulator(simulator, precision, (1, 4, max(16, bucket))) if simulator is not None else []
-    acting = of_policy(policy, precision, (1, 4, max(32, bucket))) if policy is not None else []
+    acting: list[Network] = []
+    if policy is not None:
+        whole = policy.network.projector.fc1.weight.dtype == torch.float32
+        acting = of_policy(policy, "fp32" if whole else precision, (1, 4, max(32, bucket)))
     return [*simulated, *acting, *of_reflector(reflector, watching, precision)]
 
 

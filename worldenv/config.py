@@ -800,7 +800,8 @@ class EnginesConfig:
     """auto: for each network the fastest of this machine's back ends whose engine passed parity here, if 1.1 times as fast as eager. What was taken
     is kept with the run, and a run goes on with it. Rollouts depend on it in their last bits."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """auto: fp32 on a CPU, bf16 on a GPU. fp8 quantises the simulator's U-Net, the rest stays bf16 (docs/engines.md)."""
+    """auto: fp32 on a CPU, bf16 on a GPU. fp8 quantises the simulator's U-Net, the rest stays bf16 (docs/engines.md). Of a policy that trains in
+    float32, fp32 in stage loop whatever is asked."""
     limit_gb: Positive = 20.0
     """Plans in the run's folder are kept up to this; those used longest ago go first, those in use stay [GB]."""
 

@@ -85,8 +85,11 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
         )
         for one in recipe.inputs
     ]
-    compiled = made.dynamo.compile(program, inputs=inputs, use_explicit_typing=True, immutable_weights=not recipe.refit, disable_tf32=True)
-    made.save(compiled, str(folder / _PLAN), inputs=inputs)
+    try:
+        compiled = made.dynamo.compile(program, inputs=inputs, use_explicit_typing=True, immutable_weights=not recipe.refit, disable_tf32=True)
+        made.save(compiled, str(folder / _PLAN), inputs=inputs)
+    except Exception as error:  # an operator that it does not take, or a setting: its errors have no base
+        raise EngineError(f"{recipe.name}: {_NAME} does not compile it: {said(error)[-1][:300]}") from error
     if recipe.refit:
         torch.export.save(program, folder / _PROGRAM)
 

@@ -138,6 +138,20 @@ def test_torch_tensorrt_is_refitted_from_the_program_that_it_was_made_from(tmp_p
         engine.refit(second)
 
 
+@pytest.mark.parametrize("part", ["compile", "save"])
+def test_what_torch_tensorrt_does_not_compile_makes_auto_go_on(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*given: Any, **settings: Any) -> Any:
+        raise ValueError("Found 1 graph breaks\nno converter for aten.foo")
+
+    parts: dict[str, Any] = {"compile": lambda *given, **settings: None, "save": lambda *given, **settings: None, part: refuses}
+    library = SimpleNamespace(dynamo=SimpleNamespace(compile=parts["compile"]), save=parts["save"], Input=dict)
+    monkeypatch.setattr(torch_tensorrt, "_library", lambda: library)
+    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}),), ("y",), 1e-6)
+    arch = backend.compute_capability(torch.device("cpu"))
+    with pytest.raises(EngineError, match=r"toy: torch_tensorrt does not compile it: no converter for aten\.foo"):
+        torch_tensorrt.build(nn.Linear(3, 2), recipe, tmp_path, arch, Store(tmp_path))
+
+
 class FakeConfig:
     """Of a builder's configuration what timings need; it takes those that begin as they should."""
 

@@ -173,12 +173,12 @@ def wanted(name: str, module: nn.Module, recipe: EngineRecipe, arch: str) -> Wan
 def planned(
     name: str, module: nn.Module, recipe: EngineRecipe, arch: str, store: Store, recorded: Sequence[Sequence[torch.Tensor]] = ()
 ) -> Plan:
-    """The plan of `module` for `arch` by back end `name`: the one in `store`, or a new one. fp8 is calibrated on `recorded` inputs.
+    """The plan of `module` for `arch` by back end `name`: the one in `store`, or a new one. ModelOpt calibrates fp8 on `recorded` inputs.
 
     Raises EngineError where a library is missing, this machine cannot build for `arch`, the export or the build fails, or the disk is full.
     """
     chosen = back_end(name)
     if missing := chosen.requires():
         raise EngineError(missing)
-    ready = export.prepared(module, recipe, recorded)
+    ready = export.prepared(module, recipe, recorded, name)
     return store.get(wanted(name, ready, recipe, arch), lambda folder: chosen.build(ready, recipe, folder, arch, store))

@@ -52,12 +52,14 @@ class _Wide(nn.Module):
         return wide.to(x.dtype)
 
 
-def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequence[torch.Tensor]] = ()) -> nn.Module:
+def prepared(
+    module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequence[torch.Tensor]] = (), back_end: str = "eager"
+) -> nn.Module:
     """A copy of `module` in the recipe's precision, without gradients; the norms named in `recipe.wide` compute in float32.
 
     A layer that at every call computes something of its weights alone has a method `folded`, which gives a layer that holds the result: its
     weights are constants of the graph, as runtimes want them (TensorRT takes no other in a transposed convolution), and can be set anew.
-    fp8 is calibrated on `recorded` inputs. EngineError where no quantiser is installed.
+    fp8 is as `back_end` takes it, see `fp8.quantised`. EngineError where its quantiser is not installed.
     """
     made = _exchanged(copy.deepcopy(module), _by("folded"))
     made = made.eval().requires_grad_(False)
@@ -70,7 +72,7 @@ def prepared(module: nn.Module, recipe: EngineRecipe, recorded: Sequence[Sequenc
     if recipe.precision == "fp8":
         from worldenv.engines import fp8
 
-        made = fp8.quantised(made, recipe, recorded)
+        made = fp8.quantised(made, recipe, back_end, recorded)
 
     def wide(name: str, one: nn.Module) -> nn.Module | None:
         named = any(name == end or name.endswith(f".{end}") for end in recipe.wide)

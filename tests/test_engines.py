@@ -8,9 +8,11 @@ import functools
 import itertools
 import json
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -685,11 +687,40 @@ def test_narrow_weights_keep_their_norms_wide() -> None:
     assert 1e-4 < error < network.recipe.tolerance
 
 
-def test_fp8_says_in_one_line_what_it_needs() -> None:
-    simulator = trained(SMALL_SIMULATOR)
-    network = compiled.of_simulator(simulator, "fp8")[0]
-    with pytest.raises(EngineError, match=r"fp8: neither modelopt nor torchao is installed: pip install"):
-        export.prepared(network.eager, network.recipe)
+@pytest.mark.parametrize(
+    ("name", "want"), [("tensorrt", "modelopt"), ("tensorrt_rtx", "modelopt"), ("torch_tensorrt", "modelopt"), ("inductor", "torchao")]
+)
+def test_fp8_is_what_the_back_end_takes_whatever_else_is_installed(name: str, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for both quantisers: ModelOpt's is given the recorded inputs, torchao's none."""
+    network, asked, seen = compiled.of_simulator(trained(SMALL_SIMULATOR), "fp8")[0], list[str](), list[torch.Tensor]()
+    given = tuple(one.float() for one in network.recipe.example({"batch": 1}, 3))
+
+    def quantize(module: nn.Module, _: Any, calibrate: Any) -> nn.Module:
+        asked.append("modelopt")
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        calibrate(module)
+        handle.remove()
+        return module
+
+    modelopt = SimpleNamespace(quantize=quantize, FP8_DEFAULT_CFG={})
+    torchao = SimpleNamespace(quantize_=lambda *_: asked.append("torchao"), Float8DynamicActivationFloat8WeightConfig=dict)
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", modelopt)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)  # type: ignore[arg-type]
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module)
+    export.prepared(network.eager, network.recipe, [given], name)
+    assert asked == [want]
+    assert [one.tolist() for one in seen] == ([given[0].bfloat16().tolist()] if want == "modelopt" else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("tensorrt", "wants modelopt, .*pip install nvidia-modelopt;"), ("inductor", "wants torchao, .*pip install torchao;"),
+     ("onnxruntime", "has none: take tensorrt, .*inductor; or")],
+)  # fmt: skip
+def test_fp8_says_in_one_line_what_it_needs(name: str, words: str) -> None:
+    network = compiled.of_simulator(trained(SMALL_SIMULATOR), "fp8")[0]
+    with pytest.raises(EngineError, match=rf"fp8: {name} {words}"):
+        export.prepared(network.eager, network.recipe, (), name)
 
 
 def test_a_recorder_keeps_calls_of_different_shapes() -> None:

@@ -36,7 +36,7 @@ $(VENV)/packages.stamp: constraints.txt pyproject.toml .ci/system-packages
 	touch $@
 
 $(VENV)/extension.stamp: $(VENV)/packages.stamp CMakeLists.txt $(filter-out csrc/tests/%,$(CPP)) $(PACKAGES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -C cmake.define.WORLDENV_WERROR=ON -e .
 	touch $@
 
 # LIBERO and robosuite declare packages that would replace torch and OpenCV, and that they do not import: they come without, and the extra has the rest
@@ -61,7 +61,7 @@ lint: env
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 test-cpp: env
-	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DWORLDENV_EXTENSION=OFF -DWORLDENV_TESTS=ON > /dev/null
+	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DWORLDENV_EXTENSION=OFF -DWORLDENV_TESTS=ON -DWORLDENV_WERROR=ON > /dev/null
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 

@@ -1,4 +1,4 @@
-"""How many frames and rollouts will so many GPUs make, how long will training take, and does it fit? The scheduler itself, on a virtual clock.
+"""How many frames and rollouts will so many GPUs make, how long will each stage take, and does it fit? The scheduler itself, on a virtual clock.
 
 Ceiling: the bound that the busiest resource sets, were it always busy with full batches of frames that count. Baseline: lock step (all slots
 stage by stage to the limit, whatever the verdicts), in the same run by the same code. Beside them one synchronous LOOP iteration, whose bound
@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from worldenv import _core
-from worldenv.benchmarks.plan_costs import GPUS, Affine, Workload, on_gpu, paper, read_profile
-from worldenv.presets import PAPER
+from worldenv.benchmarks.plan_costs import GPUS, Affine, Workload, counts, on_gpu, read_profile, workload
+from worldenv.benchmarks.plan_stages import disk_gb, environment_steps, host_memory_gb, stage_costs
+from worldenv.config import RunConfig
+from worldenv.presets import PAPER, PRESETS
+from worldenv.reflector.frames import Sampler
+from worldenv.rollout.collect import Schedule, config_of, stages_of
+from worldenv.world import WorldStage
 
-BUCKETS = (1, 2, 4, 8, 16)
 _SLOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _SWEEP = 1024
+_SAMPLE = 4096
+"""Ends that means are taken of."""
 _SHARE_ENOUGH = 0.995
 _SPREAD = 4.0
 
@@ -38,28 +44,46 @@ class PlanArgs:
     """h20, a100, h100, h200, b200 or rtx4090."""
     mean_end: float = 0.55
     """Mean end of a rollout, as a share of the limit."""
-    limit: int = 220
-    """Step limit of a rollout [frames]; LIBERO: 220 Spatial, 280 Object, 300 Goal, 520 Long."""
-    denoise_steps: int = 27
+    limit: int | None = None
+    """Step limit of a rollout [frames], a multiple of the chunk. This and the next seven are the preset's where not given."""
+    denoise_steps: int | None = None
     """DDIM steps per chunk."""
-    sampler: str = "stable_dyadic"
-    """Frames that the reflector is shown: stable_dyadic (its past is kept), or uniform (the paper's, read anew)."""
+    sampler: Sampler | None = None
+    """Frames that the reflector is shown: uniform (the paper's, read anew), or stable_dyadic (its past is kept)."""
+    bucket: int | None = None
+    """Rows of every batch of policy and simulator (`--loop.bucket`)."""
+    judge_bucket: int | None = None
+    """Chunks that the reflector judges at once (`--loop.judge-bucket`)."""
+    iterations: int | None = None
+    """Synchronous LOOP iterations of --contexts x --group rollouts and one update each."""
+    contexts: int | None = None
+    """Contexts per iteration."""
+    group: int | None = None
+    """Rollouts per context."""
+    slots: int | None = None
+    """Rollouts in flight per GPU with a policy; where not given, the steady state has the best of 1 to 64 that fit."""
     efficiency: float = 0.5
     """Share of the peak FLOP rate that the networks reach: an assumption; 1 is the ceiling."""
     profile: Path | None = None
     """Seconds per stage and batch size measured on one device, instead of FLOPs, bytes and the GPU's data sheet."""
     rollouts: int = 4096
     """Rollouts in the steady state that is reported."""
-    iterations: int = 20
-    """Synchronous LOOP iterations of --contexts x --group rollouts and one update each."""
-    contexts: int = 24
-    """Contexts per iteration."""
-    group: int = 8
-    """Rollouts per context."""
-    slots: int | None = None
-    """Rollouts in flight per GPU with a policy; the best of 1 to 64 that fit where not given."""
     seed: int = 0
     """Of the ends."""
+
+    @property
+    def settings(self) -> RunConfig:
+        """The run that is planned: the preset, where flags do not say otherwise. ValueError: there is no such run."""
+        base = PRESETS.get(self.preset, PAPER)
+        names = ("bucket", "judge_bucket", "iterations", "contexts", "group")
+        loop = replace(base.loop, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        limit, steps, sampler = self.limit, self.denoise_steps, self.sampler
+        return replace(
+            base, loop=loop,
+            env=base.env if limit is None else replace(base.env, steps=limit),
+            simulator=base.simulator if steps is None else replace(base.simulator, denoise_steps=steps),
+            reflector=base.reflector if sampler is None else replace(base.reflector, sampler=sampler),
+        )  # fmt: skip
 
 
 def refuse(args: PlanArgs) -> None:
@@ -70,9 +94,14 @@ def refuse(args: PlanArgs) -> None:
         raise ValueError(f"--preset {args.preset}: FLOPs are known of paper alone; measure a profile and give --profile FILE")
     if not 0.0 < args.mean_end < 1.0 or not 0.0 < args.efficiency <= 1.0:
         raise ValueError(f"--mean-end {args.mean_end}, --efficiency {args.efficiency}: want shares between 0 and 1")
-    slots = 1 if args.slots is None else args.slots
-    if min(args.gpus, args.limit, args.denoise_steps, args.rollouts, args.iterations, args.contexts, args.group, slots) < 1:
-        raise ValueError("--gpus, --limit, --denoise-steps, --rollouts, --iterations, --contexts, --group, --slots: want at least 1 of each")
+    counts = (args.gpus, args.rollouts, args.limit, args.denoise_steps, args.bucket, args.judge_bucket, args.iterations, args.contexts, args.slots)
+    if min(1 if one is None else one for one in counts) < 1:
+        names = "--gpus, --rollouts, --limit, --denoise-steps, --bucket, --judge-bucket, --iterations, --contexts, --slots"
+        raise ValueError(f"{names}: want at least 1 of each")
+    chunk = PAPER.policy.chunk
+    if args.limit is not None and args.limit % chunk and args.profile is None:
+        raise ValueError(f"--limit {args.limit}: want a multiple of the chunk of {chunk} frames, as runs do")
+    _ = args.settings
 
 
 def ends(count: int, limit: int, mean: float, seed: int) -> list[int]:
@@ -118,6 +147,8 @@ class Plant:
     buckets: tuple[tuple[int, ...], ...]
     memory: float
     """Of one device [byte]."""
+    schedule: Schedule = field(default_factory=Schedule)
+    """As in runs, but for the slots."""
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -129,13 +160,18 @@ class Plant:
         """A rollout's limit."""
         return math.ceil(self.workload.limit / self.workload.chunk)
 
-    def seconds_per_chunk(self, networks: frozenset[str] | None = None, shape: int | None = None) -> float:
-        """What a chunk takes one device in full batches of the largest shape, or in batches of `shape`, for some networks or all."""
+    def seconds_per_chunk(self, networks: frozenset[str] | None = None) -> float:
+        """What a chunk takes one device in full batches of the largest shape, for some networks or all."""
         total = 0.0
         for stage, (fixed, per_item), buckets in zip(self.workload.stages, self.costs, self.buckets, strict=True):
             if networks is None or stage.network in networks:
-                total += stage.steps * (fixed / (shape or buckets[-1]) + per_item)
+                total += stage.steps * (fixed / buckets[-1] + per_item)
         return total
+
+    def seconds_alone(self) -> float:
+        """What a chunk takes a rollout that is alone, in batches of the smallest shape, most of which is then padding."""
+        each = zip(self.workload.stages, self.costs, self.buckets, strict=True)
+        return sum(stage.steps * (fixed + per_item * buckets[0]) for stage, (fixed, per_item), buckets in each)
 
     def bound(self, placement: Placement) -> float:
         """Chunks per second that the busiest group of devices allows."""
@@ -156,7 +192,8 @@ class Plant:
         batches = []
         for s, stage in enumerate(work.stages):
             if stage.network in networks:
-                batches.append(stage.workspace * min(self.buckets[s][-1], self.largest(s, slots, placement)))
+                ready = min(self.buckets[s][-1], self.largest(s, slots, placement))
+                batches.append(stage.workspace * next(shape for shape in self.buckets[s] if shape >= ready))
         for network in networks:
             s = next(i for i, stage in enumerate(work.stages) if stage.network == network)
             needed += work.state[network] * self.largest(s, slots, placement)
@@ -164,11 +201,9 @@ class Plant:
 
     def config(self, placement: Placement, slots: int, gpus: int, lock_step: bool = False) -> _core.SchedulerConfig:
         """The scheduler's."""
-        stages = []
-        for stage, cost, buckets in zip(self.workload.stages, self.costs, self.buckets, strict=True):
-            devices = placement.devices(stage.network)
-            stages.append(_core.Stage(stage.name, buckets, stage.steps, devices, [cost] * len(devices)))
-        return _core.SchedulerConfig(stages, devices=gpus, slots=slots, lock_step=lock_step)
+        each = zip(self.workload.stages, self.buckets, strict=True)
+        stages = [_core.Stage(stage.name, buckets, stage.steps, placement.devices(stage.network)) for stage, buckets in each]
+        return config_of(self.schedule, stages, gpus, slots, lock_step)
 
     def simulate(self, placement: Placement, slots: int, gpus: int, lengths: list[int], **more: Any) -> dict[str, Any]:
         """See `_core.simulate`."""
@@ -201,7 +236,8 @@ def steady(plant: Plant, placement: Placement, slots: int, args: PlanArgs, rollo
     if lock_step:
         count = at_once * (math.ceil(rollouts / at_once) + 2)
     lengths = ends(count, plant.workload.limit, args.mean_end, args.seed)
-    made = plant.simulate(placement, slots, args.gpus, lengths, lock_step=lock_step, warm_up=at_once if lock_step else 2 * at_once, group=args.group)
+    warm_up, group = at_once if lock_step else 2 * at_once, args.settings.loop.group
+    made = plant.simulate(placement, slots, args.gpus, lengths, lock_step=lock_step, warm_up=warm_up, group=group)
     _, busiest = max(placement.groups, key=lambda group: plant.seconds_per_chunk(group[0]) / len(group[1]))
     share = sum(made["work_s"][d] for d in busiest) / len(busiest) / made["window_s"]
     chunks = share * plant.bound(placement)
@@ -223,21 +259,27 @@ class Iteration:
 
 
 def iteration(plant: Plant, placement: Placement, slots: int, args: PlanArgs) -> Iteration:
-    """`args.contexts` x `args.group` rollouts."""
-    lengths = ends(args.contexts * args.group, plant.workload.limit, args.mean_end, args.seed + 1)
-    made = plant.simulate(placement, slots, args.gpus, lengths, group=args.group)
-    longest = math.ceil(max(lengths) / plant.workload.chunk) * plant.seconds_per_chunk(shape=1)
+    """One of LOOP's."""
+    loop = args.settings.loop
+    lengths = ends(loop.contexts * loop.group, plant.workload.limit, args.mean_end, args.seed + 1)
+    made = plant.simulate(placement, slots, args.gpus, lengths, group=loop.group)
+    longest = math.ceil(max(lengths) / plant.workload.chunk) * plant.seconds_alone()
     return Iteration(slots, made["seconds"], max(made["all_chunks"] / plant.bound(placement), longest))
 
 
-def plant_of(args: PlanArgs) -> Plant:
-    """From the profile, or from FLOPs, bytes and the GPU's data sheet."""
-    gpu = GPUS[args.gpu]
+def plant_of(args: PlanArgs, to_the_limit: bool = False) -> Plant:
+    """From the profile, or from FLOPs, bytes and the GPU's data sheet, with the batches that runs make; rollouts end, or go on `to_the_limit`."""
+    gpu, settings = GPUS[args.gpu], args.settings
+    loop, limit = settings.loop, settings.env.steps
+    schedule = Schedule(loop.slots, loop.bucket, loop.judge_bucket, loop.overlap)
     if args.profile is not None:
         profile = read_profile(args.profile)
-        return Plant(profile.workload, profile.costs, profile.buckets, math.inf)
-    work = paper(args.limit, args.denoise_steps, args.sampler)
-    return Plant(work, tuple(on_gpu(stage, gpu, args.efficiency) for stage in work.stages), (BUCKETS,) * len(work.stages), gpu.memory)
+        return Plant(profile.workload, profile.costs, profile.buckets, math.inf, schedule)
+    work = workload(settings, [limit] if to_the_limit else ends(_SAMPLE, limit, args.mean_end, args.seed))
+    passed = [WorldStage(stage.name, list, stage.steps) for stage in work.stages if stage.network == "simulator"]
+    made = stages_of(schedule, passed, {"policy": [0], "simulator": [0], "reflector": [0]})
+    costs = tuple(on_gpu(stage, gpu, args.efficiency) for stage in work.stages)
+    return Plant(work, costs, tuple(tuple(stage.buckets) for stage in made), gpu.memory, schedule)
 
 
 def best(plant: Plant, args: PlanArgs) -> Steady:
@@ -258,7 +300,7 @@ def best(plant: Plant, args: PlanArgs) -> Steady:
 
 
 def _frames_per_chunk(args: PlanArgs, plant: Plant) -> float:
-    lengths = np.array(ends(4096, plant.workload.limit, args.mean_end, args.seed))
+    lengths = np.array(ends(_SAMPLE, plant.workload.limit, args.mean_end, args.seed))
     return float(lengths.sum() / np.ceil(lengths / plant.workload.chunk).sum())
 
 
@@ -273,18 +315,20 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
     everywhere = next(placements(plant.networks, args.gpus))
     fits = [n for n in _SLOTS if plant.peak_memory(everywhere, n) <= plant.memory]
     base = everywhere if fits else placement
+    unending = plant_of(args, to_the_limit=True)
     locked = max(
-        (steady(plant, base, n, args, args.rollouts, lock_step=True) for n in (fits[-3:] if fits else [slots])), key=lambda one: one.frames_per_s
+        (steady(unending, base, n, args, args.rollouts, lock_step=True) for n in (fits[-3:] if fits else [slots])), key=lambda one: one.frames_per_s
     )
-    once = min(
-        (iteration(plant, placement, n, args) for n in _SLOTS if plant.peak_memory(placement, n) <= plant.memory), key=lambda one: one.seconds
-    )
-    lengths = ends(args.contexts * args.group, plant.workload.limit, args.mean_end, args.seed + 1)
+    settings, gpu = args.settings, GPUS[args.gpu]
+    loop = settings.loop
+    in_flight = args.slots or loop.slots
+    once = iteration(plant, placement, in_flight if plant.peak_memory(placement, in_flight) <= plant.memory else slots, args)
+    lengths = ends(loop.contexts * loop.group, plant.workload.limit, args.mean_end, args.seed + 1)
     queries = sum(math.ceil(one / plant.workload.chunk) for one in lengths)
-    microbatches = math.ceil(queries / len(lengths) * PAPER.loop.batch / PAPER.loop.microbatch)  # of an optimiser step: they are what GPUs share
+    microbatches = math.ceil(queries / len(lengths) * loop.batch / loop.microbatch)  # of an optimiser step: they are what GPUs share
     learning = min(len(placement.devices(plant.networks[0])), microbatches)
-    update = queries * plant.workload.update_flops / (learning * GPUS[args.gpu].flops * args.efficiency)
-    hours = args.iterations * (once.seconds + update) / 3600
+    update = queries * plant.workload.update_flops / (learning * gpu.flops * args.efficiency)
+    hours = loop.iterations * (once.seconds + update) / 3600
     row = {
         "case": "plan",
         "preset": args.preset,
@@ -292,6 +336,11 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
         "gpus": args.gpus,
         "assumed_efficiency": None if args.profile else args.efficiency,
         "profile": str(args.profile) if args.profile else None,
+        "sampler": None if args.profile else settings.reflector.sampler,
+        "picture": None if args.profile else [settings.simulator.height, settings.simulator.width],
+        "chunk": plant.workload.chunk,
+        "denoise_steps": None if args.profile else settings.simulator.denoise_steps,
+        "batches": {stage.name: list(shapes) for stage, shapes in zip(plant.workload.stages, plant.buckets, strict=True)},
         "ends": f"limit x Beta({_SPREAD * args.mean_end:.4g}, {_SPREAD * (1 - args.mean_end):.4g}), limit {plant.workload.limit} frames",
         "placement": placement.name,
         "apart": placement.apart,
@@ -312,16 +361,56 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
         "iteration_slots": once.slots,
         "update_gpus": learning if plant.workload.update_flops else None,
         "update_s": update if plant.workload.update_flops else None,
-        "iterations": args.iterations,
+        "contexts": loop.contexts,
+        "group": loop.group,
+        "iterations": loop.iterations,
         "hours": hours,
         "peak_memory_gb": plant.peak_memory(placement, slots) / 1e9 if plant.memory < math.inf else None,
     }
-    return list(_lines(args, plant, row)), row
+    lines = list(_lines(args, plant, row))
+    if args.profile is None:
+        row |= _whole_run(args, settings, hours)
+        lines += _run_lines(row)
+    return lines, row
+
+
+def _whole_run(args: PlanArgs, settings: RunConfig, loop_hours: float) -> dict[str, Any]:
+    """All stages of a run, of which LOOP takes `loop_hours`; disk and the host's memory."""
+    found, gpu = counts(settings), GPUS[args.gpu]
+    stages = [
+        {"stage": one.stage, "what": one.what, "gpus": args.gpus if one.shared else 1, "hours": one.hours(gpu, args.gpus, args.efficiency)}
+        for one in stage_costs(settings, found)
+    ]
+    before = next(i for i, one in enumerate(stages) if one["stage"] == "eval")
+    stages.insert(before, {"stage": "loop", "what": f"{settings.loop.iterations} iterations", "gpus": args.gpus, "hours": loop_hours})
+    disk, host = disk_gb(settings, found), host_memory_gb(settings, args.gpus)
+    return {
+        "stages": stages,
+        "environment_steps": environment_steps(settings),
+        "disk_gb": disk,
+        "host_memory_gb": host,
+    }
+
+
+def _run_lines(row: dict[str, Any]) -> Iterator[str]:
+    yield f"{'stage':8}{'GPUs':>5}{'hours':>9}"
+    for one in row["stages"]:
+        yield f"{one['stage']:8}{one['gpus']:5d}{one['hours']:9.2f}  {one['what']}"
+    made = ", ".join(f"{count} in {stage}" for stage, count in row["environment_steps"].items())
+    yield f"control steps of the true environment, whose time is the host's: {made}"
+    disk = ", ".join(f"{name} {size:.0f}" for name, size in row["disk_gb"].items())
+    yield f"disk: {sum(row['disk_gb'].values()):.0f} GB: {disk}"
+    host = ", ".join(f"{stage} {size:.0f}" for stage, size in row["host_memory_gb"].items())
+    yield f"pictures of episodes in a host's memory [GB], by stage: {host}"
 
 
 def _lines(args: PlanArgs, plant: Plant, row: dict[str, Any]) -> Iterator[str]:
     sheet = f"{args.gpu} ({GPUS[args.gpu].source}), at {args.efficiency:.0%} of that rate"
     yield f"{args.preset}: {args.gpus} x {f'what {args.profile} was measured on' if args.profile else sheet}"
+    if row["picture"]:
+        shapes = ", ".join(f"{name} {'/'.join(map(str, sizes))}" for name, sizes in row["batches"].items())
+        height, width = row["picture"]
+        yield f"{height} x {width}, {row['denoise_steps']} steps, sampler {row['sampler']}; batches of {shapes}"
     yield f"ends: {row['ends']}; {plant.seconds_per_chunk():.4g} device seconds per chunk of {plant.workload.chunk} frames"
     flags = f" (--loop.apart {row['apart']} --loop.apart-gpus {row['apart_gpus']})" if row["apart_gpus"] else ""
     yield f"placement: {row['placement']}{flags}; {row['slots']} slots per GPU" + (
@@ -331,10 +420,10 @@ def _lines(args: PlanArgs, plant: Plant, row: dict[str, Any]) -> Iterator[str]:
     yield f"{'scheduler, steady':24}{row['frames_per_s']:10.2f}{row['rollouts_per_h']:12.1f}{row['share_of_bound']:10.1%}"
     rollouts_locked = row["rollouts_per_h"] / row["speedup_over_lockstep"]
     yield f"{'lock step, steady':24}{row['lockstep_frames_per_s']:10.2f}{rollouts_locked:12.1f}{'':10}  {row['speedup_over_lockstep']:.2f}x slower"
-    count = args.contexts * args.group
+    count = row["contexts"] * row["group"]
     yield (
         f"{'one iteration':24}{'':10}{3600 * count / row['iteration_s']:12.1f}{row['iteration_share_of_bound']:10.1%}"
         f"  {count} rollouts in {row['iteration_s']:.0f} s, bound {row['iteration_bound_s']:.0f} s, {row['iteration_slots']} slots"
     )
     updates = "rollouts alone" if row["update_s"] is None else f"an update takes {row['update_s']:.0f} s more, on {row['update_gpus']}"
-    yield f"{args.iterations} iterations: {row['hours']:.1f} h ({updates})"
+    yield f"{row['iterations']} iterations: {row['hours']:.1f} h ({updates})"

@@ -21,7 +21,7 @@ import torch
 from worldenv import _core, compiled, config, kinematics, noise, presets, run
 from worldenv.benchmarks.bench_plan import ends
 from worldenv.benchmarks.networks import randomised
-from worldenv.benchmarks.plan_costs import Affine, fitted
+from worldenv.benchmarks.plan_costs import fitted
 from worldenv.devices import device_of, gpus_of
 from worldenv.engines.onnxruntime import OnnxRuntime
 from worldenv.engines.store import DEFAULT_STORE, Store
@@ -31,7 +31,19 @@ from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer, Statistics
 from worldenv.reflector import weights as reflectors
 from worldenv.reflector.judge import Watching
-from worldenv.rollout.collect import ALL_PARTS, Assignment, Flight, Flights, Query, Replica, Schedule, draw_uniform, placement
+from worldenv.rollout.collect import (
+    ALL_PARTS,
+    Assignment,
+    Flight,
+    Flights,
+    Query,
+    Replica,
+    Schedule,
+    config_of,
+    draw_uniform,
+    placement,
+    stages_of,
+)  # fmt: skip
 from worldenv.rollout.store import differing
 from worldenv.simulator.evac import Evac
 from worldenv.stages.desk import Desk
@@ -310,16 +322,12 @@ def profile(bench: Bench, sizes: Sequence[int]) -> list[dict[int, float]]:
 
 def predicted(bench: Bench, seconds: Sequence[dict[int, float]], rollouts: Mapping[int, Rollout]) -> float:
     """Seconds of the measured run on the virtual clock, from a profile and the rollouts' lengths."""
-    args, denoise = bench.args, bench.replica.world.stages[1].steps
-    names = ["policy", *(stage.name for stage in bench.replica.world.stages), "reflector"]
-    costs: list[Affine] = [fitted(by_size) for by_size in seconds]
-    stages = []
-    for name in names:
-        bucket, steps = (1 if name == "reflector" else args.bucket), (denoise if name == "denoise" else 1)
-        stages.append(_core.Stage(name, [bucket], steps))
-    schedule = _core.SchedulerConfig(stages, slots=args.slots, overlap=args.overlap, max_wait=3600.0)
+    schedule, costs = bench.schedule(), [[fitted(by_size)] for by_size in seconds]
+    stages = stages_of(schedule, bench.replica.world.stages, {"policy": [0], "simulator": [0], "reflector": [0]})
     lengths = [rollouts[job.number].steps for job in bench.jobs]
-    made = _core.simulate(schedule, [[cost] for cost in costs], lengths, chunk=bench.chunk, limit=bench.chunks, group=args.group)
+    made = _core.simulate(
+        config_of(schedule, stages, 1, schedule.slots), costs, lengths, chunk=bench.chunk, limit=bench.chunks, group=bench.args.group
+    )  # fmt: skip
     return float(made["seconds"])
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from worldenv import _core
-from worldenv.benchmarks.bench_plan import BUCKETS, Plant, ends, placements
-from worldenv.benchmarks.plan_costs import GPUS, on_gpu, paper
+from worldenv.benchmarks.bench_plan import PlanArgs, Plant, ends, placements, plant_of
+from worldenv.benchmarks.plan_costs import GPUS
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,7 @@ class SchedulerArgs:
     """Runs; medians over all of them."""
 
 
-_LIMIT, _DENOISE, _MEAN = 220, 27, 0.55
-
-
-def _plant(gpu: str) -> Plant:
-    work = paper(_LIMIT, _DENOISE, "stable_dyadic")
-    return Plant(work, tuple(on_gpu(stage, GPUS[gpu], 0.5) for stage in work.stages), (BUCKETS,) * len(work.stages), GPUS[gpu].memory)
+_MEAN = 0.55
 
 
 def _config(plant: Plant, gpus: int, slots: int) -> _core.SchedulerConfig:
@@ -47,7 +42,7 @@ def _config(plant: Plant, gpus: int, slots: int) -> _core.SchedulerConfig:
 
 def overhead_ns(plant: Plant, slots: int, rollouts: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Nanoseconds of every event of a run with the no-op executor, on this thread."""
-    lengths = [-(-frames // plant.workload.chunk) for frames in ends(rollouts, _LIMIT, _MEAN, 0)]
+    lengths = [-(-frames // plant.workload.chunk) for frames in ends(rollouts, plant.workload.limit, _MEAN, 0)]
     return _core.measure_overhead(_config(plant, 1, slots), [(i, i // 8, plant.chunks) for i in range(rollouts)], lengths)
 
 
@@ -77,7 +72,7 @@ def scaling(plant: Plant, gpus: Sequence[int], slots: int, event_us: float) -> I
         began, cpu = time.perf_counter(), time.process_time()
         at_once = slots * count
         placement = next(placements(plant.networks, count))
-        lengths = ends(5 * at_once // 2, _LIMIT, _MEAN, 0)
+        lengths = ends(5 * at_once // 2, plant.workload.limit, _MEAN, 0)
         made = plant.simulate(placement, slots, count, lengths, warm_up=at_once, event_time=event_us * 1e-6)
         yield {
             "gpus": count,
@@ -94,7 +89,7 @@ def measure(args: SchedulerArgs) -> tuple[list[str], dict[str, Any]]:
         raise ValueError(f"--gpu {args.gpu}: want {', '.join(GPUS)}")
     if min(args.slots, args.most_gpus, args.repeats) < 1:
         raise ValueError("--slots, --most-gpus, --repeats: want at least 1 of each")
-    plant = _plant(args.gpu)
+    plant = plant_of(PlanArgs(gpu=args.gpu))
     runs = [overhead_ns(plant, args.slots, 4 * args.slots) for _ in range(args.repeats)]
     medians = [float(np.median(run)) / 1e3 for run in runs]
     every = np.concatenate(runs)
@@ -120,7 +115,7 @@ def measure(args: SchedulerArgs) -> tuple[list[str], dict[str, Any]]:
 
 
 def _lines(args: SchedulerArgs, row: dict[str, Any]) -> Iterator[str]:
-    yield f"core, no-op executor, {args.slots} slots, batches up to {BUCKETS[-1]}: an event takes {row['overhead_us_median']:.2f} us (median), " + (
+    yield f"core, no-op executor, {args.slots} slots: an event takes {row['overhead_us_median']:.2f} us (median), " + (
         f"{row['overhead_us_p99']:.2f} us (p99); {row['events_per_s']:.3g} events/s"
     )
     trip = f"{row['python_round_trip_us']:.1f} us, of them on the CPU {row['python_round_trip_cpu_us']:.1f} us"

@@ -108,6 +108,23 @@ class Schedule:
         return -(-self.slots * len(set(acting)) // len(acting))
 
 
+def stages_of(schedule: Schedule, world: Sequence[WorldStage], where: Mapping[Part, Sequence[int]]) -> list[_core.Stage]:
+    """What a chunk passes, in order, in batches of which shapes, and on which devices: of every run, and of what the planner foresees."""
+    making = [_core.Stage(one.name, [schedule.bucket if one.batched else 1], one.steps, where["simulator"]) for one in world]
+    return [
+        _core.Stage("policy", [schedule.bucket], 1, where["policy"]), *making,
+        _core.Stage("reflector", [schedule.judge_bucket], 1, where["reflector"]),
+    ]  # fmt: skip
+
+
+def config_of(schedule: Schedule, stages: Sequence[_core.Stage], devices: int, slots: int, lock_step: bool = False) -> _core.SchedulerConfig:
+    """The scheduler's, with `slots` for each device that has a policy; `lock_step` is the planner's baseline."""
+    return _core.SchedulerConfig(
+        stages, devices=devices, slots=slots, overlap=schedule.overlap, max_wait=_NO_HURRY_S, attempts=schedule.attempts, streams=schedule.streams,
+        lock_step=lock_step,
+    )  # fmt: skip
+
+
 @dataclass
 class Query:
     """One query of a rollout: what the policy saw and did, and what came of it."""
@@ -248,19 +265,12 @@ class Flights:
         self._home = _Home()
         self._ready: set[int] = set()  # threads, by number: what threading.local holds is lost between two calls of a thread that is not Python's
         self._threads = torch.get_num_threads()
-        stages = [_core.Stage("policy", [schedule.bucket], 1, where["policy"])]
-        runs: list[Callable[[_core.Batch], Any]] = [self._act]
         worlds = {i: replicas[i].world.stages for i in where["simulator"]}
         parts = next(iter(worlds.values()))
-        for number, stage in enumerate(parts):
-            stages.append(_core.Stage(stage.name, [schedule.bucket if stage.batched else 1], stage.steps, where["simulator"]))
-            runs.append(self._making({i: one[number] for i, one in worlds.items()}, number == 0, number == len(parts) - 1))
-        stages.append(_core.Stage("reflector", [schedule.judge_bucket], 1, where["reflector"]))
-        config = _core.SchedulerConfig(
-            stages, devices=len(replicas), slots=schedule.each(replicas), overlap=schedule.overlap, max_wait=_NO_HURRY_S,
-            attempts=schedule.attempts, streams=schedule.streams,
-        )  # fmt: skip
-        everything = zip(stages, (*runs, self._judge), strict=True)
+        making = [self._making({i: one[n] for i, one in worlds.items()}, n == 0, n == len(parts) - 1) for n in range(len(parts))]
+        stages = stages_of(schedule, parts, where)
+        config = config_of(schedule, stages, len(replicas), schedule.each(replicas))
+        everything = zip(stages, (self._act, *making, self._judge), strict=True)
         self._runner = _core.Runner(config, [self._guarded(run, stage.steps, schedule.streams) for stage, run in everything])
 
     def __enter__(self) -> Flights:

@@ -1,0 +1,127 @@
+"""What a whole run takes beside LOOP's iterations: hours of the stages that GPUs work in, disk, and memory of the host, as sums over its settings.
+
+What is left out takes minutes of a GPU: stages scale and explore, and of replays all but what one GPU scores. How long the true environment takes is
+the host's affair: `environment_steps` says how many control steps it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from worldenv.benchmarks import networks
+from worldenv.benchmarks.plan_costs import Counts, Gpu
+from worldenv.config import RunConfig
+
+_LEARNING = 3
+"""Forward passes that a training step takes: one, and two back; one more where activations are computed again."""
+_HELD_OUT_SCORED = 3
+"""How often stage reward scores all held-out episodes: true frames twice, imagined ones once."""
+_HELD_OUT_IMAGINED = 1
+"""How often stage eval imagines them."""
+_POLICIES = 2
+"""Before and after LOOP: each is evaluated, and its rollouts are replayed."""
+_WORLD_STATES = 5
+"""Copies of what is trained in the world's savepoint: weights, their average, the best average, and AdamW's two moments."""
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Part of a stage."""
+
+    stage: str
+    what: str
+    flops: float
+    """Of all of it."""
+    shared: bool = False
+    """All GPUs take part; else one does it, the others wait."""
+    float32: bool = False
+    """In float32, else in bfloat16."""
+
+    def hours(self, gpu: Gpu, gpus: int, efficiency: float) -> float:
+        """On `gpus` of `gpu`, at a share `efficiency` of the rate of their type."""
+        rate = efficiency * (gpu.flops32 if self.float32 else gpu.flops) * (gpus if self.shared else 1)
+        return self.flops / rate / 3600
+
+
+def _episodes(settings: RunConfig) -> int:
+    """Demonstrations and exploration."""
+    tasks = settings.env.test_starts // settings.env.test_states
+    return settings.explore.episodes + settings.demos.per_task * tasks
+
+
+def _kept_policies(settings: RunConfig) -> int:
+    loop = settings.loop
+    return loop.iterations // loop.snapshot_every if loop.snapshot_every else 0
+
+
+def stage_costs(settings: RunConfig, found: Counts) -> Iterator[StageCost]:
+    """In the order of a run. Every episode is as long as the limit: demonstrations are shorter, training may stop before its last step."""
+    sft, world, chunks = settings.sft, settings.world, len(found.judged)
+    held_out = max(1, round(settings.explore.held_out * settings.explore.episodes))
+    imagined, scored = chunks * found.imagined(settings.simulator.denoise_steps), sum(found.judged)
+    shown = _POLICIES * settings.eval.episodes
+    acted = shown + (1 + _kept_policies(settings)) * settings.eval.curve_episodes
+    passes = _LEARNING + sft.gradient_checkpointing, _LEARNING + world.gradient_checkpointing
+    yield StageCost("sft", f"at most {sft.steps} steps", sft.steps * sft.batch * passes[0] * found.query, shared=True)
+    pictures = 2 * _episodes(settings) * (settings.env.steps + 1)
+    yield StageCost("world", "frames and action maps encoded, by each process all", pictures * found.picture, float32=True)
+    steps = world.steps * world.batch * (passes[1] * found.step + found.tokens)
+    yield StageCost("world", f"at most {world.steps} steps", steps, shared=True)
+    yield StageCost("reward", f"{_episodes(settings)} episodes imagined", _episodes(settings) * imagined, float32=True)
+    yield StageCost("reward", f"{settings.reward.embeddings} embeddings", settings.reward.embeddings * found.embedding)
+    yield StageCost("reward", f"{held_out} held-out episodes scored {_HELD_OUT_SCORED} times", _HELD_OUT_SCORED * held_out * scored)
+    yield StageCost("eval", f"{shown} episodes scored", shown * scored)
+    yield StageCost("eval", f"{acted} episodes acted", acted * chunks * found.query)
+    yield StageCost("eval", f"{held_out} held-out episodes imagined", _HELD_OUT_IMAGINED * held_out * imagined, float32=True)
+    replays = _POLICIES * settings.report.replays
+    yield StageCost("eval", f"{replays} replays scored", replays * scored)
+    yield StageCost("eval", f"{replays} replays imagined", replays * (imagined + scored + chunks * found.query), shared=True)
+
+
+def environment_steps(settings: RunConfig) -> dict[str, int]:
+    """Control steps that the true environment makes, by stage; of explore's and of eval's shown episodes every frame is drawn, of the curve one in a
+    chunk."""
+    limit, evaluated = settings.env.steps, settings.eval
+    curve = (1 + _kept_policies(settings)) * evaluated.curve_episodes
+    return {
+        "explore": settings.explore.episodes * limit,
+        "eval": (_POLICIES * (evaluated.episodes + settings.report.replays) + curve) * limit,
+    }
+
+
+def disk_gb(settings: RunConfig, found: Counts) -> dict[str, float]:
+    """What a run leaves or needs at once on its disk [GB]; LoRA, optimisers of policy and heads, and pages are smaller."""
+    frame, loop = _frame(settings), settings.loop
+    policies = 3 + _kept_policies(settings)  # of sft, scale, loop; each is the whole network
+    evac = networks.meta_simulator(settings.simulator)
+    held = tuple(f"{part}." for part in settings.world.frozen)
+    trained = sum(p.numel() for name, p in evac.named_parameters() if not name.startswith(held))
+    sizes = {
+        "pictures of episodes, before compression": _episodes(settings) * (settings.env.steps + 1) * frame,
+        f"{policies} policies": policies * found.weights["policy"],
+        "simulator": _FLOAT32 * sum(p.numel() for p in evac.parameters()),
+        "savepoint of stage world": _WORLD_STATES * _FLOAT32 * trained,
+        "reflector": found.weights["reflector"],
+        "plans of engines, at most": settings.engines.limit_gb * 1e9,
+        "rollouts of an iteration": loop.contexts * loop.group * len(found.judged) * frame,
+        "replays": _POLICIES * settings.report.replays * 2 * settings.env.steps * frame,
+    }
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def host_memory_gb(settings: RunConfig, processes: int) -> dict[str, float]:
+    """Pictures of episodes in the memory of one machine by stage, `processes` of `torchrun` in stage world [GB]; networks on their way to a GPU come
+    to them."""
+    each = (settings.env.steps + 1) * _frame(settings) / 1e9
+    everything = _episodes(settings) * each
+    return {
+        "world": processes * everything,
+        "reward": 2 * everything,  # true and imagined
+        "eval": settings.explore.episodes * each,
+    }
+
+
+def _frame(settings: RunConfig) -> float:
+    return 3.0 * settings.env.image**2

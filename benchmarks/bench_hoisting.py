@@ -23,6 +23,7 @@ from worldenv.benchmarks.bench_chunk_loop import rollout_flops
 from worldenv.benchmarks.bench_simulator_unet import hoisted, unhoisted
 from worldenv.benchmarks.harness import Row, Setting, Variants, count_flops
 from worldenv.config import SimulatorConfig
+from worldenv.presets import PAPER
 
 _TERA, _GIGA = 1e12, 1e9
 _DTYPE = torch.bfloat16
@@ -140,7 +141,8 @@ def _second(name: str, config: SimulatorConfig) -> Row:
 def hoisting(setting: Setting) -> Variants:
     """Counts at the published sizes, whatever the setting."""
     found: dict[str, Callable[[], Row]] = {}
-    for name, config in networks.configs(dataclasses.replace(setting, size="published", brief=False)).items():
+    sizes = networks.configs(dataclasses.replace(setting, size="published", brief=False)) | {"of preset paper": PAPER.simulator}
+    for name, config in sizes.items():
         found[f"step FLOPs {name}"] = functools.partial(_step, name, config)
         found[f"step bytes {name}"] = functools.partial(_moved, name, config)
         found[f"step bytes without what is constant {name}"] = functools.partial(_spared, name, config)

@@ -94,8 +94,8 @@ def refuse(args: PlanArgs) -> None:
         raise ValueError(f"--preset {args.preset}: FLOPs are known of paper alone; measure a profile and give --profile FILE")
     if not 0.0 < args.mean_end < 1.0 or not 0.0 < args.efficiency <= 1.0:
         raise ValueError(f"--mean-end {args.mean_end}, --efficiency {args.efficiency}: want shares between 0 and 1")
-    counts = (args.gpus, args.rollouts, args.limit, args.denoise_steps, args.bucket, args.judge_bucket, args.iterations, args.contexts, args.slots)
-    if min(1 if one is None else one for one in counts) < 1:
+    given = (args.gpus, args.rollouts, args.limit, args.denoise_steps, args.bucket, args.judge_bucket, args.iterations, args.contexts, args.slots)
+    if min(1 if one is None else one for one in given) < 1:
         names = "--gpus, --rollouts, --limit, --denoise-steps, --bucket, --judge-bucket, --iterations, --contexts, --slots"
         raise ValueError(f"{names}: want at least 1 of each")
     chunk = PAPER.policy.chunk

@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -187,7 +189,21 @@ def test_released_layouts_imagine(call: Any, file: str, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(out.splitlines()[-1])["delta_statistics"] == "these actions"
     assert "no --statistics" in err
+    assert "lvdm/data/statistics.py" in err
     assert call(checkpoint=file, statistics="stats.npy", out=str(tmp_path / "w.mp4"))[0] == 0
+
+
+def test_the_manual_makes_statistics_of_the_public_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "simulator.md").read_text()
+    (code,) = re.findall(r"^```python\n(import numpy.*?StatisticInfo.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    stated = {"agibotworld": {"mean": [*range(12)], "std": [*range(20, 32)]}}
+    monkeypatch.setitem(sys.modules, "lvdm", SimpleNamespace(data=None))
+    monkeypatch.setitem(sys.modules, "lvdm.data", SimpleNamespace(statistics=None))
+    monkeypatch.setitem(sys.modules, "lvdm.data.statistics", SimpleNamespace(StatisticInfo=stated))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    want = [[0, 1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 10, 11, 0], [20, 21, 22, 23, 24, 25, 1, 26, 27, 28, 29, 30, 31, 1]]
+    assert np.load("statistics.npy").tolist() == want
 
 
 def test_the_same_seed_gives_the_same_video(call: Any, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class ImagineArgs:
     controller: Path | None = None
     """controller.json of a run's stage world: how commands become motion; without it, the robot's nominal constants."""
     statistics: Path | None = None
-    """.npy (2, 14): mean and deviation of the deltas that the weights were trained with. Released files hold none."""
+    """.npy (2, 14): mean and deviation of the deltas that the weights were trained with. Released weights hold none (docs/simulator.md)."""
     denoise_steps: int | None = None
     """DDIM steps; None: as the checkpoint has it (released: 27)."""
     eta: float | None = None
@@ -242,7 +242,10 @@ def _set_statistics(simulator: Evac, args: ImagineArgs, deltas: torch.Tensor, ar
     else:
         source = "these actions"
         mean, deviation = deltas.mean(0), deltas.std(0, correction=0).clamp_min(_LEAST_STD)
-        console.say("no --statistics: deltas are normalised by mean and deviation of these very actions, not by those of the training data")
+        console.say(
+            "no --statistics: deltas are normalised by mean and deviation of these very actions, not by those of the training data, which for the "
+            "released weights are in lvdm/data/statistics.py of the public code (docs/simulator.md makes the .npy of it)"
+        )
     absent = torch.ones(DELTA_DIM, dtype=torch.bool)
     for arm in arms:
         side = 0 if arm.side == "left" else DELTA_DIM // 2

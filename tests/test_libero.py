@@ -154,9 +154,9 @@ def test_projection_meets_rendered_pixels(suite):
         for _ in range(6):
             now = env.advance(np.array(command))
         model.geom_matid[:], model.geom_rgba[:, 3], model.site_rgba[:, 3] = -1, 0.0, 0.0
-        empty = env.scene_picture()
+        empty = env._picture(env.scene(1), "agentview").astype(int)
         model.site_rgba[site], model.site_size[site] = (1.0, 0.0, 1.0, 1.0), 0.012
-        ball = np.argwhere(np.abs(env.scene_picture().astype(int) - empty.astype(int)).sum(axis=2) > 30)
+        ball = np.argwhere(np.abs(env._picture(env.scene(1), "agentview").astype(int) - empty).sum(axis=2) > 30)
         model.geom_rgba[:], model.site_rgba[:] = plain, shown
         assert len(ball) > 12
         drawn = action_map.project(env.gripper_pose[None, None], env.camera, PANDA.arms)[0, 0, 0]

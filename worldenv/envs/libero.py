@@ -327,10 +327,6 @@ class Libero(GymnasiumEnv):
         ids = scene.env.obj_body_id
         return {name: np.concatenate([scene.data.xpos[i], scene.data.xquat[i][[1, 2, 3, 0]]]) for name, i in ids.items()}
 
-    def scene_picture(self) -> NDArray[np.uint8]:
-        """A picture (H, W, 3) of now, as frames are; those are drawn at most 4 ms earlier."""
-        return self._picture(self.scene(self.task), _AGENTVIEW)
-
     @property
     def gripper_pose(self) -> NDArray[np.float64]:
         """(7,) of the gripper now [m, unit quaternion xyzw], at most 4 ms later than the snapshot's. Privileged."""

@@ -87,7 +87,7 @@ def test_its_file_says_what_it_is(tmp_path: Path) -> None:
     tree["weights"].pop("end.bias")
     with pytest.raises(CheckpointError, match=r"here: these weights are not of this classifier: .*end\.bias"):
         classifier.from_tree(tree, "here")
-    weights.save(path, weights.initialise(SMALL, INSTRUCTIONS, 0))
+    checkpoint.save(path, weights.to_tree(weights.initialise(SMALL, INSTRUCTIONS, 0)))
     assert not isinstance(weights.load_judge(path), ClassifierReflector)
 
 

@@ -21,8 +21,8 @@ from worldenv.policy.processing import (
     PromptTokenizer,
     Statistics,
     gripper_to_training,
-    picture,
     prompt,
+    resized,
 )  # fmt: skip
 from worldenv.presets import TINY
 
@@ -169,15 +169,15 @@ def test_published_statistics(tmp_path: Path) -> None:
 
 def test_picture_chain_changes_nothing_where_it_is_off() -> None:
     frames = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(picture(frames, 12, jpeg=False, crop_area=1.0), frames)
+    assert torch.equal(centre_crop(resized(frames, 12, jpeg=False), 1.0), frames)
 
 
 @pytest.mark.parametrize("size", [7, 20])
 def test_constant_pictures_stay(size: int) -> None:
     frames = torch.full((1, 12, 10, 3), 77, dtype=torch.uint8)
-    resized = resize_lanczos3(frames, size)
-    assert torch.equal(resized, torch.full((1, size, size, 3), 77, dtype=torch.uint8))
-    assert torch.equal(centre_crop(resized, 0.9), resized)
+    larger = resize_lanczos3(frames, size)
+    assert torch.equal(larger, torch.full((1, size, size, 3), 77, dtype=torch.uint8))
+    assert torch.equal(centre_crop(larger, 0.9), larger)
 
 
 def test_crop_keeps_the_centre_and_refuses_no_share() -> None:

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from published_directories import shapes, write_policy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_policy import LIKE, observation, uniform
@@ -19,9 +20,9 @@ from small_policy import published_policy as policy
 
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import PolicyConfig
-from worldenv.policy import lora, published
+from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network
-from worldenv.policy.published import open_directory, save_directory, shapes
+from worldenv.policy.published import open_directory
 from worldenv.policy.weights import never_read
 from worldenv.presets import OPENVLA_OFT
 
@@ -29,7 +30,7 @@ from worldenv.presets import OPENVLA_OFT
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("published")
-    save_directory(directory, policy(), 150000)
+    write_policy(directory, policy(), 150000)
     return directory
 
 
@@ -114,9 +115,8 @@ def test_the_same_directory_may_be_of_two_views(written: Path) -> None:
     assert again.act(dataclasses.replace(one, wrist=one.frame)).mu.shape == (2, 8, 7)
 
 
-def test_shards_are_read_whole(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "_SHARD_BYTES", 600_000)
-    save_directory(tmp_path, policy(), 50000)
+def test_shards_are_read_whole(written: Path, tmp_path: Path) -> None:
+    write_policy(tmp_path, policy(), 50000, shard_bytes=600_000)
     files = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -176,6 +176,11 @@ def whole(config: PolicyConfig = LIKE) -> dict[str, torch.Tensor]:
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes(config).items()}
 
 
+def merge(base: Mapping[str, torch.Tensor], added: lora.Adapter) -> dict[str, torch.Tensor]:
+    changed = {f"{name}.weight": base[f"{name}.weight"].float() + added.delta(name) for name in added.factors}
+    return {**base, **{name: tensor.to(base[name].dtype) for name, tensor in changed.items()}}
+
+
 def test_merging_is_pefts(tmp_path: Path) -> None:
     """Against PEFT's own merge, on linear layers and a convolution; the base stays as it was."""
     plain = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Conv2d(3, 4, 2))
@@ -183,7 +188,7 @@ def test_merging_is_pefts(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     base = {name.replace(".base_layer", ""): tensor.clone() for name, tensor in plain.state_dict().items() if "lora" not in name}
     kept = {name: tensor.clone() for name, tensor in base.items()}
-    ours = lora.merge(base, lora.Adapter.read(tmp_path))
+    ours = merge(base, lora.Adapter.read(tmp_path))
     theirs = model.merge_and_unload().state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -210,7 +215,7 @@ def test_the_output_layer_that_peft_writes_beside_its_lora_is_passed_over(tmp_pa
 def test_unmerging_gives_the_base_back_to_rounding(dtype: torch.dtype) -> None:
     """One rounding of the merged weight, one of the difference: an ulp of the larger of the two each."""
     base, added = {name: tensor.to(dtype) for name, tensor in whole().items()}, adapter()
-    back, merged = lora.unmerge(lora.merge(base, added), added), lora.merge(base, added)
+    back, merged = lora.unmerge(merge(base, added), added), merge(base, added)
     for name, tensor in base.items():
         bound = torch.finfo(dtype).eps * (merged[name].double().abs() + tensor.double().abs() + 1e-6)
         assert bool(((back[name].double() - tensor.double()).abs() <= bound).all()), name
@@ -228,7 +233,7 @@ def test_twice_merged_is_once_merged_from_the_pristine_base() -> None:
                 if ".lora_" in name:
                     parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
         state = lora.merged(made.network)
-        want = lora.merge(policy().network.state_dict(), lora.Adapter.of(made.network))
+        want = merge(policy().network.state_dict(), lora.Adapter.of(made.network))
         assert all(torch.equal(state[name], want[name]) for name in want), change
 
 
@@ -237,11 +242,11 @@ def test_a_directory_with_its_adapter_gives_the_base(written: Path, tmp_path: Pa
     made, added = policy(), adapter()
     base = {**dict.fromkeys(shapes(LIKE), torch.zeros(())), **made.network.state_dict()}
     base |= {name: torch.zeros(shape) for name, shape in shapes(LIKE).items() if never_read(name, LIKE)}
-    merged = lora.merge(base, added)
+    merged = merge(base, added)
     with torch.no_grad():
         for name, tensor in made.network.state_dict().items():
             tensor.copy_(merged[name])
-    save_directory(tmp_path, made, 7, added)
+    write_policy(tmp_path, made, 7, added)
     as_it_is, before = open_directory(tmp_path, dtype=torch.float32), open_directory(tmp_path, dtype=torch.float32, base=True)
     original = open_directory(written, dtype=torch.float32)
     assert torch.equal(as_it_is.act(observation(2)).mu, made.act(observation(2)).mu)
@@ -264,9 +269,9 @@ def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"unknown \['stray'\], not whole or not of rank 4 \['projector.fc1'\]"):
         lora.Adapter.read(tmp_path)
     with pytest.raises(ValueError, match=r"projector.fc1: is \(96, 24\), the adapter \(96, 25\)"):
-        lora.merge(whole(), lora.Adapter(4, 4, {"projector.fc1": (torch.zeros(4, 25), torch.zeros(96, 4))}))
+        lora.unmerge(whole(), lora.Adapter(4, 4, {"projector.fc1": (torch.zeros(4, 25), torch.zeros(96, 4))}))
     with pytest.raises(ValueError, match=r"projector.fc9: there is no such layer"):
-        lora.merge(whole(), lora.Adapter(4, 4, {"projector.fc9": (torch.zeros(4, 25), torch.zeros(96, 4))}))
+        lora.unmerge(whole(), lora.Adapter(4, 4, {"projector.fc9": (torch.zeros(4, 25), torch.zeros(96, 4))}))
 
 
 # What is wrong

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from published_directories import write_reflector
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -22,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
+from worldenv import checkpoint
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import ReflectorConfig
 from worldenv.presets import LLAVA_ONEVISION, LLAVA_VOCAB
@@ -173,7 +175,7 @@ def theirs(
 def test_equals_transformers_on_a_saved_directory(tmp_path: Path, image: int, count: int) -> None:
     config = replace(SMALL, image=image)
     reflector = lively(config)
-    weights.save_directory(tmp_path, reflector)
+    write_reflector(tmp_path, reflector)
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path, local_files_only=True)
     opened = weights.open_directory(tmp_path, SMALL, torch.float32)
     assert opened.config == config
@@ -536,24 +538,24 @@ def test_batches_that_do_not_fit_are_refused() -> None:
 
 def test_a_whole_reflector_survives_its_file(tmp_path: Path) -> None:
     reflector = lively(replace(SMALL, sampler="stable_dyadic", pooling="mean", threshold=0.6))
-    first, second = (weights.save(tmp_path / name, reflector) for name in ("a.safetensors", "b.safetensors"))
+    first, second = (checkpoint.save(tmp_path / name, weights.to_tree(reflector)) for name in ("a.safetensors", "b.safetensors"))
     assert first == second
-    again = weights.load(tmp_path / "a.safetensors").freeze()
+    again = weights.load_judge(tmp_path / "a.safetensors").freeze()
     assert again.config == reflector.config
     video = videos(1, 9)
     assert torch.equal(again.strict(INSTRUCTIONS[2], video[0], [4, 8]), reflector.strict(INSTRUCTIONS[2], video[0], [4, 8]))
-    weights.save(tmp_path / "c.safetensors", LlavaReflector(reflector.config, reflector.llava, None))
-    assert weights.load(tmp_path / "c.safetensors").head is None
+    checkpoint.save(tmp_path / "c.safetensors", weights.to_tree(LlavaReflector(reflector.config, reflector.llava, None)))
+    assert weights.load_judge(tmp_path / "c.safetensors").head is None
 
 
 def test_in_half_precision_places_stay_exact(tmp_path: Path) -> None:
     """Rotary frequencies of 8 bits would not be seen by shapes or names: what is opened in bfloat16 has them in float32."""
     reflector = lively(SMALL)
-    weights.save_directory(tmp_path / "d", reflector)
+    write_reflector(tmp_path / "d", reflector)
     opened = weights.open_directory(tmp_path / "d", SMALL, torch.bfloat16)
     opened.head = reflector.head
-    weights.save(tmp_path / "r.safetensors", opened)
-    again, video = weights.load(tmp_path / "r.safetensors").freeze(), videos(1, 20)[0]
+    checkpoint.save(tmp_path / "r.safetensors", weights.to_tree(opened))
+    again, video = weights.load_judge(tmp_path / "r.safetensors").freeze(), videos(1, 20)[0]
     for one in (opened, again):
         buffers = dict(one.llava.model.named_buffers())
         assert {p.dtype for p in one.llava.parameters()} == {torch.bfloat16}
@@ -615,10 +617,10 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     reflector = lively(SMALL)
-    weights.save(path, reflector)
+    checkpoint.save(path, weights.to_tree(reflector))
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=r"r\.safetensors: truncated or damaged"):
-        weights.load(path)
+        weights.load_judge(path)
     tree = weights.to_tree(reflector)
     tree["weights"].pop("lm_head.weight")
     with pytest.raises(weights.ReflectorError, match=r"here: backbone: missing \['lm_head\.weight'\]"):
@@ -630,7 +632,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("published")
-    weights.save_directory(directory, lively(SMALL))
+    write_reflector(directory, lively(SMALL))
     return directory
 
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from published_directories import write_reflector
 
 from worldenv import noise
 from worldenv.checkpoint import Savepoint
@@ -219,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
 def test_a_published_backbone_stays_as_it_is_and_gets_a_head(tmp_path: Path) -> None:
     """As the stage does it: sizes of the directory, frames, sampler and pooling of the settings."""
     source = reflector()
-    weights.save_directory(tmp_path / "llava", source)
+    write_reflector(tmp_path / "llava", source)
     like = replace(PRESETS["tiny"].reflector, sampler="stable_dyadic", frames=4)
     chosen = replace(QUICK, start=str(tmp_path / "llava"), embeddings=20, head_epochs=2)
     settings = replace(PRESETS["tiny"], reflector=like, reward=chosen)

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from published_directories import write_policy
 from small_policy import INSTRUCTIONS, SMALL, published_policy
 
 from worldenv import noise
@@ -27,7 +28,6 @@ from worldenv.learning.sft import l1, one_cycle, pretrained, query_at, sft, untr
 from worldenv.nouns import Observation
 from worldenv.policy import laplace, lora
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
-from worldenv.policy.published import save_directory
 from worldenv.policy.weights import fill
 from worldenv.robots.tabletop import TABLETOP
 
@@ -332,7 +332,7 @@ def test_a_published_directory_is_a_start(tmp_path: Path) -> None:
     """The published recipe in bfloat16: backbone as it was in half precision, statistics of these demonstrations, fresh heads."""
     given = episodes((24, 24))
     source = published_policy()
-    save_directory(tmp_path / "base", source, 5)
+    write_policy(tmp_path / "base", source, 5)
     for name in ("action_head", "proprio_projector", "scale_head"):  # as OpenVLA's own directories are
         (tmp_path / "base" / f"{name}--5_checkpoint.pt").unlink()
     recipe = dataclasses.replace(
@@ -357,7 +357,7 @@ def test_a_published_directory_is_a_start(tmp_path: Path) -> None:
 
 def test_without_steps_a_published_policy_stays_as_it_is(tmp_path: Path) -> None:
     given, source = episodes(), published_policy()
-    save_directory(tmp_path / "oft", source, 5)
+    write_policy(tmp_path / "oft", source, 5)
     config = dataclasses.replace(CONFIG, start=str(tmp_path / "oft"), steps=0, views=1)
     policy = pretrained(dataclasses.replace(SMALL, scale_floor=0.0), config, given, TABLETOP, 0, torch.device("cpu"))
     metrics = sft(policy, given, TABLETOP, config, 0, savepoint(tmp_path))

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from published_directories import write_policy
 from pusher import THRESHOLD, Onlooker, Pusher
 from small_policy import SMALL, published_policy, statistics
 
@@ -37,7 +38,6 @@ from worldenv.policy import weights as policies
 from worldenv.policy.lerobot import LeRobotError, LeRobotPolicy
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer
-from worldenv.policy.published import save_directory
 from worldenv.presets import preset
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.run import RunError
@@ -489,7 +489,7 @@ def test_a_checkpoint_is_evaluated_and_knows_its_file(tmp_path, capsys):
 
 def test_a_published_directory_of_several_suites_is_evaluated_and_its_content_is_who_it_is(tmp_path, capsys):
     oft = tmp_path / "oft"
-    save_directory(oft, published_policy(instructions=Tabletop(EnvConfig()).tasks), 7)
+    write_policy(oft, published_policy(instructions=Tabletop(EnvConfig()).tasks), 7)
     (stated,) = json.loads((oft / "dataset_statistics.json").read_text()).values()
     suites = dict.fromkeys(("libero_goal_no_noops", "libero_spatial_no_noops"), stated)
     (oft / "dataset_statistics.json").write_text(json.dumps(suites))

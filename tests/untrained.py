@@ -42,7 +42,7 @@ def untrained_run(out: Path, settings: RunConfig) -> Path:
                 with torch.no_grad():  # so that it sees differences: of rollouts from one start state some end at once, and some never
                     judge.head.outer.weight.mul_(100.0)
                     judge.head.outer.bias.sub_(3.5)
-                reflectors.save(stage.folder / "reflector.safetensors", judge)
+                checkpoint.save(stage.folder / "reflector.safetensors", reflectors.to_tree(judge))
     env.close()
     run._lock.close()
     return out

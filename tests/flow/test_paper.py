@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import small_policy
 import torch
+from published_directories import write_policy, write_reflector
 
 from worldenv import checkpoint, presets, report, train
 from worldenv.cli import train as command
@@ -23,8 +24,8 @@ from worldenv.stages.desk import open_env
 def small(folder: Path) -> RunConfig:
     """PAPER with the tiny networks on the tabletop, which begin from weights in `folder`, and every stage cut short."""
     tasks = open_env(TINY.env).tasks
-    published.save_directory(folder / "openvla", small_policy.published_policy(instructions=tasks), 1)
-    reflectors.save_directory(folder / "llava", reflectors.initialise(TINY.reflector, tasks, 0))
+    write_policy(folder / "openvla", small_policy.published_policy(instructions=tasks), 1)
+    write_reflector(folder / "llava", reflectors.initialise(TINY.reflector, tasks, 0))
     sampler = {name: getattr(PAPER.simulator, name) for name in ("posterior", "eta", "dynamic_rescale", "final")}
     simulator = replace(TINY.simulator, **sampler, denoise_steps=2)
     checkpoint.save(folder / "evac.safetensors", simulators.to_tree(Evac.initialised(simulator, 0)))

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from worldenv.config import LlamaConfig, PolicyConfig, VisionConfig
-from worldenv.kernels.frames import resize_lanczos3
+from worldenv.kernels.frames import centre_crop, resize_lanczos3
 from worldenv.learning.loop.advantage import baseline, leave_one_out
 from worldenv.learning.loop.loss import surrogate
 from worldenv.policy import laplace
 from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead
 from worldenv.policy.jpeg import jpeg_round_trip
 from worldenv.policy.openvla_oft import Network
-from worldenv.policy.processing import Bounds, picture
+from worldenv.policy.processing import Bounds, resized
 from worldenv.policy.weights import fill, from_published
 
 Tensors = dict[str, torch.Tensor]
@@ -139,8 +139,8 @@ def preprocess(folder: Path, case: dict[str, Any]) -> dict[str, NDArray[np.uint8
             out[f"{name}.rotated"], out[f"{name}.after_jpeg"] = rotated[0].numpy(), written[0].numpy()
             out[f"{name}.after_resize"] = resize_lanczos3(written, size)[0].numpy()
             out[f"{name}.resize_no_jpeg"] = resize_lanczos3(rotated, size)[0].numpy()
-            out[f"{name}.final_no_jpeg"] = picture(rotated, size, jpeg=False, crop_area=0.9)[0].numpy()
-            out[f"{name}.final"] = picture(rotated, size, jpeg=True, crop_area=0.9)[0].numpy()
+            out[f"{name}.final_no_jpeg"] = centre_crop(resized(rotated, size, jpeg=False), 0.9)[0].numpy()
+            out[f"{name}.final"] = centre_crop(resized(rotated, size, jpeg=True), 0.9)[0].numpy()
     return out
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from worldenv.kernels.frames import centre_crop, resize_lanczos3
+from worldenv.kernels.frames import resize_lanczos3
 from worldenv.nouns import ACTION_DIM
 from worldenv.policy.jpeg import jpeg_round_trip
 
@@ -235,8 +235,3 @@ def gripper_to_training(command: torch.Tensor) -> torch.Tensor:
 def resized(frames: torch.Tensor, size: int, jpeg: bool) -> torch.Tensor:
     """The published chain up to the crop: frames (B, H, W, 3) uint8 to (B, size, size, 3) uint8."""
     return resize_lanczos3(jpeg_round_trip(frames) if jpeg else frames, size)
-
-
-def picture(frames: torch.Tensor, size: int, jpeg: bool, crop_area: float) -> torch.Tensor:
-    """The published chain: frames (B, H, W, 3) uint8 to what the policy looks at, (B, size, size, 3) uint8."""
-    return centre_crop(resized(frames, size, jpeg), crop_area)

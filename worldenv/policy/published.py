@@ -1,4 +1,4 @@
-"""Published checkpoint directories of OpenVLA-OFT, read and written; nothing of them is unpickled but tensors, and no code of theirs runs.
+"""Published checkpoint directories of OpenVLA-OFT, read; nothing of them is unpickled but tensors, and no code of theirs runs.
 
     config.json, tokenizer.json, preprocessor_config.json    the model, its words, what its pixels are normalised by
     model.safetensors, or shards and their index             the model's weights, LoRA merged
@@ -8,18 +8,16 @@
     dataset_statistics.json                                  of the data sets that it was fine-tuned on, by name
     lora_adapter/                                            the LoRA that was merged, in PEFT's format
 
-The output layer, the last vision blocks, the final vision norms and SigLIP's pooling have no influence on actions: they are not read, and written
-as zeros, so that the published code finds every tensor that it looks for. Sizes of a model other than the released one, whose towers have a name
-in timm, stand in config.json under `worldenv_towers`.
+The output layer, the last vision blocks, the final vision norms and SigLIP's pooling have no influence on actions: they are not read. Sizes of a
+model other than the released one, whose towers have a name in timm, stand in config.json under `worldenv_towers`.
 Source: the published code's behaviour (moojink/openvla-oft), Kim et al. 2025 (arXiv:2502.19645).
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,40 +31,15 @@ from worldenv.config import PolicyConfig, VisionConfig
 from worldenv.policy import lora
 from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead, begin
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
-from worldenv.policy.processing import Bounds, PromptTokenizer, Statistics
-from worldenv.policy.weights import fill, from_published, never_read
+from worldenv.policy.processing import PromptTokenizer, Statistics
+from worldenv.policy.weights import fill, from_published
 from worldenv.presets import OPENVLA_OFT
 
 _TIMM = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
 """The released towers, DINOv2 first."""
 _SMALL = ("action_head", "proprio_projector", "scale_head")
 """What is not the backbone, and has a file of its own."""
-_SHARD_BYTES = 5 * 10**9
 _START = 1  # number of this draw in Stream.WEIGHTS; a whole policy's is 0
-
-
-class _Pooling(nn.Module):
-    """SigLIP's attention pooling, for its names and shapes alone."""
-
-    def __init__(self, width: int, mlp: int) -> None:
-        super().__init__()
-        self.latent = nn.Parameter(torch.empty(1, 1, width))
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
-
-
-def shapes(config: PolicyConfig) -> dict[str, torch.Size]:
-    """Every tensor of a published model's files, those that are never read among them, by name; takes no memory."""
-    dino, siglip = (replace(tower, depth=tower.depth + 1) for tower in (config.dino, config.siglip))
-    with torch.device("meta"):
-        network = Network(replace(config, dino=dino, siglip=siglip))
-        vision = network.vision_backbone
-        vision.featurizer.norm, vision.fused_featurizer.norm = nn.LayerNorm(config.dino.width), nn.LayerNorm(config.siglip.width)
-        vision.fused_featurizer.attn_pool = _Pooling(config.siglip.width, config.siglip.mlp)
-        network.language_model.lm_head = nn.Linear(config.llama.width, config.llama.vocab, bias=False)
-    parts = ("vision_backbone.", "projector.", "language_model.")
-    return {name: tensor.shape for name, tensor in network.state_dict().items() if name.startswith(parts)}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -261,68 +234,3 @@ def _statistics(file: Path, dataset: str | None) -> Statistics:
         flags = "--dataset of worldenv-eval run, --sft.dataset of worldenv-train"
         raise CheckpointError(f"{file}: statistics of {', '.join(names)}: say which data set ({flags})")
     return Statistics.published(file, names[0] if dataset is None else dataset)
-
-
-def _stated(bounds: Bounds) -> dict[str, Any]:
-    return {"q01": bounds.q01.tolist(), "q99": bounds.q99.tolist(), "mask": bounds.mask.tolist()}
-
-
-def save_directory(directory: Path, policy: OpenVLAOFT, step: int, adapter: lora.Adapter | None = None) -> None:
-    """Write `policy` as a directory that `open_directory` and the published code read; `adapter`, if given, is the LoRA in its merged weights.
-
-    Statistics are those that normalise, quantiles and masks; ValueError for a chunk that the published code does not know, and for tokens.
-    """
-    if policy.config.head == "tokens":
-        raise ValueError(f"{directory}: policy.head=tokens; the layout that is written here has an L1 head: keep this policy in its stage's file")
-    if policy.chunk != OPENVLA_OFT.chunk:
-        raise ValueError(f"{directory}: chunks of {policy.chunk}; the published layout has {OPENVLA_OFT.chunk}")
-    directory.mkdir(parents=True, exist_ok=True)
-    config, state = policy.config, {name: tensor.detach().cpu() for name, tensor in lora.merged(policy.network).items()}
-    for name in _SMALL:
-        part = {f"module.{key.removeprefix(f'{name}.')}": t for key, t in state.items() if key.startswith(f"{name}.")}
-        with checkpoint.atomic(directory / f"{name}--{step}_checkpoint.pt") as file:
-            torch.save(part, file)
-    dtype = state["projector.fc1.weight"].dtype
-    whole = {name: torch.zeros(shape, dtype=dtype) if never_read(name, config) else state[name] for name, shape in shapes(config).items()}
-    _write_shards(directory, whole)
-    policy.tokenizer.tokenizer.save(str(directory / "tokenizer.json"))
-    norm = {"mean": [config.dino_mean, (0.5,) * 3], "std": [config.dino_std, (0.5,) * 3]}
-    pixels = [{"inplace": False, "mean": list(norm["mean"][i]), "std": list(norm["std"][i])} for i in range(2)]
-    text = {
-        "model_type": "llama", "hidden_size": config.llama.width, "num_hidden_layers": config.llama.layers, "num_attention_heads": config.llama.heads,
-        "intermediate_size": config.llama.ffn, "vocab_size": config.llama.vocab, "num_key_value_heads": config.llama.kv_heads or config.llama.heads,
-        "rms_norm_eps": config.llama.rms_eps, "rope_theta": config.llama.rope_theta, "pad_token_id": policy.tokenizer.pad,
-    }  # fmt: skip
-    released = (config.dino, config.siglip) == (OPENVLA_OFT.dino, OPENVLA_OFT.siglip)
-    towers = {"timm_model_ids": _TIMM} if released else {"worldenv_towers": [asdict(config.dino), asdict(config.siglip)]}
-    statistics = {"action": _stated(policy.statistics.action), "proprio": _stated(policy.statistics.proprio)}
-    files = {
-        "preprocessor_config.json": {"tvf_normalize_params": pixels, "input_sizes": [[3, config.image, config.image]] * 2},
-        "dataset_statistics.json": {policy.statistics.source: statistics},
-        "config.json": {
-            "model_type": "openvla", "architectures": ["OpenVLAForActionPrediction"], "text_config": text, "use_fused_vision_backbone": True,
-            "image_sizes": [config.image, config.image], "norm_stats": {policy.statistics.source: statistics}, **towers,
-        },
-    }  # fmt: skip
-    if adapter is not None:
-        adapter.write(directory / "lora_adapter")
-    for name, content in files.items():
-        checkpoint.write_text(directory / name, json.dumps(content, indent=2))
-
-
-def _write_shards(directory: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """In the order of names, a file of at most 5 GB after another, the index last."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name in sorted(state):
-        size += state[name].nbytes
-        if size > _SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = state[name].nbytes
-        shards[-1][name] = state[name].contiguous()
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        checkpoint.write_tensors(directory / name, shard, {"format": "pt"})
-    place = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
-    checkpoint.write_text(directory / "model.safetensors.index.json", json.dumps({"metadata": total, "weight_map": place}, indent=2))

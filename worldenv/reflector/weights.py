@@ -49,21 +49,11 @@ def initialise(config: ReflectorConfig, instructions: Sequence[str], seed: int) 
 
 
 def load_judge(path: Path) -> LlavaReflector | ClassifierReflector:
-    """What the stage reward left in `path`, on the CPU, whichever judge that is. Errors as in `load`."""
+    """What the stage reward left in `path`, on the CPU, whichever judge that is. Raises CheckpointError, which names the file and the cure."""
     tree = checkpoint.load(path)
     if isinstance(tree, dict) and tree.get("kind") == classifier.KIND:
         return classifier.from_tree(tree, str(path))
     return from_tree(tree, str(path))
-
-
-def save(path: Path, reflector: LlavaReflector) -> str:
-    """Write the whole reflector, tokenizer and config included, to one file; returns its SHA-256."""
-    return checkpoint.save(path, to_tree(reflector))
-
-
-def load(path: Path) -> LlavaReflector:
-    """The reflector in `path`, on the CPU. Raises ReflectorError or CheckpointError, which name the file and the cure."""
-    return from_tree(checkpoint.load(path), str(path))
 
 
 def to_tree(reflector: LlavaReflector) -> dict[str, Any]:
@@ -170,13 +160,3 @@ def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = 
     if numbers != {"video": prompt.video, "image": prompt.image}:
         raise ReflectorError(f"{directory}/tokenizer.json: <video> {prompt.video}, <image> {prompt.image}; config.json says {numbers}")
     return LlavaReflector(config, Llava(model, prompt), None).freeze()
-
-
-def save_directory(directory: Path, reflector: LlavaReflector) -> None:
-    """Write the backbone as a directory that `open_directory` and transformers read; the head is not part of it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    reflector.llava.model.save_pretrained(directory)
-    reflector.llava.prompt.tokenizer.save(str(directory / "tokenizer.json"))
-    side = {"height": reflector.config.image, "width": reflector.config.image}
-    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": side, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3}
-    checkpoint.write_text(directory / "preprocessor_config.json", json.dumps(pixels, indent=2))

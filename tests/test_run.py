@@ -295,10 +295,13 @@ def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_pat
 
 @pytest.mark.parametrize(
     ("stage", "section", "field"),
-    [("demos", "demos", "source"), ("sft", "sft", "start"), ("world", "world", "initial"), ("reward", "reward", "start")],
+    [("demos", "demos", "source"), ("sft", "sft", "start"), ("world", "world", "initial"), ("world", "world", "clip"), ("reward", "reward", "start")],
 )
 def test_what_the_user_brings_and_is_not_there_is_named_before_any_work(stage, section, field, tmp_path):
-    settings = changed(dataclasses.replace(presets.TINY, device="cpu"), f"{section}.{field}", str(tmp_path / "nowhere"))
+    settings = dataclasses.replace(presets.TINY, device="cpu")
+    if field == "clip":
+        settings = changed(settings, "world.initial", str(tmp_path))
+    settings = changed(settings, f"{section}.{field}", str(tmp_path / "nowhere"))
     with pytest.raises(RunError, match=rf"{section}\.{field}=.*nowhere.*stage {stage} begins from it.*--{section}\.{field}"):
         train.train(tmp_path / "run", settings)
     assert not (tmp_path / "run").exists()

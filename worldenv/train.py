@@ -117,14 +117,15 @@ def _want_brought(settings: RunConfig, names: Sequence[str]) -> None:
             "explore.source: env.name=recorded has nothing to explore: run --until scale, let its policy act on the robot, record and label that, "
             "then go on with that folder (--explore.source; docs/own-robot.md)"
         )
-    brought = {
-        "demos": ("demos.source", settings.demos.source),
-        "sft": ("sft.start", settings.sft.start),
-        "explore": ("explore.source", settings.explore.source),
-        "world": ("world.initial", settings.world.initial),
-        "reward": ("reward.start", settings.reward.start),
-    }
-    for stage, (name, path) in brought.items():
+    brought = (
+        ("demos", "demos.source", settings.demos.source),
+        ("sft", "sft.start", settings.sft.start),
+        ("explore", "explore.source", settings.explore.source),
+        ("world", "world.initial", settings.world.initial),
+        ("world", "world.clip", settings.world.clip),
+        ("reward", "reward.start", settings.reward.start),
+    )
+    for stage, name, path in brought:
         if stage in names and path and not Path(path).exists():
             raise RunError(f"{name}={path!r}: nothing is there, and stage {stage} begins from it; say where it lies (--{name})")
     if settings.env.recorded:

@@ -23,6 +23,7 @@ from worldenv.rollout.collect import Flights, Replica, Schedule, placement
 from worldenv.world import ImaginedWorld
 
 LIMIT = PAPER.env.steps
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_paper_on_eight_h20() -> None:
@@ -125,6 +126,21 @@ def _text(config: object) -> float:
     geometry = reflector._geometry(flops.INSTRUCTION)
     tokens = geometry.before + reflector.config.frames * geometry.frame + geometry.question
     return tokens * geometry.token_flops + tokens**2 * geometry.pair_flops
+
+
+def test_what_is_documented_is_what_is_planned() -> None:
+    """Rows of docs/paper.md's first table, the rows that are kept of them, and this code agree."""
+    page = (ROOT / "docs" / "paper.md").read_text()
+    kept = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "plan.jsonl").read_text().splitlines()]
+    assert len(kept) == 4
+    for record in kept:
+        (row,) = record["rows"]
+        args = PlanArgs(gpus=row["gpus"], gpu=row["gpu"], sampler=row["sampler"], rollouts=64, slots=row["iteration_slots"])
+        _, now = plan(args)
+        for name in ("iteration_s", "update_s", "hours", "batches"):
+            assert row[name] == (now[name] if name == "batches" else pytest.approx(now[name], rel=0.005)), name
+        assert f"| {row['iteration_s']:.0f} s | {row['update_s']:.0f} s | {row['hours']:.1f} h |" in page
+        assert row["steady_rollouts"] >= 4096
 
 
 def test_stages_disk_and_memory_are_the_settings_sums() -> None:

@@ -36,7 +36,7 @@ $(VENV)/packages.stamp: constraints.txt pyproject.toml .ci/system-packages
 	touch $@
 
 $(VENV)/extension.stamp: $(VENV)/packages.stamp CMakeLists.txt $(filter-out csrc/tests/%,$(CPP)) $(PACKAGES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -C cmake.define.WORLDENV_WERROR=ON -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 # LIBERO and robosuite declare packages that would replace torch and OpenCV, and that they do not import: they come without, and the extra has the rest

@@ -15,8 +15,8 @@ from worldenv.config import RunConfig
 
 _LEARNING = 3
 """Forward passes that a training step takes: one, and two back; one more where activations are computed again."""
-_HELD_OUT_SCORED = 3
-"""How often stage reward scores all held-out episodes: true frames twice, imagined ones once."""
+_HELD_OUT_SCORED = 2
+"""How often stage reward scores all held-out episodes: true frames and imagined ones."""
 _HELD_OUT_IMAGINED = 1
 """How often stage eval imagines them."""
 _POLICIES = 2
@@ -56,25 +56,31 @@ def _kept_policies(settings: RunConfig) -> int:
     return loop.iterations // loop.snapshot_every if loop.snapshot_every else 0
 
 
+def _curve_episodes(settings: RunConfig) -> int:
+    """Of the policies between the first and the last: these two are evaluated anyway."""
+    loop = settings.loop
+    return (loop.iterations - 1) // loop.snapshot_every * settings.eval.curve_episodes if loop.snapshot_every else 0
+
+
 def stage_costs(settings: RunConfig, found: Counts) -> Iterator[StageCost]:
     """In the order of a run. Every episode is as long as the limit: demonstrations are shorter, training may stop before its last step."""
     sft, world, chunks = settings.sft, settings.world, len(found.judged)
     held_out = max(1, round(settings.explore.held_out * settings.explore.episodes))
     imagined, scored = chunks * found.imagined(settings.simulator.denoise_steps), sum(found.judged)
     shown = _POLICIES * settings.eval.episodes
-    acted = shown + (1 + _kept_policies(settings)) * settings.eval.curve_episodes
+    acted = shown + _curve_episodes(settings)
     passes = _LEARNING + sft.gradient_checkpointing, _LEARNING + world.gradient_checkpointing
     yield StageCost("sft", f"at most {sft.steps} steps", sft.steps * sft.batch * passes[0] * found.query, shared=True)
     pictures = 2 * _episodes(settings) * (settings.env.steps + 1)
     yield StageCost("world", "frames and action maps encoded, by each process all", pictures * found.picture, float32=True)
     steps = world.steps * world.batch * (passes[1] * found.step + found.tokens)
     yield StageCost("world", f"at most {world.steps} steps", steps, shared=True)
-    yield StageCost("reward", f"{_episodes(settings)} episodes imagined", _episodes(settings) * imagined, float32=True)
+    yield StageCost("reward", f"{_episodes(settings)} episodes imagined", _episodes(settings) * imagined, shared=True)
     yield StageCost("reward", f"{settings.reward.embeddings} embeddings", settings.reward.embeddings * found.embedding)
     yield StageCost("reward", f"{held_out} held-out episodes scored {_HELD_OUT_SCORED} times", _HELD_OUT_SCORED * held_out * scored)
-    yield StageCost("eval", f"{shown} episodes scored", shown * scored)
+    yield StageCost("eval", f"{shown} episodes scored, each to its end", shown * scored, shared=True)
     yield StageCost("eval", f"{acted} episodes acted", acted * chunks * found.query)
-    yield StageCost("eval", f"{held_out} held-out episodes imagined", _HELD_OUT_IMAGINED * held_out * imagined, float32=True)
+    yield StageCost("eval", f"{held_out} held-out episodes imagined", _HELD_OUT_IMAGINED * held_out * imagined, shared=True)
     replays = _POLICIES * settings.report.replays
     yield StageCost("eval", f"{replays} replays scored", replays * scored)
     yield StageCost("eval", f"{replays} replays imagined", replays * (imagined + scored + chunks * found.query), shared=True)
@@ -84,10 +90,9 @@ def environment_steps(settings: RunConfig) -> dict[str, int]:
     """Control steps that the true environment makes, by stage; of explore's and of eval's shown episodes every frame is drawn, of the curve one in a
     chunk."""
     limit, evaluated = settings.env.steps, settings.eval
-    curve = (1 + _kept_policies(settings)) * evaluated.curve_episodes
     return {
         "explore": settings.explore.episodes * limit,
-        "eval": (_POLICIES * (evaluated.episodes + settings.report.replays) + curve) * limit,
+        "eval": (_POLICIES * (evaluated.episodes + settings.report.replays) + _curve_episodes(settings)) * limit,
     }
 
 

@@ -17,16 +17,19 @@ MOST_SHAPES = 32
 """Graphs kept; each holds memory for its inputs and outputs. Shapes beyond these run as they are."""
 _CAPTURING = threading.Lock()
 """One capture at a time in a process, as torch asks for."""
-_Captured = tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...], Any]
+_Captured = tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...], Any, Callable[..., Any]]
+"""A graph, its inputs and outputs, and the call that it was captured from: what that holds must live as long."""
 
 
 class Replayed:
     """`call` on CUDA, from a graph where its shapes have come up before. Outputs are copies: the next replay does not overwrite them."""
 
-    def __init__(self, call: Callable[..., Any], few: bool) -> None:
+    def __init__(self, call: Callable[..., Any], few: bool, own: Callable[[], Callable[..., Any]] | None = None) -> None:
         """Unless `few` shapes come up (`EngineRecipe.few`), all calls are made as they are: each graph would hold a copy of what a language model is
-        given, hundreds of megabytes of keys and values, for a length that hardly comes up again."""
-        self._call, self._lock = call, threading.Lock()
+        given, hundreds of megabytes of keys and values, for a length that hardly comes up again. Where a call has state that a graph does not share,
+        `own` makes another one for each graph.
+        """
+        self._call, self._own, self._lock = call, own, threading.Lock()
         self._most = MOST_SHAPES if few else 0
         self._graphs: dict[tuple[Any, ...], _Captured | None] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -56,7 +59,7 @@ class Replayed:
         captured = self._graphs.get(key)
         if captured is None:
             return self._call(*given)
-        graph, inputs, outputs = captured
+        graph, inputs, outputs, _ = captured
         for own, new in zip(inputs, given, strict=True):
             own.copy_(new)
         graph.replay()
@@ -68,19 +71,20 @@ class Replayed:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
         side, inputs = self._stream, tuple(one.clone() for one in given)
+        call = self._call if self._own is None else self._own()
         side.wait_stream(present)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                self._call(*inputs)
+                call(*inputs)
         present.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: workers of other GPUs allocate meanwhile
             with _CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                outputs = self._call(*inputs)
+                outputs = call(*inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(present)  # a capture that fails at its end leaves its own stream behind
             shapes = ", ".join(str(tuple(one.shape)) for one in given)
             warnings.warn(f"inputs {shapes} run without a CUDA graph: {said(error)[0]}", RuntimeWarning, stacklevel=3)
             return None
-        return graph, inputs, outputs
+        return graph, inputs, outputs, call

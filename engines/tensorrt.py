@@ -8,10 +8,11 @@ Networks are strongly typed: precisions are those of the graph, which `export.pr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ PLAN, LOG, TIMING = "plan.engine", "plan.log", "timing.cache"
 FULL, RTX = "tensorrt", "tensorrt_rtx"
 OPSET = 20
 _WORKSPACE = 8 * 2**30
+_ALIGNED = 256
+"""Of every address that a context is given [bytes]; none may be null, not even of a tensor without values (NvInferRuntime.h)."""
 _TYPES = {"FLOAT": torch.float32, "BF16": torch.bfloat16, "HALF": torch.float16, "INT64": torch.int64, "INT32": torch.int32, "BOOL": torch.bool}
 
 
@@ -45,7 +48,7 @@ def missing_library(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        cure = "pip install tensorrt-rtx-cu13" if name == RTX else "install NVIDIA's TensorRT 10 or later, with its Python package"
+        cure = "pip install tensorrt-rtx-cu13" if name == RTX else "install NVIDIA's TensorRT 10.1 or later, with its Python package"
         return f"{name}: {error}: {cure}"
     return None
 
@@ -136,7 +139,11 @@ def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path,
 
 
 class TensorRT:
-    """See `Engine`. One execution context, from CUDA graphs where shapes come up again."""
+    """See `Engine`. From CUDA graphs where few shapes come up, each of an execution context of its own: another shape set there would change what
+    the graph was captured from. Contexts share one memory for activations, since one runs at a time (`Replayed`).
+
+    TensorRT for RTX is not captured: its plans would have to leave all memory to us, and it exchanges kernels after the first calls.
+    """
 
     def __init__(self, name: str, plan: Path, recipe: EngineRecipe, device: torch.device) -> None:
         trt = library(name)
@@ -146,20 +153,38 @@ class TensorRT:
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
             raise EngineError(f"{recipe.name}: {name} does not load {plan}: {'; '.join(self._said[-2:]) or 'no GPU, or a plan of another version'}")
-        self._context = self._engine.create_execution_context()
-        self._call = Replayed(self._run, self.recipe.few)
+        self._nothing = torch.empty(_ALIGNED, dtype=torch.uint8, device=device)
+        self._captures = name == FULL and recipe.few
+        self._scratch = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device=device) if self._captures else None
+        self._call = self._begun()
 
-    def _run(self, *given: torch.Tensor) -> Any:
+    def _begun(self) -> Replayed:
+        return Replayed(self._on_context(), self._captures, self._on_context)
+
+    def _on_context(self) -> Callable[..., Any]:
+        """A call with a context of its own. EngineError where there is no room for one."""
+        if self._scratch is None:
+            context = self._engine.create_execution_context()
+        else:
+            context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise EngineError(f"{self.recipe.name}: {self.back_end} makes no execution context: {'; '.join(self._said[-2:]) or 'out of memory'}")
+        if self._scratch is not None:
+            context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        return functools.partial(self._run, context)
+
+    def _run(self, context: Any, *given: torch.Tensor) -> Any:
+        given = tuple(one.clone() if one.data_ptr() % _ALIGNED else one for one in given)  # a view may begin anywhere
         for binding, tensor in zip(self.recipe.inputs, given, strict=True):
-            self._context.set_input_shape(binding.name, tuple(tensor.shape))
-            self._context.set_tensor_address(binding.name, tensor.data_ptr())
+            context.set_input_shape(binding.name, tuple(tensor.shape))
+            context.set_tensor_address(binding.name, (tensor if tensor.numel() else self._nothing).data_ptr())
         made = []
         for name in (f"out_{one}" for one in self.recipe.outputs):
             kind = _TYPES[str(self._engine.get_tensor_dtype(name)).rpartition(".")[2]]
-            out = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=kind, device=self._device)
-            self._context.set_tensor_address(name, out.data_ptr())
+            out = torch.empty(tuple(context.get_tensor_shape(name)), dtype=kind, device=self._device)
+            context.set_tensor_address(name, (out if out.numel() else self._nothing).data_ptr())
             made.append(out)
-        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+        if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise EngineError(f"{self.recipe.name}: {self.back_end} did not run: {'; '.join(self._said[-2:])}")
         return made[0] if len(made) == 1 else tuple(made)
 
@@ -169,15 +194,14 @@ class TensorRT:
         return self._call(*(one.contiguous() for one in given))
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """See `Engine`. The context is made anew: a captured graph may hold copies of the old weights."""
+        """See `Engine`. Contexts are made anew: a captured graph may hold copies of the old weights."""
         trt = self._trt
         torch.cuda.synchronize(self._device)
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         kinds = {kind: getattr(trt.DataType, name) for name, kind in _TYPES.items() if hasattr(trt.DataType, name)}
         named = {name: trt.Weights(kinds[one.dtype], one.data_ptr(), one.numel()) for name, one in held.items()}
         refit_tensorrt(self.recipe.name, trt.Refitter(self._engine, self._logger), named)
-        self._context = self._engine.create_execution_context()
-        self._call = Replayed(self._run, self.recipe.few)
+        self._call = self._begun()
 
 
 def requires() -> str | None:

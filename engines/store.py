@@ -3,6 +3,7 @@
     ROOT/index.json             what there is, how large, and when it was used last; made anew from the plans where it is damaged
     ROOT/plans/KEY/...          a plan's files, its parity.json, and manifest.json with their SHA-256, which is written last
     ROOT/locks/KEY              held by the one process that builds KEY; the others wait, and then find it there
+    ROOT/locks/KEY.used         shared by all stores that have handed KEY out, in whatever process: who throws plans away passes it over
 
 KEY is the SHA-256 of everything that decides a plan's bytes (`Wanted`), so that a plan of other weights, another version or another
 architecture has another name, and is never found.
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from worldenv import checkpoint, console
 from worldenv.engines.recipe import EngineError
@@ -72,9 +73,12 @@ class Store:
     """A folder of plans."""
 
     def __init__(self, root: Path, limit_bytes: int = 20 * 2**30) -> None:
-        """`limit_bytes`: after a build, plans used longest ago are removed until the rest fit [bytes]; never those that this store has handed out."""
+        """`limit_bytes`: after a build, plans used longest ago are removed until the rest fit [bytes]; never those that a store has handed out and
+        not released, for as long as it lives.
+        """
         self.root, self.limit = root, limit_bytes
-        self._in_use: set[str] = set()
+        self._in_use: dict[str, TextIO] = {}
+        """What keeps the plans that were handed out: their locks."""
         self._told = False
 
     def folder(self, key: str) -> Path:
@@ -86,29 +90,35 @@ class Store:
 
         Raises EngineError where the disk is full; whatever `build` raises leaves nothing behind.
         """
-        with self._locked(f"locks/{wanted.key}"):
-            if self.folder(wanted.key).exists():
-                try:
-                    plan = self.read(wanted.key)
-                    self._in_use.add(plan.key)
-                    self._note(plan)
-                    return plan
-                except EngineError as error:
-                    console.say(f"engines: {error}; it is built anew")
-                    shutil.rmtree(self.folder(wanted.key))
-            plan = self._build(wanted, build)
-            self._in_use.add(plan.key)
+        with self._locked(f"locks/{wanted.key}"), contextlib.ExitStack() as stack:
+            if wanted.key not in self._in_use:  # before it is looked for: else it may be thrown away while it is read
+                self._in_use[wanted.key] = self._opened(f"locks/{wanted.key}.used")
+                stack.callback(self.release, wanted.key)
+                fcntl.flock(self._in_use[wanted.key], fcntl.LOCK_SH)
+            plan = self._found(wanted.key)
+            built = plan is None
+            plan = plan or self._build(wanted, build)
             self._note(plan)
-            self.gc()
+            if built:
+                self.gc()
+            stack.pop_all()
             return plan
+
+    def _found(self, key: str) -> Plan | None:
+        """Plan `key`, if it is there; one that is damaged is said, and is not there any more."""
+        if not self.folder(key).exists():
+            return None
+        try:
+            return self.read(key)
+        except EngineError as error:
+            console.say(f"engines: {error}; it is built anew")
+            shutil.rmtree(self.folder(key))
+            return None
 
     def release(self, key: str) -> None:
         """Plan `key`, which was handed out, is not used any more: it may go where there is no room."""
-        self._in_use.discard(key)
-
-    def find(self, wanted: Wanted) -> Plan | None:
-        """The plan that is wanted, if it is there; EngineError where it is damaged."""
-        return self.read(wanted.key) if self.folder(wanted.key).exists() else None
+        if (lock := self._in_use.pop(key, None)) is not None:
+            lock.close()
 
     def _build(self, wanted: Wanted, build: Callable[[Path], None]) -> Plan:
         part = self.root / "plans" / f".{wanted.key}.{os.getpid()}@{platform.node()}.part"
@@ -147,11 +157,12 @@ class Store:
         size = 0
         for name, digest in files.items():
             path = folder / name
-            if not path.is_file():
-                raise EngineError(f"{path}: missing")
-            if checkpoint.file_hash(path) != digest:
-                raise EngineError(f"{path}: truncated or damaged, its checksum is not the one that it was built with")
-            size += path.stat().st_size
+            try:
+                if checkpoint.file_hash(path) != digest:
+                    raise EngineError(f"{path}: truncated or damaged, its checksum is not the one that it was built with")
+                size += path.stat().st_size
+            except OSError as error:  # also of a plan that was thrown away since its manifest was read
+                raise EngineError(f"{path}: missing ({error.strerror})") from error
         return Plan(key, folder, wanted, size, seconds)
 
     def write_parity(self, key: str, found: Mapping[str, Any]) -> None:
@@ -223,8 +234,8 @@ class Store:
     def gc(self, limit_bytes: int | None = None) -> list[str]:
         """Remove plans used longest ago until the rest fit, and whatever a killed build of this machine left. Returns the keys of what went.
 
-        What this store has handed out stays, whatever the limit: a run would else build again what it is using. That the limit is too small is
-        said once.
+        What stores have handed out, here or in another process, stays, whatever the limit: a run would else build again what it is using, or find
+        nothing where its plan was. That the limit is too small for this store's own is said once.
         """
         limit, gone = self.limit if limit_bytes is None else limit_bytes, []
         if not (self.root / "plans").is_dir():
@@ -237,11 +248,9 @@ class Store:
             entries = self.index()
             total = sum(int(one["bytes"]) for one in entries.values())
             for key, one in sorted(entries.items(), key=lambda item: float(item[1]["used"])):
-                if total <= limit or key in self._in_use:
-                    continue
-                shutil.rmtree(self.folder(key))
-                total -= int(one["bytes"])
-                gone.append(key)
+                if total > limit and self.remove(key):
+                    total -= int(one["bytes"])
+                    gone.append(key)
             self._write_index({key: one for key, one in entries.items() if key not in gone})
         used = sum(int(one["bytes"]) for key, one in entries.items() if key in self._in_use)
         if used > limit and not self._told:
@@ -252,15 +261,24 @@ class Store:
             )
         return gone
 
-    def remove(self, key: str) -> None:
-        """Plan `key`, whatever is left of it."""
-        shutil.rmtree(self.folder(key), ignore_errors=True)
+    def remove(self, key: str) -> bool:
+        """Throw plan `key` away, whatever is left of it. Returns whether it went: not where a store has it handed out."""
+        with self._opened(f"locks/{key}.used") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            shutil.rmtree(self.folder(key), ignore_errors=True)
+        return True
+
+    def _opened(self, name: str) -> TextIO:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w")
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as lock:
+        with self._opened(name) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

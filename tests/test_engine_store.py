@@ -8,10 +8,12 @@ import json
 import multiprocessing
 import os
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 
+from worldenv import checkpoint
 from worldenv.engines import store as stores
 from worldenv.engines.recipe import EngineError
 from worldenv.engines.store import Store, Wanted
@@ -228,10 +230,88 @@ def test_plans_in_use_are_kept_even_where_they_are_too_large(tmp_path: Path, cap
     assert store.gc() == [wanted[0].key]
 
 
+def _uses(root: Path, ready: Event, done: Event, path: Path) -> None:
+    store = Store(root)
+    plan = store.get(WANTED, refuses)
+    ready.set()
+    done.wait(60)
+    assert (plan.folder / "plan").read_bytes() == b"machine code"
+    store.release(plan.key)
+    path.touch()
+    ready.wait(60)
+    os._exit(0)
+
+
+def test_a_plan_that_another_process_was_handed_stays_until_it_is_released(tmp_path: Path) -> None:
+    """Neither a build in this process, nor `worldenv-engine gc` or `verify --remove`, throws it away; a process that is gone holds nothing."""
+    root, released = tmp_path / "store", tmp_path / "released"
+    Store(root).get(WANTED, writes(b"machine code"))
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    worker = context.Process(target=_uses, args=(root, ready, done, released))
+    worker.start()
+    assert ready.wait(60)
+    mine = Store(root, limit_bytes=1)
+    mine.get(dataclasses.replace(WANTED, weights="others"), writes(b"x" * 100))
+    assert mine.gc(limit_bytes=0) == []
+    assert not mine.remove(WANTED.key)
+    assert mine.folder(WANTED.key).is_dir()
+    ready.clear()
+    done.set()
+    for _ in range(600):
+        if released.exists():
+            break
+        time.sleep(0.05)
+    assert mine.gc(limit_bytes=0) == [WANTED.key]
+    ready.set()
+    worker.join(60)
+    assert worker.exitcode == 0
+    other = context.Process(target=_dies, args=(root,))
+    other.start()
+    other.join(60)
+    assert other.exitcode == 9
+    assert mine.gc(limit_bytes=0) == [WANTED.key]
+
+
+def _dies(root: Path) -> None:
+    store = Store(root)
+    store.get(WANTED, writes(b"machine code"))
+    os._exit(9)
+
+
+def test_a_plan_that_is_thrown_away_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, hashed = Store(tmp_path), checkpoint.file_hash
+    plan = store.get(WANTED, writes(b"machine code"))
+    store.release(plan.key)
+
+    def gone(path: Path) -> str:
+        assert Store(tmp_path).remove(plan.key)
+        return hashed(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "file_hash", gone)
+        with pytest.raises(EngineError, match=r"plan: missing \(No such file"):
+            store.read(plan.key)
+    plan = store.get(WANTED, writes(b"machine code"))
+    asked: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "file_hash", lambda path: (asked.append(Store(tmp_path).remove(plan.key)), hashed(path))[1])
+        assert Store(tmp_path).get(WANTED, refuses).key == plan.key  # held before it is read
+    assert asked == [False]
+
+
+def test_a_build_that_fails_holds_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(EngineError):
+        store.get(WANTED, lambda folder: None)
+    assert Store(tmp_path).remove(WANTED.key)
+
+
 def test_a_parity_is_not_kept_without_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another process may have thrown the plan away: what would be left is no damaged plan."""
     store = Store(tmp_path)
     plan = store.get(WANTED, writes(b"machine code"))
+    store.release(plan.key)
     Store(tmp_path).gc(limit_bytes=0)
     store.write_parity(plan.key, {"passed": True})
     assert store.keys() == []

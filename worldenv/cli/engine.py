@@ -164,10 +164,11 @@ def verify(args: VerifyArgs) -> int:
         try:
             store.read(key)
         except EngineError as error:
-            print(f"worldenv-engine: {error}{'; removed' if args.remove else '; --remove removes it'}", file=sys.stderr)
+            if not store.folder(key).exists():  # another process has thrown it away
+                continue
+            then = "--remove removes it" if not args.remove else "removed" if store.remove(key) else "a run is using it: left"
+            print(f"worldenv-engine: {error}; {then}", file=sys.stderr)
             damaged.append(key)
-            if args.remove:
-                store.remove(key)
     print(json.dumps({"plans": len(keys), "damaged": damaged}))
     return 1 if damaged else 0
 

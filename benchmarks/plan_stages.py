@@ -77,7 +77,7 @@ def stage_costs(settings: RunConfig, found: Counts) -> Iterator[StageCost]:
     yield StageCost("world", f"at most {world.steps} steps", steps, shared=True)
     yield StageCost("reward", f"{_episodes(settings)} episodes imagined", _episodes(settings) * imagined, shared=True)
     yield StageCost("reward", f"{settings.reward.embeddings} embeddings", settings.reward.embeddings * found.embedding)
-    yield StageCost("reward", f"{held_out} held-out episodes scored {_HELD_OUT_SCORED} times", _HELD_OUT_SCORED * held_out * scored)
+    yield StageCost("reward", f"{held_out} held-out episodes scored {_HELD_OUT_SCORED} times", _HELD_OUT_SCORED * held_out * scored, shared=True)
     yield StageCost("eval", f"{shown} episodes scored, each to its end", shown * scored, shared=True)
     yield StageCost("eval", f"{acted} episodes acted", acted * chunks * found.query)
     yield StageCost("eval", f"{held_out} held-out episodes imagined", _HELD_OUT_IMAGINED * held_out * imagined, shared=True)

@@ -52,12 +52,12 @@ def test_it_keeps_the_contract_and_remembers_nothing() -> None:
 def test_it_learns_and_is_measured_as_the_other_judge_is(tmp_path: Path) -> None:
     judge = fresh()
     metrics = train_classifier(judge, TRAIN, QUICK, 0, Savepoint(tmp_path / "fit"))
-    scores = score(judge, HELD_OUT)
+    scores = score([judge], HELD_OUT)
     found = measure(scores, HELD_OUT, 0.5)
     json.dumps({**metrics, **found}, allow_nan=False)
     assert found["auc"] > 0.97
     assert found["episodes"] == 40
-    assert measure(score(fresh().freeze(), HELD_OUT), HELD_OUT, 0.5)["auc"] < 0.9
+    assert measure(score([fresh().freeze()], HELD_OUT), HELD_OUT, 0.5)["auc"] < 0.9
     assert not any(p.requires_grad for p in judge.network.parameters())
     for by in (1, -1):  # labels of another frame than the one that is shown
         late = measure(scores, [replace(one, success=np.roll(one.success, by)) for one in HELD_OUT], 0.5)
@@ -80,7 +80,7 @@ def test_its_file_says_what_it_is(tmp_path: Path) -> None:
     checkpoint.save(path, classifier.to_tree(judge))
     again = weights.load_judge(path)
     assert isinstance(again, ClassifierReflector)
-    for one, other in zip(score(judge, HELD_OUT[:3]), score(again.freeze(), HELD_OUT[:3]), strict=True):
+    for one, other in zip(score([judge], HELD_OUT[:3]), score([again.freeze()], HELD_OUT[:3]), strict=True):
         assert np.array_equal(one, other)
     with pytest.raises(CheckpointError, match="no frame classifier"):
         classifier.from_tree({"kind": "else"}, "here")

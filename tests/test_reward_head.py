@@ -138,7 +138,7 @@ def test_nothing_to_learn_from_is_said() -> None:
 
 def test_the_stage_learns_and_its_metrics_are_json(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
     judge, metrics = trained
-    found = measure(score(judge, HELD_OUT), HELD_OUT, 0.5)
+    found = measure(score([judge], HELD_OUT), HELD_OUT, 0.5)
     json.dumps({**metrics, **found}, allow_nan=False)
     assert found["auc"] > 0.998
     assert found["recall"] > 0.97
@@ -147,13 +147,13 @@ def test_the_stage_learns_and_its_metrics_are_json(trained: tuple[LlavaReflector
     assert metrics["embeddings"] == 300
     assert metrics["train_episodes"] == 80
     headless = LlavaReflector(judge.config, judge.llava, None)
-    assert measure(score(headless, HELD_OUT), HELD_OUT, 0.5)["auc"] > 0.95
+    assert measure(score([headless], HELD_OUT), HELD_OUT, 0.5)["auc"] > 0.95
     assert not any(p.requires_grad for p in judge.llava.parameters())
 
 
 def test_labels_that_are_a_frame_late_are_seen(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
     """What a reflector and labels that are a frame apart look like: the test above would fail."""
-    scores = score(trained[0], HELD_OUT)
+    scores = score([trained[0]], HELD_OUT)
     for by in (1, -1):
         shifted = measure(scores, [replace(one, success=np.roll(one.success, by)) for one in HELD_OUT], 0.5)
         assert shifted["auc"] < 0.998
@@ -234,7 +234,7 @@ def test_a_published_backbone_stays_as_it_is_and_gets_a_head(tmp_path: Path) -> 
     assert all(torch.equal(tensor.bfloat16(), theirs[name]) for name, tensor in source.llava.state_dict().items())
     assert stage.metrics["head"]["embeddings"] == 20
     again = weights.from_tree(weights.to_tree(made), "here").freeze()
-    for one, other in zip(score(made, HELD_OUT[:2]), score(again, HELD_OUT[:2]), strict=True):
+    for one, other in zip(score([made], HELD_OUT[:2]), score([again], HELD_OUT[:2]), strict=True):
         assert np.array_equal(one, other)
     with pytest.raises(ValueError, match=r"reward\.start='x': of a LLaVA, but reward\.judge is classifier"):
         RewardConfig(start="x", judge="classifier")
@@ -246,12 +246,14 @@ def test_a_published_backbone_stays_as_it_is_and_gets_a_head(tmp_path: Path) -> 
 def test_scores_are_those_of_a_rollout(trained: tuple[LlavaReflector, dict[str, Any]]) -> None:
     judge, _ = trained
     mixed = [*HELD_OUT[:3], episode(500, steps=7), episode(501, steps=7)]
-    for one, row in zip(mixed, score(judge, mixed, chunk=4, batch=2), strict=True):
+    for one, row in zip(mixed, score([judge], mixed, chunk=4, batch=2), strict=True):
         want = judge.strict(one.instruction, torch.from_numpy(one.frame), range(1, len(one.frame)))
         np.testing.assert_allclose(row, want.numpy(), rtol=0, atol=1e-5)
+    for one, row in zip(score([judge], mixed, batch=2), score([judge, judge, judge], mixed, batch=2), strict=True):
+        assert np.array_equal(one, row)
     drawn = [255 - one.frame for one in mixed]
     video = torch.from_numpy(np.concatenate([mixed[0].frame[:1], drawn[0][1:]]))
-    np.testing.assert_allclose(score(judge, mixed, drawn)[0], judge.strict(mixed[0].instruction, video, range(1, 11)).numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(score([judge], mixed, drawn)[0], judge.strict(mixed[0].instruction, video, range(1, 11)).numpy(), rtol=0, atol=1e-5)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40))

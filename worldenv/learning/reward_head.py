@@ -27,6 +27,7 @@ from worldenv import console, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import RewardConfig
 from worldenv.data.episode import Episode
+from worldenv.devices import dealt
 from worldenv.learning.finite import finite
 from worldenv.learning.sft import one_cycle
 from worldenv.reflector.contract import Judge, scored
@@ -205,20 +206,24 @@ def fit_head(
 
 
 def score(
-    reflector: Judge, episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None, chunk: int = 8, batch: int = 16
+    reflectors: Sequence[Judge], episodes: Sequence[Episode], drawn: Sequence[NDArray[np.uint8]] | None = None, chunk: int = 8, batch: int = 16
 ) -> list[NDArray[np.float32]]:
-    """Scores (T,) of every episode after each of its steps, judged `chunk` frames at a time as in a rollout; `drawn` as in `Labelled`."""
-    scores: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(episodes)
+    """Scores (T,) of every episode after each of its steps, judged `chunk` frames at a time as in a rollout; `drawn` as in `Labelled`.
+
+    `reflectors` are one, on several devices, which take turns.
+    """
     lengths = [len(episode.frame) for episode in episodes]
-    for length in sorted(set(lengths)):
-        alike = [e for e in range(len(episodes)) if lengths[e] == length]
-        for some in (alike[i : i + batch] for i in range(0, len(alike), batch)):
-            true = np.stack([episodes[e].frame for e in some])
-            later = true[:, 1:] if drawn is None else np.stack([drawn[e][1:] for e in some])
-            asked = [episodes[e].instruction for e in some]
-            for e, row in zip(some, scored(reflector, asked, torch.from_numpy(true[:, 0]), torch.from_numpy(later), chunk), strict=True):
-                scores[e] = row.numpy()
-    return scores
+    alike = ([e for e in range(len(episodes)) if lengths[e] == length] for length in sorted(set(lengths)))
+    batches = (some[i : i + batch] for some in alike for i in range(0, len(some), batch))
+
+    def judged(reflector: Judge, some: list[int]) -> list[tuple[int, NDArray[np.float32]]]:
+        true = np.stack([episodes[e].frame for e in some])
+        later = true[:, 1:] if drawn is None else np.stack([drawn[e][1:] for e in some])
+        found = scored(reflector, [episodes[e].instruction for e in some], torch.from_numpy(true[:, 0]), torch.from_numpy(later), chunk)
+        return list(zip(some, found.numpy(), strict=True))
+
+    found = dict(one for some in dealt(reflectors, batches, judged) for one in some)
+    return [found[e] for e in range(len(episodes))]
 
 
 def auc(score: NDArray[np.floating[Any]], label: NDArray[np.bool_]) -> float | None:

@@ -48,14 +48,15 @@ def reward(desk: Desk, stage: Stage) -> None:
     else:
         reflector = fitted_llava(desk, stage, training, drawn)
         tree = reflectors.to_tree(reflector)
-    scores, eta = reward_head.score(reflector, held_out), reflector.config.threshold
+    checkpoint.save(stage.folder / "reflector.safetensors", tree)
+    judges = [reflector, *(desk.reflector(device) for device, parts in desk.places if "reflector" in parts and device != desk.devices[0])]
+    scores, eta = reward_head.score(judges, held_out), reflector.config.threshold
     stage.metrics |= reward_head.measure(scores, held_out, eta)
     drawn_held_out = audit.imagine_episodes(imagined().worlds, held_out, settings.loop.slots, settings.policy.chunk, "imagine held-out")
-    stage.metrics["drawn"] = reward_head.measure(reward_head.score(reflector, held_out, drawn_held_out), held_out, eta)
+    stage.metrics["drawn"] = reward_head.measure(reward_head.score(judges, held_out, drawn_held_out), held_out, eta)
     stage.metrics["engines"] = imagined().fitted.plain
     success = np.concatenate([e.success[1:] for e in held_out])
     checkpoint.save(stage.folder / "held-out.safetensors", {"score": np.concatenate(scores), "success": success})
-    checkpoint.save(stage.folder / "reflector.safetensors", tree)
 
 
 def fitted_llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: Callable[[], Drawn]) -> LlavaReflector:

@@ -107,10 +107,10 @@ def replay(
     return pairs
 
 
-def recorded(worlds: Sequence[World], reflector: Judge, episodes: Sequence[Episode], batch: int, chunk: int) -> list[Pair]:
+def recorded(worlds: Sequence[World], reflectors: Sequence[Judge], episodes: Sequence[Episode], batch: int, chunk: int) -> list[Pair]:
     """What was recorded, beside the same commands in `worlds` from the same first frames: the truth where nobody can act. As `imagine_episodes`."""
     drawn = imagine_episodes(worlds, episodes, batch, chunk, "imagine recorded")
-    imagined, true = score([reflector], episodes, drawn, chunk), score([reflector], episodes, chunk=chunk)
+    imagined, true = score(reflectors, episodes, drawn, chunk), score(reflectors, episodes, chunk=chunk)
     return [
         Pair(e.context, e.command, frames[1:], ours, e.frame[1:], theirs, e.success[1:])
         for e, frames, ours, theirs in zip(episodes, drawn, imagined, true, strict=True)

@@ -144,6 +144,10 @@ class Desk:
         """As `simulator`."""
         return reflectors.load_judge(self.run.folder("reward") / "reflector.safetensors").to(device or self.device)
 
+    def judges(self) -> list[LlavaReflector | ClassifierReflector]:
+        """The reflector, on every device that judges rollouts."""
+        return [self.reflector(device) for device, parts in self.places if "reflector" in parts]
+
     def world(self, reflector: Judge | None, simulator: Evac | None, device: torch.device | None = None, seed: int | None = None) -> ImaginedWorld:
         """Of networks that are on `device`, without one on the run's, with the noise of `seed`, without one the run's."""
         seed = self.seed if seed is None else seed

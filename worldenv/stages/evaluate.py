@@ -54,7 +54,7 @@ def _in_truth(desk: Desk, stage: Stage) -> None:
 
 def _outcomes(desk: Desk, stage: Stage) -> dict[str, evaluation.Outcomes]:
     """Of both policies from the same test states, judged on every device that judges LOOP's rollouts."""
-    settings, judges = desk.settings, [desk.reflector(device) for device, parts in desk.places if "reflector" in parts]
+    settings, judges = desk.settings, desk.judges()
     chosen, eta = evaluation.starts(desk.env, settings.eval.episodes), judges[0].config.threshold
     return {
         name: evaluation.evaluate(
@@ -108,7 +108,7 @@ def _spread(episodes: Sequence[Episode]) -> list[Episode]:
 
 
 def _recorded_pairs(desk: Desk, simulators: Imagining, episodes: Sequence[Episode]) -> list[audit.Pair]:
-    return audit.recorded(simulators.worlds, desk.reflector(), episodes, desk.settings.loop.slots, desk.settings.policy.chunk)
+    return audit.recorded(simulators.worlds, desk.judges(), episodes, desk.settings.loop.slots, desk.settings.policy.chunk)
 
 
 def _curve(desk: Desk, stage: Stage, outcomes: Mapping[str, evaluation.Outcomes]) -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ def audit_run(out: Path, name: Literal["sft", "loop"], episodes: int, device: st
     true, chunk = [pair.true for pair in pairs], settings.policy.chunk
     still = [np.broadcast_to(pair.context.frame, pair.true.shape) for pair in pairs]
     return {
-        **audit.agreement(pairs, desk.site.tasks, desk.reflector().config.threshold),
+        **audit.agreement(pairs, desk.site.tasks, desk.settings.reflector.threshold),
         "psnr_by_chunk": audit.psnr_by_chunk([pair.imagined for pair in pairs], true, chunk),
         "psnr_copy_first_by_chunk": audit.psnr_by_chunk(still, true, chunk),
     }

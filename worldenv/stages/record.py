@@ -126,7 +126,7 @@ def _notes(desk: Desk) -> list[str]:
 
 def _videos(pairs: Sequence[audit.Pair], desk: Desk) -> list[report.Video]:
     """A success, a failure, a false stop, an imagined failure that truly succeeded; then whatever comes next."""
-    eta, most = desk.reflector().config.threshold, desk.settings.report.videos
+    eta, most = desk.settings.reflector.threshold, desk.settings.report.videos
     shown = "recorded, same commands, held-out recording" if desk.settings.env.recorded else "true, same commands, training state"
 
     def kind(pair: audit.Pair) -> str:

@@ -398,6 +398,8 @@ class Evac(nn.Module):
         frames = frames.view(*latents.shape[:2], *frames.shape[1:])
         tokens = [chunk.batch.condition.image[chunk.row] for chunk in chunks]
         grown = [self._grown(chunk.memory, *one) for chunk, *one in zip(chunks, latents, tokens, strict=True)]
+        if latents.is_meta:  # where operations are counted there are no numbers
+            return frames, grown
         if not all(sound := finite.tolist()):  # asked last: a GPU is then waited for once all of the chunk is under way
             number = (len(chunks[sound.index(False)].memory.history) - self.config.memory) // self.chunk
             raise FloatingPointError(f"latents of chunk {number} are not finite; try another precision, and look at the checkpoint")

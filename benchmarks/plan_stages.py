@@ -72,7 +72,7 @@ def stage_costs(settings: RunConfig, found: Counts) -> Iterator[StageCost]:
     passes = _LEARNING + sft.gradient_checkpointing, _LEARNING + world.gradient_checkpointing
     yield StageCost("sft", f"at most {sft.steps} steps", sft.steps * sft.batch * passes[0] * found.query, shared=True)
     pictures = 2 * _episodes(settings) * (settings.env.steps + 1)
-    yield StageCost("world", "frames and action maps encoded, by each process all", pictures * found.picture, float32=True)
+    yield StageCost("world", "frames and action maps encoded", pictures * found.picture, shared=True, float32=True)
     steps = world.steps * world.batch * (passes[1] * found.step + found.tokens)
     yield StageCost("world", f"at most {world.steps} steps", steps, shared=True)
     yield StageCost("reward", f"{_episodes(settings)} episodes imagined", _episodes(settings) * imagined, shared=True)

@@ -460,5 +460,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes, "sum_up", lambda tensors: None)
     with pytest.raises(ValueError, match=r"world\.batch=4 clips over 3 processes"):
         trained_simulator(tmp_path / "savepoint")

@@ -50,7 +50,8 @@ def train(folder: Path) -> None:
     weights = {f"weight.{name}": value.contiguous() for name, value in simulator.state_dict().items()}
     losses = torch.tensor([metrics["loss"], *(loss for _, loss in metrics["held_out"])], dtype=torch.float64)
     rank = processes.rank()
-    save_file({**kept, **weights, "sizes": torch.tensor(sizes), "losses": losses}, folder / f"{rank}.safetensors")
+    encoded = {"clips.latents": clips.latents, "clips.maps": clips.maps}
+    save_file({**kept, **weights, **encoded, "sizes": torch.tensor(sizes), "losses": losses}, folder / f"{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -187,26 +187,32 @@ class Clips:
 
 @torch.no_grad()
 def encode(simulator: Evac, episodes: Sequence[Episode], camera: Camera, robot: Robot) -> Clips:
-    """`episodes` as clips; the autoencoder and its scale are final from here on."""
+    """`episodes` as clips; the autoencoder and its scale are final from here on. Of several processes each encodes a share, for all."""
     device = simulator.latent_scale.device
     arms = robot.arms_at(camera.height)[-1:]
-    latents, maps, deltas = [], [], []
+    begins = np.concatenate([[0], np.cumsum([len(episode.frame) for episode in episodes])])
+    latents, maps = torch.zeros(2, begins[-1], simulator.config.vae.z_channels, *simulator.config.latent, device=device)
+    deltas = []
     for start in (bar := console.track(0, -(-len(episodes) // _ENCODED_TOGETHER), "encode")):
         some = episodes[start * _ENCODED_TOGETHER : (start + 1) * _ENCODED_TOGETHER]
-        frames, pose, gripper = (np.concatenate([getattr(e, name) for e in some]) for name in ("frame", "pose", "gripper"))
-        latents.append(simulator.encode(simulator.picture(torch.from_numpy(frames).to(device))))
-        maps.append(simulator.encode(simulator.picture(_draw_maps(pose, gripper, camera, robot).to(device))))
         for episode in some:
             moved = action_map.deltas(episode.pose[:, None], episode.gripper[:, None], arms)
             deltas.append(np.concatenate([np.zeros((1, moved.shape[1])), moved]))
-        bar.note(frames=sum(len(one) for one in latents))
+        if start % processes.count() != processes.rank():
+            continue
+        frames, pose, gripper = (np.concatenate([getattr(e, name) for e in some]) for name in ("frame", "pose", "gripper"))
+        at = slice(begins[start * _ENCODED_TOGETHER], begins[start * _ENCODED_TOGETHER] + len(frames))
+        latents[at] = simulator.encode(simulator.picture(torch.from_numpy(frames).to(device)))
+        maps[at] = simulator.encode(simulator.picture(_draw_maps(pose, gripper, camera, robot).to(device)))
+        bar.note(frames=at.stop)
+    processes.sum_up((latents, maps))  # all but one have zeros there
     return Clips(
-        latents=torch.cat(latents),
-        maps=torch.cat(maps),
+        latents=latents,
+        maps=maps,
         deltas=torch.from_numpy(np.concatenate(deltas).astype(np.float32)).to(device),
         first=simulator.picture(torch.from_numpy(np.stack([episode.frame[0] for episode in episodes])).to(device)),
         rays=action_map.rays(camera, simulator.config.latent).to(device),
-        begins=np.concatenate([[0], np.cumsum([len(episode.frame) for episode in episodes])]),
+        begins=begins,
     )
 
 

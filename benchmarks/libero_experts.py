@@ -31,6 +31,7 @@ import torch
 from worldenv import console, noise, report
 from worldenv.benchmarks import harness
 from worldenv.cli.arguments import parse
+from worldenv.config import LIBERO_TEST_STATES
 from worldenv.envs import libero, libero_install
 from worldenv.envs.experts import libero as expert
 from worldenv.envs.experts import libero_scene
@@ -58,8 +59,8 @@ class ExpertsArgs:
     """Print the table of what is there, and nothing else."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.episodes <= libero.TEST_STATES or self.processes < 1:
-            raise ValueError(f"episodes={self.episodes}, processes={self.processes}: want 1 to {libero.TEST_STATES}, and at least 1 process")
+        if not 1 <= self.episodes <= LIBERO_TEST_STATES or self.processes < 1:
+            raise ValueError(f"episodes={self.episodes}, processes={self.processes}: want 1 to {LIBERO_TEST_STATES}, and at least 1 process")
 
 
 def version() -> str:
@@ -76,7 +77,7 @@ def version() -> str:
 
 def play(env: Libero, task: int, index: int) -> dict[str, Any]:
     """One episode from published state `index`: `steps` until the predicate holds (None: never), and whether it `stays`."""
-    manner = noise.uniform(_SEED, task * libero.TEST_STATES + index, 0, 0, noise.Stream.DEMOS, (expert.VARIATION,))
+    manner = noise.uniform(_SEED, task * LIBERO_TEST_STATES + index, 0, 0, noise.Stream.DEMOS, (expert.VARIATION,))
     env.begin(task, "test", index)
     row = {"suite": env.suite, "task": task, "index": index, "steps": None, "stays": False}
     for step in range(env.steps):

@@ -12,7 +12,7 @@ import torch
 
 from worldenv.cli import train
 from worldenv.cli.arguments import parse, value_of
-from worldenv.config import EnvConfig, RunConfig
+from worldenv.config import LIBERO_TEST_STATES, EnvConfig, RunConfig
 from worldenv.devices import device_of
 from worldenv.envs import libero, suites
 from worldenv.envs.tabletop import Tabletop
@@ -198,8 +198,8 @@ def test_tasks_and_test_states_are_those_of_the_environments() -> None:
     assert EnvConfig(test_states=7).test_starts == 7 * len(Tabletop(EnvConfig()).tasks)
     assert EnvConfig(test_states=7, tasks=(1,)).test_starts == 7
     for suite in libero.SUITES:
-        assert EnvConfig(name=suite, test_states=50).test_starts == 10 * libero.TEST_STATES
-        assert EnvConfig(name=suite, test_states=50, tasks=(9, 4)).test_starts == 2 * libero.TEST_STATES
+        assert EnvConfig(name=suite, test_states=50).test_starts == 10 * LIBERO_TEST_STATES
+        assert EnvConfig(name=suite, test_states=50, tasks=(9, 4)).test_starts == 2 * LIBERO_TEST_STATES
 
 
 def test_training_states_of_libero_are_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,6 @@ SETTLE_STEPS = 10
 """Control steps without motion, gripper opening, in which objects come to rest. Source: as `STEPS`."""
 IDLE = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 """The command of a settling step."""
-TEST_STATES = LIBERO_TEST_STATES
-"""Published initial states per task."""
 
 _TRAIN_SEED = 20250928  # training state i is drawn under seed _TRAIN_SEED + i
 _AGENTVIEW, _WRIST = "agentview", "robot0_eye_in_hand"
@@ -233,7 +231,7 @@ class Libero(GymnasiumEnv):
 
     def states(self, split: Split) -> int:
         """See `TrueEnvironment`."""
-        return self._train_states if split == "train" else TEST_STATES
+        return self._train_states if split == "train" else LIBERO_TEST_STATES
 
     def versions(self) -> dict[str, str]:
         """See `TrueEnvironment`. The renderer is "none" where nothing is drawn."""

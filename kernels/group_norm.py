@@ -58,7 +58,7 @@ def group_norm(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.T
         within = torch.addcmul(square, center, center, value=-1.0).clamp_min(0.0)
     else:
         center = x.mean(1)
-        within = (x - center[:, None]).square_().mean(1)  # one wide tensor, which the result then takes the place of
+        within = (x - center[:, None]).square_().mean(1)  # one wide tensor; with gradients two
     center, within = center.view(count, groups, -1), within.view(count, groups, -1)
     mean = center.mean(-1, keepdim=True)
     scale = torch.rsqrt((within + (center - mean).square()).mean(-1, keepdim=True).add_(eps)) * weight.view(groups, -1)

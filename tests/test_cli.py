@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from worldenv import cli
 from worldenv.cli import eval as eval_command
 from worldenv.cli import files
 from worldenv.cli import train as train_command
+from worldenv.rollout.collect import RolloutError
 
 PROGRAM = "import os, sys, worldenv.cli; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -81,19 +83,29 @@ def test_a_command_that_is_interrupted_while_it_is_imported_says_so_in_a_line(wh
 
 
 def test_a_gpu_without_room_is_one_line_with_the_cure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+    cause = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
 
-    monkeypatch.setattr(train_command.train, "train", full)
-    monkeypatch.setattr(eval_command.runner, "compare", full)
-    assert train_command.main(["--out", str(tmp_path / "run")]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"Tried to allocate 2 GiB. Go on with less at once: --resume {tmp_path / 'run'} with smaller --sft.microbatch" in said
+    def full(*_: object, **__: object) -> None:
+        raise cause
+
+    def in_a_rollout(*_: object, **__: object) -> None:
+        raise RolloutError(f"rollout 3 of group 0 (seed 0): stage denoise, chunk 1: OutOfMemoryError: {cause}") from cause
+
+    monkeypatch.setattr(eval_command, "_evaluate", full)
+    for failure in (in_a_rollout, full):
+        monkeypatch.setattr(train_command.train, "train", failure)
+        assert train_command.main(["--out", str(tmp_path / "run")]) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"Tried to allocate 2 GiB. Go on with less at once: --resume {tmp_path / 'run'} with smaller --sft.microbatch" in said
     with pytest.raises(torch.OutOfMemoryError):
         train_command.main(["--out", str(tmp_path / "run"), "--debug"])
-    assert eval_command.main(["compare", "a", "b"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    assert eval_command.main(["run", "--policy", "expert", "--out", str(tmp_path / "eval")]) == 1
+    assert re.fullmatch(r"worldenv-eval: CUDA out of memory.*2 GiB\. Another --device.*\n", capsys.readouterr().err)
+    for failed in (FloatingPointError("latents of chunk 0 are not finite"), RolloutError("rollout 3 failed")):
+        monkeypatch.setattr(eval_command, "audit_run", lambda *_, failed=failed: (_ for _ in ()).throw(failed))
+        assert eval_command.main(["audit", "a"]) == 1
+        assert capsys.readouterr().err == f"worldenv-eval: {failed}\n"
 
 
 def test_other_errors_are_shown_as_ever() -> None:

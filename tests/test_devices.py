@@ -49,6 +49,20 @@ def test_several_work_at_once_and_one_works_here() -> None:
     assert threading.get_ident() not in set(dealt("ab", range(3), lambda worker, job: threading.get_ident()))
 
 
+def test_who_stops_it_does_not_wait_for_what_is_under_way() -> None:
+    free = threading.Event()
+
+    def jobs() -> Iterator[int]:
+        yield 0
+        raise KeyboardInterrupt
+
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(dealt("ab", jobs(), lambda worker, job: free.wait(60)))
+    assert time.monotonic() - before < 30
+    free.set()
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_error_is_thrown_when_the_others_have_ended(workers: int) -> None:
     ended: list[int] = []

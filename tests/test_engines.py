@@ -331,6 +331,15 @@ def test_an_engine_that_computes_something_else_is_not_used_and_the_run_says_so_
     assert "FAILED" in choice.plain["why"]
 
 
+def test_plans_that_a_run_works_with_are_not_thrown_away(by_engines: Engined, store: Store) -> None:
+    """By `worldenv-engine gc`, or for want of room by another run: its refit may read them again."""
+    assert by_engines.fitted.store is store
+    keys = {one.plan.key for one in by_engines.fitted.choices if one.plan is not None}
+    assert len(keys) == len(by_engines.fitted.choices)
+    Store(store.root).gc(0)
+    assert all(store.folder(key).exists() for key in keys)
+
+
 def test_a_back_end_that_is_not_here_is_said_once_for_all_networks(
     eager: Plant, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -513,8 +522,10 @@ def test_a_closed_loop_whose_latents_are_not_finite_is_infinitely_far() -> None:
     network = compiled.of_simulator(simulator)[0]
     engine = Eager(lambda *given: network.eager(*given) * float("nan"), network.recipe)
     given = compiled.loop_inputs(simulator, torch.zeros(SMALL_SIMULATOR.height, SMALL_SIMULATOR.width, 3, dtype=torch.uint8))
-    found = compiled.compare_loops(simulator, [compiled.Choice(network, engine, None, None)], given)
-    assert found == dict.fromkeys(("1", "4", "16"), float("inf"))
+    far = dict.fromkeys(("1", "4", "16"), float("inf"))
+    assert compiled.compare_loops(simulator, [compiled.Choice(network, engine, None, None)], given) == far
+    next(simulator.unet.parameters()).data.fill_(float("nan"))  # then eager's are none either
+    assert compiled.compare_loops(simulator, [compiled.Choice.eager(network)], given) == far
 
 
 @pytest.mark.slow

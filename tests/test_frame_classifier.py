@@ -15,7 +15,7 @@ from worldenv import checkpoint
 from worldenv.checkpoint import CheckpointError, Savepoint
 from worldenv.config import RewardConfig
 from worldenv.learning.frame_classifier import train_classifier
-from worldenv.learning.reward_head import measure, score
+from worldenv.learning.reward_head import Labelled, measure, score
 from worldenv.reflector import classifier, weights
 from worldenv.reflector.classifier import ClassifierReflector
 from worldenv.reflector.contract import Judge
@@ -64,13 +64,16 @@ def test_it_learns_and_is_measured_as_the_other_judge_is(tmp_path: Path) -> None
         assert late["auc"] < found["auc"] - 0.01
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(QUICK, classifier_steps=6, classifier_batch=8)
     whole = fresh()
     want = train_classifier(whole, TRAIN, config, 0, Savepoint(tmp_path / "a"))
     with pytest.raises(_Killed):
         train_classifier(fresh(), TRAIN, config, 0, _KilledAfter(tmp_path / "b", 3))
     again = fresh()
+    assert train_classifier(again, TRAIN, config, 0, Savepoint(tmp_path / "b")) == want
+    monkeypatch.setattr(Labelled, "draw", lambda *_: pytest.fail("trained again"))
+    again = fresh()  # killed while it was measured
     assert train_classifier(again, TRAIN, config, 0, Savepoint(tmp_path / "b")) == want
     assert all(torch.equal(a, b) for a, b in zip(whole.network.state_dict().values(), again.network.state_dict().values(), strict=True))
 

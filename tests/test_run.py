@@ -277,7 +277,7 @@ def test_what_loop_has_done_is_kept_where_networks_move(tmp_path):
         assert stage.savepoint("x").load() == {"step": 5}
 
 
-@pytest.mark.parametrize("name", ["loop", "eval"])
+@pytest.mark.parametrize("name", ["reward", "loop", "eval"])
 def test_a_placement_that_cannot_be_had_is_refused_before_any_work(name, tmp_path):
     settings = dataclasses.replace(presets.TINY, device="cpu")
     Run(tmp_path, settings)._lock.close()

@@ -345,15 +345,15 @@ def loop_histories(simulator: Evac, given: LoopInputs) -> dict[int, torch.Tensor
 def compare_loops(simulator: Evac, choices: Sequence[Choice], given: LoopInputs) -> dict[str, float]:
     """Relative L2 distance of the latents that a closed loop made with the engines to those of eager, by number of chunks.
 
-    Infinite where the engines' are not finite; FloatingPointError where eager's are not.
+    Infinite where either's are not finite: there is nothing to compare.
     """
-    with placed([dataclasses.replace(one, engine=Eager(one.network.eager, one.network.recipe)) for one in choices]):
-        want = loop_histories(simulator, given)
     try:
+        with placed([dataclasses.replace(one, engine=Eager(one.network.eager, one.network.recipe)) for one in choices]):
+            want = loop_histories(simulator, given)
         with placed(choices):
             ours = loop_histories(simulator, given)
     except FloatingPointError:
-        return dict.fromkeys(map(str, want), math.inf)
+        return dict.fromkeys(map(str, parity.LOOP_CHUNKS), math.inf)
     return {str(number): relative_error(ours[number].float().cpu(), latents.float().cpu()) for number, latents in want.items()}
 
 
@@ -429,6 +429,8 @@ class Fitted:
 
     choices: list[Choice]
     recorded: Mapping[str, Sequence[Any]]
+    store: Store | None = None
+    """Whose plans they are: nobody throws them away while it lives."""
     refits: int = 0
 
     @property
@@ -455,7 +457,7 @@ class Fitted:
                 now = dataclasses.replace(compared, refits=self.refits, refit_s=seconds)
                 reason = "" if now.passed else f"{one.network.name}: after refit {self.refits}: {now.said}"
                 found[one.network.name] = now
-            except RuntimeError as error:  # an EngineError, or one of CUDA or of a compiled graph
+            except (RuntimeError, OSError) as error:  # an EngineError, or one of CUDA, of a compiled graph or of a plan's file
                 reason = str(error)
             if reason:
                 console.say(f"engines: {reason}; eager is used")
@@ -482,7 +484,7 @@ def alike(first: Fitted, networks: Sequence[Network], store: Store, device: torc
             raise EngineError(f"{network.name}: {one.engine.back_end} passed on the first GPU and not on {device}: {said}; use one GPU, or eager")
         choices.append(made)
     place(choices)
-    return Fitted(choices, recorded)
+    return Fitted(choices, recorded, store)
 
 
 def precision_of(settings: EnginesConfig, device: torch.device) -> Precision:
@@ -534,4 +536,4 @@ def fitted(
     place(choices)
     if not kept.is_file():
         checkpoint.write_text(kept, json.dumps({one.network.name: one.engine.back_end for one in choices}, indent=1))
-    return Fitted(choices, recorded)
+    return Fitted(choices, recorded, store)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -52,27 +53,41 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def dealt(workers: Sequence[Worker], jobs: Iterable[Job], work: Callable[[Worker, Job], Made]) -> Iterator[Made]:
     """`work` (worker, job) of each of `jobs`, in their order: by one worker here, by several side by side, each on a thread of its own.
 
-    `jobs` is read on this thread, no further ahead than there are workers. Raises what `work` raises, when the others have ended.
+    `jobs` is read on this thread, no further ahead than there are workers. Raises what `work` raises, when the others have ended; KeyboardInterrupt
+    at once: a job may take a quarter of an hour.
     """
     if len(workers) == 1:
         yield from (work(workers[0], job) for job in jobs)
         return
-    free = SimpleQueue[Worker]()
-    for worker in workers:
-        free.put(worker)
+    waiting = SimpleQueue[tuple[Future[Made], Job] | None]()
 
-    def one(job: Job) -> Made:
-        worker = free.get()
-        try:
-            return work(worker, job)
-        finally:
-            free.put(worker)
+    def serve(worker: Worker) -> None:
+        while (one := waiting.get()) is not None:
+            answer, job = one
+            try:
+                answer.set_result(work(worker, job))
+            except Exception as error:
+                answer.set_exception(error)
 
+    threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
     begun = deque[Future[Made]]()
-    with ThreadPoolExecutor(len(workers)) as pool:
+    stopped = False
+    try:
         for job in jobs:
-            begun.append(pool.submit(one, job))
+            begun.append(Future())
+            waiting.put((begun[-1], job))
             if len(begun) == len(workers):
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
+    except KeyboardInterrupt:
+        stopped = True
+        raise
+    finally:
+        for _ in threads:
+            waiting.put(None)
+        if not stopped:
+            for thread in threads:
+                thread.join()

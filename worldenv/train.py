@@ -169,7 +169,7 @@ def train(
     run = Run(out, settings)
     _want_unchanged(run, again)
     desk = Desk(run)
-    if {"loop", "eval"} & set(names):
+    if {"reward", "loop", "eval"} & set(names):
         _ = desk.places  # said before hours of work, and before anything is forgotten
     for name in again:
         if done(out, name):  # one that was begun again and stopped goes on

@@ -1,5 +1,6 @@
 """Whole runs, cut short: every stage for real, from nothing to the report, in processes of their own as a person starts them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from worldenv import audit, checkpoint, report
 from worldenv.cli import eval as evaluate
 from worldenv.cli import train as command
 from worldenv.rollout.store import stored
+from worldenv.run import settings_of
+from worldenv.stages import evaluate as stage_evaluate
 from worldenv.stages.desk import REPLAY_NUMBERS
 from worldenv.stages.evaluate import replayed_pairs
 
@@ -158,8 +161,11 @@ def test_a_rollout_of_the_iteration_under_way_is_replayed(whole, tmp_path):
     assert (said["rollout"], said["bit_equal"]) == (number, True)
 
 
-def test_a_runs_world_is_audited_with_other_rollouts_than_its_report(whole, tmp_path, capsys):
+def test_a_runs_world_is_audited_with_other_rollouts_than_its_report(whole, tmp_path, capsys, monkeypatch):
     out, kept = whole[0], tmp_path / "pairs.safetensors"
+    stored = settings_of(out)
+    there = dataclasses.replace(stored, gpus=8, loop=dataclasses.replace(stored.loop, apart="reflector", apart_gpus=2))
+    monkeypatch.setattr(stage_evaluate, "settings_of", lambda _: there)  # wherever it was made, here is one device
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     for policy in ("scale", "loop"):
         assert evaluate.main(["audit", str(out), "--policy", policy, "--episodes", "4", "--device", "cpu", "--out", str(kept), "--force"]) == 0

@@ -132,9 +132,10 @@ def _closed_loop(subject: engine_rows.Subject, store: Store, made: Sequence[comp
         return []
     checked = compiled.checked_loop(subject.simulator, mine, store, subject.frame)
     found = next(one.parity for one in checked if one.parity is not None)
+    loop = found.plain()["loop"]
     said = ", ".join(f"{error:.1e} after {chunks}" for chunks, error in found.loop.items())
     console.say(f"{'simulator, closed loop':22} {mine[0].engine.back_end:13} {'here':7} chunks: {said}, limit {found.loop_tolerance:.0e}")
-    return [{"engine": "simulator, closed loop", "back_end": mine[0].engine.back_end, "loop": dict(found.loop), "passed": found.passed}]
+    return [{"engine": "simulator, closed loop", "back_end": mine[0].engine.back_end, "loop": loop, "passed": found.passed}]
 
 
 def listed(args: ListArgs) -> int:

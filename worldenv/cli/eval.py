@@ -30,6 +30,7 @@ from worldenv.evaluation import Protocol
 from worldenv.nouns import ACTION_DIM
 from worldenv.policy import published
 from worldenv.policy.lerobot import LeRobotError
+from worldenv.rollout.collect import RolloutError
 from worldenv.run import settings_of, snapshots
 from worldenv.stages.evaluate import audit_run
 from worldenv.trials import actors, inspection, runner
@@ -383,9 +384,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"worldenv-eval: {error}", file=sys.stderr)
         return 1 if isinstance(error, runner.TrialError) else 2
     except torch.OutOfMemoryError as error:
-        print(f"worldenv-eval: {str(error).splitlines()[0]} Another --device may have room; the same command goes on from here", file=sys.stderr)
+        cure = " Another --device may have room; the same command goes on from here" if argv[0] in ("run", "curve") else ""
+        print(f"worldenv-eval: {str(error).splitlines()[0]}{cure}", file=sys.stderr)
         return 1
-    except (OSError, LiberoMissing, NoOpenGL, LeRobotError, EngineError) as error:
+    except (OSError, FloatingPointError, RolloutError, LiberoMissing, NoOpenGL, LeRobotError, EngineError) as error:
         print(f"worldenv-eval: {error}", file=sys.stderr)
         return 1
 

@@ -29,8 +29,9 @@ from worldenv.stages.replay import replay
 
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 _STAGES = get_args(StageName)
+_FAILURES = (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError, ProcessError)
 _LESS_MEMORY = (
-    "Go on with less at once: --resume {} with smaller --sft.microbatch, --loop.microbatch or --loop.slots, or with --sft.gradient-checkpointing, "
+    " Go on with less at once: --resume {} with smaller --sft.microbatch, --loop.microbatch or --loop.slots, or with --sft.gradient-checkpointing, "
     "--world.gradient-checkpointing or --loop.gradient-checkpointing; what is finished stays"
 )
 
@@ -131,15 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes_on = f"--resume {args.out}" if args.from_stage else "the same command"  # --from would begin what it has finished anew
         print(f"worldenv-train: stopped; {goes_on} goes on from here", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
+    except (*_FAILURES, torch.OutOfMemoryError) as error:
         if args.debug:
             raise
-        print(f"worldenv-train: {str(error).splitlines()[0]} {_LESS_MEMORY.format(args.out)}", file=sys.stderr)
-        return 1
-    except (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError, ProcessError) as error:
-        if args.debug:
-            raise
-        print(f"worldenv-train: {error}", file=sys.stderr)
+        full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)  # the latter in a rollout
+        said = str(error).splitlines()[0] if full else str(error)  # torch goes on with statistics
+        print(f"worldenv-train: {said}{_LESS_MEMORY.format(args.out) if full else ''}", file=sys.stderr)
         return 1
     if speaks and args.only in (None, "report") and args.until in (None, "report"):
         print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))

@@ -42,7 +42,6 @@ def train_classifier(
 
     losses = descend(network, loss_at, config.classifier_steps, config.classifier_lr, "classifier", "reward.classifier_lr", savepoint)
     reflector.freeze()
-    savepoint.clear()
     return {
         "classifier_steps": config.classifier_steps, "classifier_loss": float(np.mean(losses[-50:])), "train_episodes": len(episodes),
         "train_frames": len(moments), "train_successes": moments.successes, "saw_drawn_frames": drawn is not None,

@@ -126,7 +126,7 @@ def descend(
         nn.utils.clip_grad_norm_(network.parameters(), _GRAD_CLIP)
         optimizer.step()
         bar.note(loss=float(np.mean(losses[-20:])))
-        if savepoint.due():
+        if savepoint.due() or step + 1 == steps:  # the last one too: what comes next may be killed
             savepoint.save({"step": step + 1, "weights": dict(network.state_dict()), "optimizer": optimizer.state_dict(), "losses": losses})
     return losses
 

@@ -44,10 +44,12 @@ def _in_truth(desk: Desk, stage: Stage) -> None:
     stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
     stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
     stage.metrics["curve"] = _curve(desk, stage, outcomes)
-    stage.metrics["world"] = _fidelity(desk, imagining(desk, stage.folder), desk.explored[1])
+    simulators = imagining(desk, stage.folder)
+    stage.metrics["world"] = _fidelity(desk, simulators, desk.explored[1])
+    stage.metrics["engines"] = {"world": simulators.engines}
     for i, name in enumerate(POLICIES):
         pairs, engines = _replays(desk, name, stage.folder, REPLAY_NUMBERS + i * settings.report.replays)
-        stage.metrics.setdefault("engines", {})[name] = engines
+        stage.metrics["engines"][name] = engines
         stage.metrics["world"][f"outcome_agreement_{name}"] = audit.agreement(pairs, desk.env.tasks, eta)
         checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
 
@@ -79,6 +81,7 @@ def _in_imagination(desk: Desk, stage: Stage) -> None:
     checkpoint.save(stage.folder / "outcomes.safetensors", hits)
     stage.metrics["paired"] = evaluation.paired(hits["sft"], hits["loop"])
     simulators = imagining(desk, stage.folder)
+    stage.metrics["engines"]["world"] = simulators.engines
     pairs = _recorded_pairs(desk, simulators, held[: settings.report.replays])
     stage.metrics["world"] = {
         **_fidelity(desk, simulators, held),
@@ -166,7 +169,8 @@ def audit_run(out: Path, name: Literal["sft", "loop"], episodes: int, device: st
     """
     settings = settings_of(out)
     eager, few = EnginesConfig(back_end="eager"), replace(settings.report, replays=episodes)
-    desk = Desk(Run(out, replace(settings, device=device, engines=eager, report=few), leads=False))
+    here = replace(settings.loop, apart="none", apart_gpus=0)  # one device, wherever the run was
+    desk = Desk(Run(out, replace(settings, device=device, gpus=1, loop=here, engines=eager, report=few), leads=False))
     with tempfile.TemporaryDirectory() as folder:
         if settings.env.recorded:
             pairs = _recorded_pairs(desk, imagining(desk, Path(folder)), _spread(desk.explored[1])[:episodes])

@@ -72,8 +72,13 @@ class Imagining:
 
     worlds: list[ImaginedWorld]
     """One on every device that has a simulator of LOOP's."""
-    fitted: compiled.Fitted
-    """The first one's engines; the others have the same."""
+    fitted: list[compiled.Fitted]
+    """Their engines."""
+
+    @property
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """As of a fleet."""
+        return self.fitted[0].plain
 
 
 def imagining(desk: Desk, folder: Path) -> Imagining:
@@ -94,9 +99,8 @@ def imagining(desk: Desk, folder: Path) -> Imagining:
 
     store = _store(desk)
     fitted = compiled.fitted(networks[0], rollouts, desk.settings.engines, store, folder / "engines.json", simulators[0])
-    for device, mine in zip(devices[1:], networks[1:], strict=True):
-        compiled.alike(fitted, mine, store, device)
-    return Imagining(worlds, fitted)
+    copies = [compiled.alike(fitted, mine, store, device) for device, mine in zip(devices[1:], networks[1:], strict=True)]
+    return Imagining(worlds, [fitted, *copies])
 
 
 def _store(desk: Desk) -> Store:

@@ -54,7 +54,7 @@ def reward(desk: Desk, stage: Stage) -> None:
     stage.metrics |= reward_head.measure(scores, held_out, eta)
     drawn_held_out = audit.imagine_episodes(imagined().worlds, held_out, settings.loop.slots, settings.policy.chunk, "imagine held-out")
     stage.metrics["drawn"] = reward_head.measure(reward_head.score(judges, held_out, drawn_held_out), held_out, eta)
-    stage.metrics["engines"] = imagined().fitted.plain
+    stage.metrics["engines"] = imagined().engines
     success = np.concatenate([e.success[1:] for e in held_out])
     checkpoint.save(stage.folder / "held-out.safetensors", {"score": np.concatenate(scores), "success": success})
 

@@ -294,11 +294,11 @@ def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, 
         workers.close()
 
 
-def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> None:
+def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> compiled.Fitted | None:
     """The engines that were asked for, in their places; they are compared on what an episode's first chunks ask. Plans lie beside `out`, so that the
     next evaluation exports nothing."""
     if asked.engines is None:
-        return
+        return None
     assert bench is not None
     env = asked.open()
 
@@ -310,7 +310,7 @@ def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> None:
     try:
         networks = bench.networks(asked.engines, [env.tasks[task] for task in asked.tasks], asked.limit)
         store = Store(out.parent / "engines", int(asked.engines.limit_gb * 1e9))
-        compiled.fitted(networks, rollouts, asked.engines, store, out / "engines.json")
+        return compiled.fitted(networks, rollouts, asked.engines, store, out / "engines.json")
     finally:
         env.close()
 
@@ -327,7 +327,7 @@ def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) 
     try:
         missing = [start for start in asked.starts() if start.number not in folder.trials]
         if missing:
-            _fit_engines(asked, out, bench)
+            engines = _fit_engines(asked, out, bench)
             made = _alone(asked, missing, bench) if processes == 1 else _together(asked, missing, bench, min(processes, len(missing)))
             with contextlib.closing(made):
                 for _ in (bar := console.track(len(folder.trials), asked.episodes, f"eval {asked.suite}")):
@@ -335,6 +335,7 @@ def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) 
                     folder.made_with(versions)
                     folder.add(trial)
                     bar.note(success=float(np.mean([one.success for one in folder.trials.values()])))
+            del engines  # until here nobody else has thrown their plans away
         versions = checkpoint.read_json(out / "versions.json", _ANEW, {"renderer": str})
         found = result(asked, list(folder.trials.values()), versions, weights)
         if asked.engines is not None:

@@ -180,10 +180,13 @@ def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant, gpus: int) -> None
 
 
 def same(got: Rollout, want: Rollout) -> None:
-    """As on one GPU: real ones add in another order where batches have other company."""
+    """As on one GPU, whose sums run in another order where batches have other company: a few pixels then round the other way, and one of these
+    was seen to move an action by 1.2e-3. Another rollout's noise moves it by more than 0.1.
+    """
     assert (got.number, got.stopped, got.steps) == (want.number, want.stopped, want.steps)
+    close(got.frame, want.frame, 2.0)
     for name in ("action", "log_prob", "score"):
-        close(getattr(got, name), getattr(want, name), 1e-3)
+        close(getattr(got, name), getattr(want, name), 5e-3)
 
 
 def as_on_one(made: dict[int, Flight], one: Plant) -> None:

@@ -165,7 +165,7 @@ def test_a_runs_world_is_audited_with_other_rollouts_than_its_report(whole, tmp_
     out, kept = whole[0], tmp_path / "pairs.safetensors"
     stored = settings_of(out)
     there = dataclasses.replace(stored, gpus=8, loop=dataclasses.replace(stored.loop, apart="reflector", apart_gpus=2))
-    monkeypatch.setattr(stage_evaluate, "settings_of", lambda _: there)  # wherever it was made, here is one device
+    monkeypatch.setattr(stage_evaluate, "settings_of", lambda run: there if run == out else settings_of(run))  # here is one device
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     for policy in ("scale", "loop"):
         assert evaluate.main(["audit", str(out), "--policy", policy, "--episodes", "4", "--device", "cpu", "--out", str(kept), "--force"]) == 0

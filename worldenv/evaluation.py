@@ -25,7 +25,7 @@ from worldenv.data.collect import Recorder, Start, act_out
 from worldenv.devices import dealt
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.policy.contract import Policy
-from worldenv.reflector.contract import Reflector
+from worldenv.reflector.contract import Reflector, scored
 
 Protocol = Literal["oracle", "limit", "reflector"]
 _Z95 = 1.959963984540054
@@ -99,20 +99,6 @@ def starts(env: TrueEnvironment, episodes: int) -> list[Start]:
     return [Start(n, n % tasks, "test", n // tasks) for n in range(episodes)]
 
 
-def _until_ended(reflector: Reflector, instruction: Sequence[str], frames: torch.Tensor, chunk: int, threshold: float) -> NDArray[np.float32]:
-    """Scores (B, T) of videos (B, T + 1, H, W, 3) uint8 after each step, `chunk` at a time as in a rollout; NaN after the chunk of an end."""
-    score = np.full((frames.shape[0], frames.shape[1] - 1), np.nan, np.float32)
-    rows, watch = np.arange(len(frames)), reflector.begin(instruction, frames[:, 0])
-    for first in range(0, score.shape[1], chunk):
-        part, watch = reflector.judge(watch, frames[torch.from_numpy(rows), first + 1 : first + 1 + chunk])
-        score[rows, first : first + part.shape[1]] = part.cpu().numpy()
-        open_still = np.flatnonzero(~(part.cpu().numpy() > threshold).any(axis=1))
-        rows, watch = rows[open_still], [watch[i] for i in open_still]
-        if not len(rows):
-            break
-    return score
-
-
 def evaluate(
     policy: Policy, env: TrueEnvironment, chosen: Sequence[Start], steps: int, reflectors: Sequence[Reflector], threshold: float,
     device: torch.device, label: str = "eval", batch: int = 30, savepoint: Savepoint | None = None,
@@ -137,7 +123,8 @@ def evaluate(
         if reflector is None:
             return held, None
         frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders]))
-        return held, _until_ended(reflector, [env.tasks[r.task] for r in recorders], frames, policy.chunk, threshold)
+        asked = [env.tasks[r.task] for r in recorders]
+        return held, scored(reflector, asked, frames[:, 0], frames[:, 1:], policy.chunk, threshold).numpy()
 
     judges: Sequence[Reflector | None] = reflectors or [None]
     for held, score in dealt(judges, acted(), judged):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,16 +27,24 @@ class Reflector(Protocol):
         ...
 
 
-def scored(reflector: Reflector, instruction: Sequence[str], first: torch.Tensor, later: torch.Tensor, chunk: int) -> torch.Tensor:
+def scored(
+    reflector: Reflector, instruction: Sequence[str], first: torch.Tensor, later: torch.Tensor, chunk: int, until: float = math.inf
+) -> torch.Tensor:
     """Scores (B, T) float32 on the CPU of B whole videos, `first` (B, H, W, 3) and `later` (B, T, H, W, 3) uint8, after each step but the first.
 
-    `chunk` frames at a time, as in a rollout: what a reflector computes is then the same, and so is what it can remember in between.
+    `chunk` frames at a time, as in a rollout: what a reflector computes is then the same, and so is what it can remember in between. A video is
+    judged up to the chunk in which a score is above `until`; NaN after that.
     """
-    watch, parts = reflector.begin(instruction, first), []
-    for frames in torch.split(later, chunk, dim=1):
-        part, watch = reflector.judge(watch, frames)
-        parts.append(part.cpu())
-    return torch.cat(parts, dim=1)
+    score = torch.full(later.shape[:2], math.nan)
+    rows, watch = torch.arange(len(later)), reflector.begin(instruction, first)
+    for at in range(0, later.shape[1], chunk):
+        part, watch = reflector.judge(watch, later[rows, at : at + chunk])
+        score[rows, at : at + chunk] = part.cpu()
+        open_still = torch.nonzero(~(part.cpu() > until).any(1))[:, 0]
+        rows, watch = rows[open_still], [watch[i] for i in open_still.tolist()]
+        if not len(rows):
+            break
+    return score
 
 
 class Judge(Reflector, Protocol):

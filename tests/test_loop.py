@@ -25,7 +25,7 @@ from worldenv.learning.loop.update import Learner, RatioError
 from worldenv.nouns import Rollout
 from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
-from worldenv.policy.weights import fill
+from worldenv.policy.weights import fill, load, save
 from worldenv.presets import OPENVLA_OFT
 
 CONFIG = LoopConfig(group=4, contexts=2, batch=4, microbatch=5, lora_rank=4, lora_alpha=2)
@@ -460,6 +460,37 @@ def test_merged_weights_act_the_same_and_the_base_stays_pristine() -> None:
     plain = small_policy()
     fill(plain.network, merged, "merged")
     torch.testing.assert_close(plain.act(observation(4)).mu, made.policy.act(observation(4)).mu, rtol=0, atol=1e-5)
+
+
+def test_what_changed_is_read_as_the_whole_policy(tmp_path: Path) -> None:
+    base, made, seen = small_policy(), learner(), observation(3)
+    with torch.no_grad():
+        made.policy.network.scale_head.model.fc2.bias.add_(0.3)
+    (tmp_path / "scale").mkdir()
+    save(tmp_path / "scale" / "policy.safetensors", base)
+    made.save_change(tmp_path / "loop" / "policy-0001.safetensors", tmp_path / "scale" / "policy.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    for part in ("scale", "loop"):  # a run may be moved
+        (tmp_path / part).rename(tmp_path / "elsewhere" / part)
+    changed, whole = tmp_path / "elsewhere" / "loop" / "policy-0001.safetensors", tmp_path / "whole.safetensors"
+    save(whole, made.policy, made.merged())
+    got, want = (load(path, torch.device("cpu")) for path in (changed, whole))
+    assert all(torch.equal(tensor, want.network.state_dict()[name]) for name, tensor in got.network.state_dict().items())
+    assert got.network.state_dict().keys() == want.network.state_dict().keys()
+    assert torch.equal(got.act(seen, uniform(3)).action, want.act(seen, uniform(3)).action)
+    assert not torch.equal(got.act(seen, uniform(3)).action, base.act(seen, uniform(3)).action)
+
+
+def test_what_changed_of_another_policy_is_refused(tmp_path: Path) -> None:
+    base, changed = tmp_path / "scale.safetensors", tmp_path / "policy-0001.safetensors"
+    save(base, small_policy())
+    learner().save_change(changed, base)
+    save(base, small_policy(seed=1))
+    with pytest.raises(checkpoint.CheckpointError, match=r"policy-0001.safetensors: holds what LOOP changed of .*scale.safetensors.*another by now"):
+        load(changed, torch.device("cpu"))
+    base.unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"scale.safetensors, which is not there"):
+        load(changed, torch.device("cpu"))
 
 
 def test_adapter_is_pefts(tmp_path: Path) -> None:

@@ -216,17 +216,33 @@ def save(path: Path, tree: Any) -> str:
     return digest
 
 
-def load(path: Path) -> Any:
-    """The tree in `path`, on the CPU. Raises CheckpointError where the file is missing, truncated, damaged or not ours."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; run the stage that writes it")
     try:
         with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 -- not a dict
+            yield opened
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or damaged ({error}); delete it and run its stage again") from error
+
+
+def load(path: Path) -> Any:
+    """The tree in `path`, on the CPU. Raises CheckpointError where the file is missing, truncated, damaged or not ours."""
+    with _opened(path) as opened:
+        header = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 -- not a dict
     return _tree(header, tensors, str(path))
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 that `save` returned of the tree in `path`, read from its header alone. Raises as `load` does, but for damage in the tensors."""
+    with _opened(path) as opened:
+        header = opened.metadata() or {}
+    try:
+        return str(json.loads(header[FORMAT])["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a {FORMAT} file; was it written by another program or version?") from error
 
 
 def file_hash(path: Path) -> str:

@@ -621,7 +621,7 @@ class WorldConfig:
     aligned_starts: Share = 0.5
     """Share of training clips that begin where a chunk of a rollout begins; the others begin anywhere."""
     dropout: Share = 0.02
-    """Conditions are dropped with probabilities of 1 to 2 times this (the released model: 0.1; see learning/world_model.py)."""
+    """Conditions are dropped with probabilities of 1 to 2 times this (the released model: 0.1; see learning/clips.py)."""
     memory_noise: bool = True
     """Train with noise on the memory frames, later ones noisier."""
     ema: Share = 0.99
@@ -778,7 +778,7 @@ class LoopConfig:
     termination: bool = True
     """The reflector ends a rollout; else all run to the step limit and are judged there."""
     snapshot_every: int = 5
-    """Iterations between kept copies of the policy, which stage eval measures; 0 keeps none."""
+    """Iterations between kept copies of the policy (its LoRA and heads), which stage eval measures; 0 keeps none."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "loop.")

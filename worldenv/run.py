@@ -89,7 +89,7 @@ def savepoint_path(folder: Path, part: str) -> Path:
 
 
 def snapshot_path(folder: Path, iterations: int) -> Path:
-    """Where stage loop in `folder` keeps a copy of the policy after so many iterations."""
+    """Where stage loop in `folder` keeps what it has changed of the policy after so many iterations."""
     return folder / f"policy-{iterations:04d}.safetensors"
 
 

@@ -130,18 +130,27 @@ class Adapter:
         return cls(stated["r"], stated["lora_alpha"], {name: (pair["A"], pair["B"]) for name, pair in factors.items()})
 
 
-@torch.no_grad()
+def added(pristine: Mapping[str, torch.Tensor], adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Of `pristine` (weights under plain names) those that `adapter` changes, with it. ValueError names layers that do not fit."""
+    return _all_sums(pristine, adapter, 1.0)
+
+
 def unmerge(merged: Mapping[str, torch.Tensor], adapter: Adapter) -> dict[str, torch.Tensor]:
     """`merged` (weights under plain names) with `adapter` taken out again, to rounding in the weights' type: for published directories, which hold
     merged weights and no others. ValueError names layers that do not fit.
     """
-    changed = dict(merged)
+    return {**merged, **_all_sums(merged, adapter, -1.0)}
+
+
+@torch.no_grad()
+def _all_sums(weights: Mapping[str, torch.Tensor], adapter: Adapter, sign: float) -> dict[str, torch.Tensor]:
+    changed = {}
     for name in adapter.factors:
-        weight, delta = merged.get(f"{name}.weight"), adapter.delta(name)
+        weight, delta = weights.get(f"{name}.weight"), adapter.delta(name)
         if weight is None or weight.shape != delta.shape:
             shape = "there is no such layer" if weight is None else f"is {tuple(weight.shape)}, the adapter {tuple(delta.shape)}"
             raise ValueError(f"LoRA does not fit these weights: {name}: {shape}")
-        changed[f"{name}.weight"] = _sum(weight, delta, -1.0)
+        changed[f"{name}.weight"] = _sum(weight, delta, sign)
     return changed
 
 

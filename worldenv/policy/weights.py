@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from worldenv import checkpoint, config
 from worldenv.config import PolicyConfig
-from worldenv.policy import tokens
+from worldenv.policy import lora, tokens
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.processing import PUBLISHED_PAD, PromptTokenizer, Statistics
 
 _KIND = "worldenv policy"
+_CHANGE = "worldenv policy change"
 _WRAPPERS = re.compile(r"^(module\.)+")
 
 
@@ -90,9 +93,42 @@ def save(path: Path, policy: OpenVLAOFT, weights: Mapping[str, torch.Tensor] | N
     checkpoint.save(path, tree)
 
 
+def save_change(path: Path, base: Path, adapter: lora.Adapter, whole: Mapping[str, torch.Tensor]) -> None:
+    """Write the policy that file `base` becomes with `adapter` and with the tensors of `whole` in the place of its own, atomically.
+
+    Of the published size 1.7 GB, where all of it is 16. `base` must stay where it is, seen from `path`. Raises what `checkpoint.checksum` does.
+    """
+    tree = {
+        "kind": _CHANGE,
+        "base": os.path.relpath(base, path.parent),
+        "sha256": checkpoint.checksum(base),
+        "adapter": {"rank": adapter.rank, "alpha": adapter.alpha, "factors": dict(adapter.factors)},
+        "whole": dict(whole),
+    }
+    checkpoint.save(path, tree)
+
+
+def _changed(path: Path, change: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of a whole policy that a `change` in `path` makes."""
+    base = path.parent / change["base"]
+    if not base.is_file() or checkpoint.checksum(base) != change["sha256"]:
+        raise checkpoint.CheckpointError(
+            f"{path}: holds what LOOP changed of {base}, which is not there or another by now; put both back, or give policy.safetensors of a stage"
+        )
+    tree: dict[str, Any] = checkpoint.load(base)
+    adapter = lora.Adapter(**change["adapter"])
+    tree["weights"] = {**tree["weights"], **lora.added(tree["weights"], adapter), **change["whole"]}
+    return tree
+
+
 def load(path: Path, device: torch.device) -> OpenVLAOFT:
-    """Read what `save` wrote. CheckpointError where the file is missing, damaged or no policy; ValueError naming weights that misfit."""
+    """Read what `save` or `save_change` wrote.
+
+    CheckpointError where the file is missing, damaged or no policy, and where what it changes is not there; ValueError naming weights that misfit.
+    """
     tree = checkpoint.load(path)
+    if isinstance(tree, dict) and tree.get("kind") == _CHANGE:
+        tree = _changed(path, tree)
     if not isinstance(tree, dict) or tree.get("kind") != _KIND:
         raise checkpoint.CheckpointError(f"{path}: not a policy; give the file that stage sft, scale or loop wrote")
     settings = config.from_dict(PolicyConfig, tree["config"])

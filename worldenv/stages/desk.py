@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -124,7 +125,10 @@ class Desk:
         return parts
 
     def policy(self, stage: Literal["sft", "scale", "loop"]) -> OpenVLAOFT:
-        return policies.load(self.run.folder(stage) / "policy.safetensors", self.device)
+        return policies.load(self.policy_file(stage), self.device)
+
+    def policy_file(self, stage: Literal["sft", "scale", "loop"]) -> Path:
+        return self.run.folder(stage) / "policy.safetensors"
 
     @functools.cached_property
     def controller(self) -> ControllerModel:

@@ -211,7 +211,7 @@ def loop(desk: Desk, stage: Stage) -> None:
         groups.append({"mean": returns.mean(axis=1).tolist(), "low": returns.min(axis=1).tolist(), "high": returns.max(axis=1).tolist()})
         seconds.append(time.monotonic() - began)
         if settings.snapshot_every and (iteration + 1) % settings.snapshot_every == 0:
-            policies.save(snapshot_path(stage.folder, iteration + 1), learner.policy, learner.merged())
+            learner.save_change(snapshot_path(stage.folder, iteration + 1), desk.policy_file("scale"))
         savepoint.save({"learner": learner.tree(), "history": history, "groups": groups, "seconds": seconds, "collected": collected})
         store.close()
         for log in (own, *others):

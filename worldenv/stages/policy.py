@@ -105,7 +105,7 @@ def scale(desk: Desk, stage: Stage) -> None:
 
 def explore(desk: Desk, stage: Stage) -> None:
     """The policy acts with its noise in the true environment, past success; or what was recorded of that is taken."""
-    settings, policy = desk.settings.explore, desk.run.folder("scale") / "policy.safetensors"
+    settings, policy = desk.settings.explore, desk.policy_file("scale")
     if desk.settings.env.recorded:
         source = recorded.opened(Path(settings.source), "explore.source")
         stage.metrics |= given.take_exploration(desk.site, source, desk.episodes("demos"), stage.folder)

@@ -29,7 +29,7 @@ from worldenv.learning import processes
 from worldenv.learning.loop.advantage import leave_one_out
 from worldenv.learning.loop.loss import Surrogate, surrogate
 from worldenv.nouns import Observation, Rollout
-from worldenv.policy import laplace, lora
+from worldenv.policy import laplace, lora, weights
 from worldenv.policy.openvla_oft import OpenVLAOFT
 
 RATIO_TOLERANCE = 1e-3
@@ -197,8 +197,7 @@ class Learner:
         norms = [float(nn.utils.clip_grad_norm_(group.values(), self.config.grad_clip)) for group in (self._lora, self._heads)]
         if not all(math.isfinite(x) for x in (loss, *norms)):
             raise FloatingPointError(
-                f"loop: loss is {loss}, gradient norms are {norms} at {where}; "
-                "lower loop.lora_lr and loop.head_lr, or raise policy.scale_floor"
+                f"loop: loss is {loss}, gradient norms are {norms} at {where}; lower loop.lora_lr and loop.head_lr, or raise policy.scale_floor"
             )
         self._steps += 1
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
@@ -219,9 +218,7 @@ class Learner:
             observation = Observation(frame[part].to(device), proprio[part].to(device), tuple(instruction[part]))
             yield hand, _Microbatch(part, observation, action[part].to(device), old[part].to(device), live[part].to(device))
 
-    def _by_hands(
-        self, rollouts: Sequence[Rollout], call: Callable[[OpenVLAOFT, _Microbatch], T]
-    ) -> Iterator[tuple[OpenVLAOFT, _Microbatch, T]]:
+    def _by_hands(self, rollouts: Sequence[Rollout], call: Callable[[OpenVLAOFT, _Microbatch], T]) -> Iterator[tuple[OpenVLAOFT, _Microbatch, T]]:
         """`call` for every microbatch, on all devices at once; who made it, what of, and what came of it, in the order of microbatches."""
         turns = self._microbatches(rollouts)
         if len(self._hands) == 1:
@@ -296,9 +293,7 @@ class Learner:
         """Go on from what `tree` returned: the next update gives the same bits as if nothing had been. ValueError for a misfit."""
         own, stored = self._lora | self._heads, tree["trained"]
         wrong = [
-            name
-            for name in sorted(own.keys() | stored.keys())
-            if name not in own or name not in stored or own[name].shape != stored[name].shape
+            name for name in sorted(own.keys() | stored.keys()) if name not in own or name not in stored or own[name].shape != stored[name].shape
         ]
         if wrong:
             raise ValueError(f"loop state does not fit this policy: {', '.join(wrong[:3])}; was lora_rank or the policy's size changed?")
@@ -311,6 +306,10 @@ class Learner:
     def merged(self) -> dict[str, torch.Tensor]:
         """The network's weights under their plain names, on the CPU, LoRA added to the pristine ones, which stay as they are."""
         return lora.merged(self.policy.network)
+
+    def save_change(self, path: Path, base: Path) -> None:
+        """Write what it changed so far of the policy in file `base`, from which it began, for `policy.weights.load`."""
+        weights.save_change(path, base, lora.Adapter.of(self.policy.network), {name: one.detach() for name, one in self._heads.items()})
 
     def export_adapter(self, directory: Path) -> None:
         """Write LoRA in PEFT's format (the heads are in the policy's own file)."""

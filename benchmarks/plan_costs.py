@@ -22,6 +22,8 @@ from worldenv.benchmarks.bench_simulator_unet import step_work
 from worldenv.benchmarks.harness import count_flops
 from worldenv.config import PolicyConfig, ReflectorConfig, RunConfig
 from worldenv.learning.loop.memory import PROMPT
+from worldenv.learning.loop.update import HEADS
+from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network
 from worldenv.presets import LLAVA_VOCAB
 from worldenv.reflector import cache, flops
@@ -94,6 +96,7 @@ PASSES = 5
 same computed again in the backward pass (checkpointing), and two back, which frozen weights make less."""
 _GB = 1e9
 _BYTES = 2  # bfloat16
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Counts:
     """The reflector's, of one video from its first pixel, as many frames as it is shown at most."""
     weights: dict[str, float]
     """All of each network [byte]; the policy's heads are float32, and so is the simulator, but for what runs it beside."""
+    changed: float
+    """What LOOP changes of the policy, LoRA and heads [byte]."""
     kept: dict[str, float]
     """What each network remembers of a rollout, at its longest [byte]."""
     read: dict[str, float]
@@ -130,8 +135,8 @@ class Counts:
 
 @functools.cache
 @torch.no_grad()
-def _policy(config: PolicyConfig) -> tuple[float, float]:
-    """Of a query [FLOP], and its weights [byte]."""
+def _policy(config: PolicyConfig, rank: int) -> tuple[float, float, float]:
+    """Of a query [FLOP]; its weights, and those that LOOP changes with LoRA of `rank` [byte]."""
     with torch.device("meta"):
         network = Network(config).to(torch.bfloat16).eval()
         for part in (network.action_head, network.scale_head, network.proprio_projector):
@@ -143,7 +148,9 @@ def _policy(config: PolicyConfig) -> tuple[float, float]:
             hidden = network(pixels, ids, None, proprio).float()
             network.action_head(hidden), network.scale_head(hidden)
 
-        return count_flops(act), _size(network)
+        weights = network.state_dict()
+        sides = sum(sum(weights[f"{name}.weight"].shape) for name in lora.targets(network))
+        return count_flops(act), _size(network), _FLOAT32 * rank * sides + sum(_size(network.get_submodule(name)) for name in HEADS)
 
 
 @torch.no_grad()
@@ -172,7 +179,7 @@ def _reflector(config: ReflectorConfig, limit: int, chunk: int) -> tuple[tuple[f
 def counts(settings: RunConfig) -> Counts:
     """Of the networks of `settings`, some seconds of one core."""
     config, limit = settings.simulator, settings.env.steps
-    query, policy = _policy(settings.policy)
+    query, policy, changed = _policy(settings.policy, settings.loop.lora_rank)
     judged, embedding, reflector, watch = _reflector(settings.reflector, limit, config.chunk)
     step, evac = step_work(config, torch.bfloat16), networks.meta_simulator(config, torch.bfloat16)
     with torch.device("meta"):
@@ -190,7 +197,7 @@ def counts(settings: RunConfig) -> Counts:
         query=query, encode=config.chunk * encoded + told, step=step.flops, decode=config.chunk * decoded, picture=encoded,
         tokens=count_flops(lambda: evac.image_tokens(picture)), judged=judged, embedding=embedding,
         weights={"policy": policy, "simulator": 2 * _size(evac) + sum(read.values()), "reflector": reflector},
-        kept={"policy": 3.0 * settings.env.image**2, "simulator": float(latents * latent.nbytes + pairs), "reflector": watch},
+        changed=changed, kept={"policy": 3.0 * settings.env.image**2, "simulator": float(latents * latent.nbytes + pairs), "reflector": watch},
         read=read,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from worldenv.benchmarks import networks
 from worldenv.benchmarks.plan_costs import Counts, Gpu
 from worldenv.config import RunConfig
+from worldenv.learning.clips import ENCODED_TOGETHER
 
 _LEARNING = 3
 """Forward passes that a training step takes: one, and two back; one more where activations are computed again."""
@@ -45,13 +46,16 @@ class StageCost:
         return self.flops / rate / 3600
 
 
+def _demonstrations(settings: RunConfig) -> int:
+    return settings.demos.per_task * (settings.env.test_starts // settings.env.test_states)
+
+
 def _episodes(settings: RunConfig) -> int:
     """Demonstrations and exploration."""
-    tasks = settings.env.test_starts // settings.env.test_states
-    return settings.explore.episodes + settings.demos.per_task * tasks
+    return settings.explore.episodes + _demonstrations(settings)
 
 
-def _kept_policies(settings: RunConfig) -> int:
+def _snapshots(settings: RunConfig) -> int:
     loop = settings.loop
     return loop.iterations // loop.snapshot_every if loop.snapshot_every else 0
 
@@ -99,13 +103,14 @@ def environment_steps(settings: RunConfig) -> dict[str, int]:
 def disk_gb(settings: RunConfig, found: Counts) -> dict[str, float]:
     """What a run leaves or needs at once on its disk [GB]; LoRA, optimisers of policy and heads, and pages are smaller."""
     frame, loop = _frame(settings), settings.loop
-    policies = 3 + _kept_policies(settings)  # of sft, scale, loop; each is the whole network
+    snapshots = _snapshots(settings)
     evac = networks.meta_simulator(settings.simulator)
     held = tuple(f"{part}." for part in settings.world.frozen)
     trained = sum(p.numel() for name, p in evac.named_parameters() if not name.startswith(held))
     sizes = {
         "pictures of episodes, before compression": _episodes(settings) * (settings.env.steps + 1) * frame,
-        f"{policies} policies": policies * found.weights["policy"],
+        "3 policies": 3 * found.weights["policy"],  # of sft, scale, loop; each is the whole network
+        f"what LOOP changed, {snapshots} copies": snapshots * found.changed,
         "simulator": _FLOAT32 * sum(p.numel() for p in evac.parameters()),
         "savepoint of stage world": _WORLD_STATES * _FLOAT32 * trained,
         "reflector": found.weights["reflector"],
@@ -117,12 +122,13 @@ def disk_gb(settings: RunConfig, found: Counts) -> dict[str, float]:
 
 
 def host_memory_gb(settings: RunConfig, processes: int) -> dict[str, float]:
-    """Pictures of episodes in the memory of one machine by stage, `processes` of `torchrun` in stage world [GB]; networks on their way to a GPU come
-    to them."""
+    """Pictures of episodes in the memory of one machine by stage, `processes` of `torchrun` in stages sft and world [GB]; networks on their way to a
+    GPU come to them."""
     each = (settings.env.steps + 1) * _frame(settings) / 1e9
     everything = _episodes(settings) * each
     return {
-        "world": processes * everything,
+        "sft": processes * _demonstrations(settings) * each,
+        "world": processes * 2 * ENCODED_TOGETHER * each + (0 if settings.world.initial else everything),  # an autoencoder learns from all
         "reward": 2 * everything,  # true and imagined
         "eval": settings.explore.episodes * each,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import random
 import threading
@@ -14,19 +15,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_reward_head
+import test_sft
 import torch
 from small_policy import SMALL, observation, small_policy
 from test_reflector import SMALL as SMALL_REFLECTOR
 from test_rollout_bits import CPU, GROUP, SEED, SMALL_SIMULATOR, Plant, assert_same, fly, networks, plant
 from test_simulator import trained
+from test_world_model import Kept, trained_simulator, trained_vae
 
 from worldenv import noise
 from worldenv.benchmarks import engine_rows
-from worldenv.config import LoopConfig
+from worldenv.config import LoopConfig, ScaleConfig
 from worldenv.learning.loop.update import Learner
+from worldenv.learning.reward_head import fit_head, train_backbone
+from worldenv.learning.scale_head import fit_scale_head
+from worldenv.learning.sft import sft, untrained
 from worldenv.nouns import Rollout
 from worldenv.policy import lora
 from worldenv.presets import TINY
+from worldenv.robots.tabletop import TABLETOP
 from worldenv.rollout.collect import Flight, Replica, Schedule, placement
 from worldenv.run import Run, RunError
 from worldenv.stages import fleet
@@ -116,6 +124,48 @@ def test_a_policy_acts_there_as_on_the_cpu() -> None:
         want, got = here.act(observation(3), uniform), there.act(observation(3), uniform)
     for field in dataclasses.fields(want):
         close(getattr(got, field.name), getattr(want, field.name), ATOL)
+
+
+def _tuned(path: Path, dies_at: int | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    shown = test_sft.episodes()
+    policy = untrained(SMALL, shown, test_sft.INSTRUCTIONS, TABLETOP, 0, GPU)
+    return policy.network, sft(policy, shown, TABLETOP, test_sft.LORA, 0, Kept(path, dies_at))
+
+
+def _scaled(path: Path, dies_at: int | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    shown = test_sft.episodes()
+    policy = untrained(SMALL, shown, test_sft.INSTRUCTIONS, TABLETOP, 0, GPU)
+    return policy.network, fit_scale_head(policy, shown, TABLETOP, ScaleConfig(steps=6), 0, Kept(path, dies_at))
+
+
+def _judging(path: Path, dies_at: int | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    judge, config = test_reward_head.reflector().to(GPU), dataclasses.replace(test_reward_head.QUICK, backbone_steps=6, backbone_batch=8)
+    return judge.llava, train_backbone(judge, test_reward_head.TRAIN, config, 0, Kept(path, dies_at))
+
+
+def _headed(path: Path, dies_at: int | None = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    judge, config = test_reward_head.reflector().to(GPU), dataclasses.replace(test_reward_head.QUICK, head_epochs=6, embeddings=40)
+    metrics = fit_head(judge, test_reward_head.TRAIN, config, 0, Kept(path, dies_at))
+    assert judge.head is not None
+    return judge.head, metrics
+
+
+STAGES: dict[str, Callable[..., tuple[torch.nn.Module, dict[str, Any]]]] = {
+    "sft": _tuned, "scale head": _scaled, "reflector": _judging, "reward head": _headed, "autoencoder": functools.partial(trained_vae, device=GPU),
+    "simulator": functools.partial(trained_simulator, device=GPU),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_killed_there_goes_on_there(stage: str, tmp_path: Path) -> None:
+    """What comes back from a file is on the CPU first."""
+    whole, want = STAGES[stage](tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        STAGES[stage](tmp_path / "killed", dies_at=4)
+    again, got = STAGES[stage](tmp_path / "killed")
+    assert str(got) == str(want) or not PRETENDED
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0 if PRETENDED else 1e-2)
 
 
 def test_merged_weights_leave_the_gpu_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,11 +158,18 @@ def test_stages_disk_and_memory_are_the_settings_sums() -> None:
     assert environment_steps(PAPER) == {"explore": 500 * 216, "eval": (1000 + 40 + 500) * 216}  # five curves
     disk, frames = disk_gb(PAPER, found), 550 * 217 * 256 * 256 * 3 / 1e9
     assert disk["pictures of episodes, before compression"] == pytest.approx(frames)
-    assert disk["9 policies"] == pytest.approx(9 * 16.01, rel=0.01)
+    heads = 2 * (28672 * 2 + 28672 * 4096 + 4096 + 2 * (4096 * 2 + 4096 * 4096 + 4096) + 4096 * 2 + 4096 * 7 + 7)  # published shapes
+    language, projector = 32 * (4 * 8192 + 3 * (4096 + 11008)), 2176 + 8704 + 8704 + 4096 + 8192  # inputs and outputs of what gets LoRA
+    vision = 23 * (1024 * 6 + 5120 * 2) + 26 * (1152 * 6 + 5456 * 2)
+    assert disk["what LOOP changed, 6 copies"] == pytest.approx(6 * 4 * (heads + 32 * (language + projector + vision)) / 1e9)
+    assert disk["3 policies"] == pytest.approx(3 * 16.01, rel=0.01)
     assert disk["simulator"] == pytest.approx(2.2238 * 4, rel=0.001)
     assert disk["savepoint of stage world"] == pytest.approx(5 * 4 * 1.46215, rel=0.001)
     memory = host_memory_gb(PAPER, 8)
-    assert memory["world"] == pytest.approx(8 * frames)
+    assert memory["sft"] == pytest.approx(8 * 50 / 550 * frames)
+    assert memory["world"] == pytest.approx(8 * 16 / 550 * frames)  # eight at a time, and in one array
+    scratch = dataclasses.replace(PAPER, world=dataclasses.replace(PAPER.world, initial=""))
+    assert host_memory_gb(scratch, 8)["world"] == pytest.approx(frames + memory["world"])
     assert memory["eval"] == pytest.approx(500 / 550 * frames)
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,28 @@ from tests.test_simulator import released
 from worldenv import checkpoint, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig, WorldConfig
-from worldenv.data.episode import Episode
+from worldenv.data.episode import Episode, EpisodeSet, OnDisk
 from worldenv.learning import processes, world_model
+from worldenv.learning.autoencoder import picture_loss, train_vae
+from worldenv.learning.clips import (
+    ENCODED_TOGETHER,
+    Clips,
+    _levels,
+    _noisy_memory,
+    clip_weights,
+    draw_maps,
+    draw_windows,
+    encode,
+    example,
+    set_delta_statistics,
+)
 from worldenv.nouns import Camera
 from worldenv.robots.tabletop import TABLETOP
 from worldenv.simulator import weights
 from worldenv.simulator.evac import DELTA_DIM, Evac, memory_indices
 from worldenv.simulator.unet import TemporalConvBlock
 
+CPU = torch.device("cpu")
 SIDE, STEPS, CHUNK = 16, 12, 4
 CONFIG = SimulatorConfig(
     unet=UNetConfig(64, (1,), 1, (1,), 64, 32, init_heads=1),
@@ -55,9 +71,7 @@ def episode(seed: int, steps: int = STEPS) -> Episode:
         u, v = int(SIDE / 2 + 1.2 * SIDE * x / 0.7), int(SIDE / 2 - 1.2 * SIDE * y / 0.7)
         picture[max(v - 2, 0) : v + 3, max(u - 2, 0) : u + 3] = [20, 40, 90]
     pose = np.concatenate([place, np.full((steps + 1, 1), 0.1), np.tile([1.0, 0, 0, 0], (steps + 1, 1))], axis=1)
-    return Episode(
-        "follow", 0, "train", seed, "test", frame, pose, np.ones(steps + 1), np.zeros((steps, 7), np.float32), np.zeros(steps + 1, bool)
-    )
+    return Episode("follow", 0, "train", seed, "test", frame, pose, np.ones(steps + 1), np.zeros((steps, 7), np.float32), np.zeros(steps + 1, bool))
 
 
 EPISODES = [episode(seed) for seed in range(6)]
@@ -95,11 +109,11 @@ class Never(Savepoint):
         pass
 
 
-def clips_of(simulator: Evac, episodes: list[Episode]) -> world_model.Clips:
-    return world_model.encode(simulator, episodes, CAMERA, TABLETOP)
+def clips_of(simulator: Evac, episodes: Sequence[Episode]) -> Clips:
+    return encode(simulator, episodes, CAMERA, TABLETOP)
 
 
-def labelled(clips: world_model.Clips) -> world_model.Clips:
+def labelled(clips: Clips) -> Clips:
     """`clips` whose latents are the number of their frame, and whose maps are that plus a half."""
     number = torch.arange(len(clips.latents), dtype=torch.float32).view(-1, 1, 1, 1)
     return dataclasses.replace(clips, latents=number.expand_as(clips.latents).clone(), maps=(number + 0.5).expand_as(clips.maps).clone())
@@ -110,7 +124,7 @@ def test_examples_are_what_a_rollout_sees() -> None:
     simulator = Evac.initialised(CONFIG, 0)
     clips = labelled(clips_of(simulator, EPISODES))
     for start in range(STEPS - CHUNK + 1):
-        batch = world_model.example(simulator, clips, np.array([[2, start]]), WORLD, 0, 0, training=False)
+        batch = example(simulator, clips, np.array([[2, start]]), WORLD, 0, 0, training=False)
         begin = 2 * (STEPS + 1)
         history = [0] * 4 + list(range(1, start + 1))  # frames of a rollout that has come to `start`
         want = [begin + history[i] for i in memory_indices(len(history), 4)]
@@ -122,6 +136,33 @@ def test_examples_are_what_a_rollout_sees() -> None:
         first = 0 if TABLETOP.arms[-1].side == "left" else DELTA_DIM // 2
         np.testing.assert_allclose(batch.deltas[0, :, first], moved, atol=1e-6)
         assert torch.equal(batch.first[0], simulator.picture(torch.from_numpy(EPISODES[2].frame[:1]))[0])
+
+
+def test_pictures_of_few_episodes_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, explored = EpisodeSet(tmp_path / "shown"), EpisodeSet(tmp_path / "explored")
+    many = [episode(seed, 5) for seed in range(3 * ENCODED_TOGETHER)]
+    for number, one in enumerate(many):
+        (shown if number < 4 else explored).add(number, one)
+    read, alive, most = EpisodeSet.load, set[int](), 0
+
+    def watched(self: EpisodeSet, number: int) -> Episode:
+        nonlocal most
+        found = read(self, number)
+        alive.add(id(found.frame))
+        weakref.finalize(found.frame, alive.discard, id(found.frame))
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(EpisodeSet, "load", watched)
+    simulator = Evac.initialised(CONFIG, 0)
+    on_disk = OnDisk([(shown if number < 4 else explored, number) for number in range(len(many))])
+    got, want = clips_of(simulator, on_disk), clips_of(simulator, many)
+    assert ENCODED_TOGETHER <= most <= 2 * ENCODED_TOGETHER + 1
+    assert torch.equal(got.latents, want.latents)
+    assert torch.equal(got.maps, want.maps)
+    assert torch.equal(got.first, want.first)
+    assert torch.equal(got.deltas, want.deltas)
+    assert got.begins.tolist() == want.begins.tolist()
 
 
 def test_windows_end_with_their_episode() -> None:
@@ -137,21 +178,21 @@ def test_windows_end_with_their_episode() -> None:
 def test_maps_are_of_their_own_frame() -> None:
     simulator = Evac.initialised(CONFIG, 0)
     clips = clips_of(simulator, EPISODES[:1])
-    drawn = world_model._draw_maps(EPISODES[0].pose, EPISODES[0].gripper, CAMERA, TABLETOP)
+    drawn = draw_maps(EPISODES[0].pose, EPISODES[0].gripper, CAMERA, TABLETOP)
     torch.testing.assert_close(clips.maps, simulator.encode(simulator.picture(drawn)))
     assert not clips.deltas[0].any()
 
 
 def test_memory_noise_grows_toward_the_last_frame_and_spares_half() -> None:
     memory = torch.zeros(512, 2, 4, 4, 4)
-    noisy = world_model._noisy_memory(memory, 0, 3)
+    noisy = _noisy_memory(memory, 0, 3)
     spread = noisy.flatten(3).permute(0, 2, 1, 3).flatten(2).std(2)  # per example and frame
     level = (spread > 0).float()
     assert 0.45 < float(level.mean()) < 0.55, "about half of the frames stay as they are"
     assert (spread.mean(0).diff() > 0).all(), "later frames are noisier"
     assert (level.diff(dim=1) >= 0).all(), "sorted within an example"
     assert float(spread.max()) < 1.0
-    assert torch.equal(noisy, world_model._noisy_memory(memory, 0, 3))
+    assert torch.equal(noisy, _noisy_memory(memory, 0, 3))
 
 
 def test_conditions_are_dropped_by_one_number_as_published() -> None:
@@ -159,7 +200,7 @@ def test_conditions_are_dropped_by_one_number_as_published() -> None:
     clips, windows = clips_of(simulator, EPISODES), np.tile([[1, 4]], (4000, 1))
     config = dataclasses.replace(WORLD, dropout=0.1, memory_noise=False)
     small = dataclasses.replace(clips, latents=clips.latents[..., :1, :1], maps=clips.maps[..., :1, :1] + 9.0, first=clips.first[..., :1, :1] + 9.0)
-    batch = world_model.example(simulator, small, windows, config, 0, 0)
+    batch = example(simulator, small, windows, config, 0, 0)
     dropped = {
         "deltas": ~batch.deltas.flatten(1).any(1), "first": ~batch.first.flatten(1).any(1), "maps": ~batch.maps.flatten(1).any(1),
         "seen": ~batch.seen,
@@ -169,7 +210,7 @@ def test_conditions_are_dropped_by_one_number_as_published() -> None:
         assert abs(share[name] - want) < 0.025, (name, share)
     assert abs(float((dropped["deltas"] & dropped["first"]).float().mean()) - 0.1) < 0.02
     assert abs(float((dropped["maps"] & dropped["seen"]).float().mean()) - 0.05) < 0.015
-    kept = world_model.example(simulator, small, windows, config, 0, 0, training=False)
+    kept = example(simulator, small, windows, config, 0, 0, training=False)
     assert kept.seen.all()
     assert kept.maps.any(dim=1).all()
 
@@ -177,13 +218,13 @@ def test_conditions_are_dropped_by_one_number_as_published() -> None:
 def test_levels_are_the_samplers_or_uniform() -> None:
     simulator = Evac.initialised(dataclasses.replace(CONFIG, denoise_steps=2), 0)
     visited = set(simulator.sampler.timesteps.tolist())
-    every = world_model._levels(simulator, dataclasses.replace(WORLD, sampled_levels=1.0), 0, 0, 400)
+    every = _levels(simulator, dataclasses.replace(WORLD, sampled_levels=1.0), 0, 0, 400)
     assert set(every.tolist()) == visited
-    none = world_model._levels(simulator, dataclasses.replace(WORLD, sampled_levels=0.0), 0, 0, 4000)
+    none = _levels(simulator, dataclasses.replace(WORLD, sampled_levels=0.0), 0, 0, 4000)
     assert abs(none.mean() - 499.5) < 20
     assert none.min() >= 0
     assert none.max() <= 999
-    assert abs(np.mean([level in visited for level in world_model._levels(simulator, WORLD, 0, 0, 4000)]) - WORLD.sampled_levels) < 0.03
+    assert abs(np.mean([level in visited for level in _levels(simulator, WORLD, 0, 0, 4000)]) - WORLD.sampled_levels) < 0.03
 
 
 def test_the_foreground_weighs_more() -> None:
@@ -194,18 +235,18 @@ def test_the_foreground_weighs_more() -> None:
         drawn = true.clone()
         drawn[0, :, place[0], place[1]] += 0.5
         want = weight * (0.5 + 0.25) / 16
-        assert float(world_model.picture_loss(drawn, true, still, 7.0)) == pytest.approx(want)
+        assert float(picture_loss(drawn, true, still, 7.0)) == pytest.approx(want)
 
 
-def trained_vae(path: Path, dies_at: int | None = None) -> tuple[Evac, dict[str, Any]]:
-    simulator = Evac.initialised(CONFIG, 0)
-    return simulator, world_model.train_vae(simulator, EPISODES, CAMERA, TABLETOP, WORLD, 0, Kept(path, dies_at))
+def trained_vae(path: Path, dies_at: int | None = None, device: torch.device = CPU) -> tuple[Evac, dict[str, Any]]:
+    simulator = Evac.initialised(CONFIG, 0).to(device)
+    return simulator, train_vae(simulator, EPISODES, CAMERA, TABLETOP, WORLD, 0, Kept(path, dies_at))
 
 
-def trained_simulator(path: Path, dies_at: int | None = None, **changes: Any) -> tuple[Evac, dict[str, Any]]:
-    simulator = Evac.initialised(dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, dropout=0.1)), 0)
+def trained_simulator(path: Path, dies_at: int | None = None, device: torch.device = CPU, **changes: Any) -> tuple[Evac, dict[str, Any]]:
+    simulator = Evac.initialised(dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, dropout=0.1)), 0).to(device)
     clips, held_out = clips_of(simulator, EPISODES), clips_of(simulator, HELD_OUT)
-    world_model.set_delta_statistics(simulator, clips)
+    set_delta_statistics(simulator, clips)
     config = dataclasses.replace(WORLD, **changes)
     return simulator, world_model.train_simulator(simulator, clips, held_out, config, 0, Kept(path, dies_at))
 
@@ -247,7 +288,7 @@ def test_training_learns(tmp_path: Path) -> None:
     config = dataclasses.replace(
         WORLD, vae_steps=120, vae_batch=12, vae_lr=4e-3, steps=60, batch=8, lr=2e-3, check_every=20, held_out_clips=9, dropout=0.0
     )
-    metrics = world_model.train_vae(simulator, EPISODES, CAMERA, TABLETOP, config, 0, Never())
+    metrics = train_vae(simulator, EPISODES, CAMERA, TABLETOP, config, 0, Never())
     frames = torch.from_numpy(np.concatenate([e.frame for e in HELD_OUT]))
     latents = simulator.encode(simulator.picture(frames))
     assert abs(float(latents.detach().std()) - 1.0) < 0.3, "scaled latents have about unit deviation"
@@ -255,7 +296,7 @@ def test_training_learns(tmp_path: Path) -> None:
     error = (simulator.reconstruct(frames).float() - frames.float()).abs().mean()
     assert error < 0.6 * (frames.float() - frames.float().mean(0)).abs().mean()
     clips, held_out = clips_of(simulator, EPISODES), clips_of(simulator, HELD_OUT)
-    world_model.set_delta_statistics(simulator, clips)
+    set_delta_statistics(simulator, clips)
     metrics = world_model.train_simulator(simulator, clips, held_out, config, 0, Never())
     losses = [loss for _, loss in metrics["held_out"]]
     assert losses[-1] < 0.6, "half of the latents' variance is foreseen"
@@ -284,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage() -> None:
     with torch.no_grad():
         simulator.vae.decoder.conv_out.bias.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(FloatingPointError, match=r"autoencoder: loss is nan at step 0; lower world\.vae_lr"):
-        world_model.train_vae(simulator, EPISODES, CAMERA, TABLETOP, WORLD, 0, Never())
+        train_vae(simulator, EPISODES, CAMERA, TABLETOP, WORLD, 0, Never())
     simulator = Evac.initialised(CONFIG, 0)
     clips = clips_of(simulator, EPISODES)
     broken = dataclasses.replace(clips, latents=clips.latents * float("inf"))
@@ -306,7 +347,7 @@ def test_a_savepoint_of_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_the_defaults_draw_what_they_always_drew() -> None:
     windows = np.stack([np.repeat(np.arange(5), 9), np.tile(np.arange(9), 5)], axis=1)
-    drawn = world_model.draw_windows(windows, CHUNK, WORLD, 3, 17, 8, 0.4)
+    drawn = draw_windows(windows, CHUNK, WORLD, 3, 17, 8, 0.4)
     np.testing.assert_array_equal(drawn, windows[noise.integers(3, noise.Stream.WORLD, 17, len(windows), 8)])
 
 
@@ -314,19 +355,19 @@ def test_curriculum_goes_from_short_and_early_to_every_clip_alike() -> None:
     lengths = [12, 4, 1]  # clips of three episodes; the second of four has none
     windows = np.array([[e, s] for e, n in zip((0, 2, 3), lengths, strict=True) for s in range(n)])
     config = dataclasses.replace(WORLD, sampling="curriculum", curriculum_begin=(0.0, -1.0), curriculum_end=(1.0, 0.0))
-    first, last = (world_model.clip_weights(windows, CHUNK, config, progress) for progress in (0.0, 1.0))
+    first, last = (clip_weights(windows, CHUNK, config, progress) for progress in (0.0, 1.0))
     np.testing.assert_allclose([first.sum(), last.sum()], 1.0)
     np.testing.assert_allclose(last, 1 / 17)
     for e in (0, 2, 3):
         assert first[windows[:, 0] == e].sum() == pytest.approx(1 / 3), "power 0: every episode alike"
     assert first[0] / first[4] == pytest.approx(2.0), "power -1: one chunk later, half as likely"
-    halfway = world_model.clip_weights(windows, CHUNK, config, 0.5)
+    halfway = clip_weights(windows, CHUNK, config, 0.5)
     assert halfway[windows[:, 0] == 0].sum() == pytest.approx(12**0.5 / (12**0.5 + 2 + 1))
     assert halfway[0] / halfway[4] == pytest.approx(2**0.5)
-    drawn = world_model.draw_windows(windows, CHUNK, config, 0, 0, 20000, 0.0)
+    drawn = draw_windows(windows, CHUNK, config, 0, 0, 20000, 0.0)
     share = np.array([(drawn == window).all(1).mean() for window in windows])
     np.testing.assert_allclose(share, first, atol=0.01)
-    np.testing.assert_array_equal(drawn, world_model.draw_windows(windows, CHUNK, config, 0, 0, 20000, 0.0))
+    np.testing.assert_array_equal(drawn, draw_windows(windows, CHUNK, config, 0, 0, 20000, 0.0))
 
 
 def test_curriculum_and_frozen_parts_train(tmp_path: Path) -> None:
@@ -339,8 +380,8 @@ def test_curriculum_and_frozen_parts_train(tmp_path: Path) -> None:
         dataclasses.replace(WORLD, frozen=("clip",))
 
 
-def gradients(simulator: Evac, clips: world_model.Clips, config: WorldConfig) -> tuple[float, list[torch.Tensor]]:
-    batch = world_model.example(simulator, clips, clips.windows(CHUNK, aligned=True)[:3], config, 0, 0)
+def gradients(simulator: Evac, clips: Clips, config: WorldConfig) -> tuple[float, list[torch.Tensor]]:
+    batch = example(simulator, clips, clips.windows(CHUNK, aligned=True)[:3], config, 0, 0)
     simulator.train()
     simulator.zero_grad()
     simulator.unet.recompute = config.gradient_checkpointing
@@ -395,9 +436,9 @@ def test_without_action_maps_only_the_tokens_know_the_motion() -> None:
     other = dataclasses.replace(clips, maps=clips.maps + 1.0)
     turned = dataclasses.replace(clips, deltas=clips.deltas + 1.0)
 
-    def loss(of: Evac, given: world_model.Clips) -> float:
+    def loss(of: Evac, given: Clips) -> float:
         with torch.no_grad():
-            return float(world_model.v_loss(of.eval(), world_model.example(of, given, np.array([[1, 4]]), WORLD, 0, 0, training=False), clips.rays))
+            return float(world_model.v_loss(of.eval(), example(of, given, np.array([[1, 4]]), WORLD, 0, 0, training=False), clips.rays))
 
     assert loss(simulator, clips) != loss(simulator, other)
     assert loss(blind, clips) == loss(blind, other)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tests.test_world_model import CONFIG, EPISODES, HELD_OUT, WORLD, Kept, clips_of
 from worldenv import distributed
 from worldenv.learning import processes, world_model
+from worldenv.learning.clips import Batch
 from worldenv.simulator.evac import Evac
 
 STEPS = 3
@@ -31,7 +32,7 @@ def train(folder: Path) -> None:
     forward = world_model.Objective.forward
     clip = torch.nn.utils.clip_grad_norm_
 
-    def sized(self: Any, batch: world_model.Batch, rays: torch.Tensor) -> torch.Tensor:
+    def sized(self: Any, batch: Batch, rays: torch.Tensor) -> torch.Tensor:
         sizes.append(len(batch.target))
         return forward(self, batch, rays)
 

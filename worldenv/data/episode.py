@@ -13,11 +13,11 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,9 @@ class Episode:
             if not fits or array.dtype != np.dtype(dtype):
                 wanted = shapes.get(name, f"({steps + 1}, H, W, 3)")
                 raise ValueError(f"{name}: {array.shape} {array.dtype}, want {wanted} {np.dtype(dtype)}")
+        if self.camera is not None and self.camera.width * self.frame.shape[1] != self.camera.height * self.frame.shape[2]:
+            pictures = f"pictures are {self.frame.shape[2]} x {self.frame.shape[1]}"
+            raise ValueError(f"camera: of {self.camera.width} x {self.camera.height} px, {pictures}: give intrinsics and size as they are for these")
         for name in ("pose", "gripper", "command"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name}: a value is not finite")
@@ -147,10 +150,24 @@ def read_camera(path: Path) -> Camera:
     except (ValueError, KeyError, TypeError, OSError) as error:
         want = "intrinsics (3, 3), camera_to_world (4, 4), height, width, and mirrored where it is so"
         raise ValueError(f"{path}: want a .json file with {want} ({type(error).__name__}: {error})") from error
-    turn = None if camera is None else camera.camera_to_world[:3, :3]
-    if camera is None or turn is None or np.abs(turn @ turn.T - np.eye(3)).max() > 1e-3 or np.linalg.det(turn) < 0 or camera.intrinsics[0, 0] <= 0:
-        raise ValueError(f"{path}: camera_to_world turns by no rotation, or the focal length is not above 0")
+    if problem := "holds none" if camera is None else _no_camera(camera):
+        raise ValueError(f"{path}: {problem}")
+    assert camera is not None
     return camera
+
+
+def _no_camera(camera: Camera) -> str:
+    """Why it is none, or nothing."""
+    turn, inside = camera.camera_to_world[:3, :3], camera.intrinsics
+    if not (np.isfinite(camera.camera_to_world).all() and np.isfinite(inside).all()):
+        return "intrinsics or camera_to_world: a value is not finite"
+    if np.abs(turn @ turn.T - np.eye(3)).max() > 1e-3 or np.linalg.det(turn) < 0 or (camera.camera_to_world[3] != [0, 0, 0, 1]).any():
+        return "camera_to_world: want a rotation, a translation [m] and a last row of 0 0 0 1"
+    if inside[0, 0] <= 0 or inside[1, 1] <= 0 or (inside[2] != [0, 0, 1]).any():
+        return "intrinsics: want fx and fy above 0 on the diagonal, and a last row of 0 0 1"
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (camera.height, camera.width)):
+        return f"height {camera.height!r}, width {camera.width!r}: want whole numbers of pixels"
+    return "" if isinstance(camera.mirrored, bool) else f"mirrored {camera.mirrored!r}: want true or false"
 
 
 def _words(episode: Episode) -> dict[str, Any]:
@@ -310,3 +327,25 @@ class EpisodeSet:
         }
         index = {"format": SET_FORMAT, "fingerprint": self.fingerprint, "counts": counts, "episodes": [asdict(entry) for entry in entries]}
         write_text(self.folder / INDEX, json.dumps(index, indent=1))
+
+
+class OnDisk(Sequence[Episode]):
+    """Episodes of sets, each read when it is asked for and not kept: the pictures of hundreds are tens of GB, for every process that learns."""
+
+    def __init__(self, chosen: Sequence[tuple[EpisodeSet, int]]) -> None:
+        """Of each set the episode of that number."""
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, at: int) -> Episode: ...
+    @overload
+    def __getitem__(self, at: slice) -> OnDisk: ...
+    def __getitem__(self, at: int | slice) -> Episode | OnDisk:
+        """Raises CheckpointError as `EpisodeSet.load` does."""
+        if isinstance(at, slice):
+            return OnDisk(self._chosen[at])
+        episodes, number = self._chosen[at]
+        return episodes.load(number)

@@ -29,7 +29,7 @@ from worldenv.config import RewardConfig
 from worldenv.data.episode import Episode
 from worldenv.devices import dealt
 from worldenv.learning.finite import finite
-from worldenv.learning.sft import one_cycle
+from worldenv.learning.optimizer import one_cycle
 from worldenv.reflector.contract import Judge, scored
 from worldenv.reflector.frames import shown
 from worldenv.reflector.judge import Embedding, LlavaReflector

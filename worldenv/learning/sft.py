@@ -27,6 +27,7 @@ from worldenv.data.episode import Episode
 from worldenv.learning import augment, processes
 from worldenv.learning.chunks import Chunks
 from worldenv.learning.finite import finite
+from worldenv.learning.optimizer import one_cycle
 from worldenv.nouns import ACTION_DIM, Observation
 from worldenv.policy import lora, published, tokens
 from worldenv.policy.openvla_oft import OpenVLAOFT, Query
@@ -71,12 +72,6 @@ def pretrained(config: PolicyConfig, sft: SftConfig, episodes: Sequence[Episode]
     settings = dataclasses.replace(opened.config, **ours)
     opened.network.config = settings
     return OpenVLAOFT(settings, opened.network.to(device), opened.tokenizer, opened.statistics)
-
-
-def one_cycle(step: int, steps: int, peak: float, rise: float = 0.1) -> float:
-    """Learning rate of `step`: a straight rise to `peak` over the first share of steps, then half a cosine down to 0."""
-    done = (step + 1) / steps
-    return peak * (done / rise if done < rise else 0.5 * (1.0 + math.cos(math.pi * (done - rise) / (1.0 - rise))))
 
 
 def _rate(step: int, config: SftConfig) -> float:

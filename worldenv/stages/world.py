@@ -10,7 +10,7 @@ import numpy as np
 
 from worldenv import checkpoint, console
 from worldenv.checkpoint import Savepoint
-from worldenv.data.episode import Episode
+from worldenv.data.episode import Episode, OnDisk
 from worldenv.kinematics import ControllerModel, drift, fit
 from worldenv.learning import processes, world_model
 from worldenv.run import Stage
@@ -23,10 +23,12 @@ _UNEXPLAINED = 0.15
 commands exchanged 0.2 to 0.4, whatever controller is fitted."""
 
 
-def _world_episodes(desk: Desk) -> tuple[list[Episode], list[Episode]]:
+def _world_episodes(desk: Desk) -> tuple[Sequence[Episode], Sequence[Episode]]:
     """What the world model learns from, and what it is judged by."""
-    training, held_out = list(desk.episodes("demos")), desk.explored[1]
-    return training + (desk.explored[0] if desk.settings.world.extra_data else []), held_out
+    demos, explored = desk.episodes("demos"), desk.episodes("explore")
+    training, held_out = ([(explored, e.number) for e in explored.entries if (e.number in desk.held_out) is held] for held in (False, True))
+    shown = [(demos, e.number) for e in demos.entries]
+    return OnDisk(shown + training if desk.settings.world.extra_data else shown), OnDisk(held_out)
 
 
 def fit_world(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[Evac, dict[str, Any]]:
@@ -52,9 +54,10 @@ def _off(controller: ControllerModel, episodes: Sequence[Episode], chunk: int) -
 def world(desk: Desk, stage: Stage) -> None:
     """Controller, autoencoder and simulator learn how the world moves and looks; of several processes, all take part."""
     training, held_out = _world_episodes(desk)
-    controller = fit([e.pose for e in training], [e.command for e in training], desk.site.robot, margin_m=0.0)
+    moves = [(e.pose, e.command) for e in training]
+    controller = fit([pose for pose, _ in moves], [command for _, command in moves], desk.site.robot, margin_m=0.0)
     checkpoint.write_text(stage.folder / "controller.json", json.dumps(controller.to_dict()))
-    stage.metrics["kinematics"] = off = _off(controller, held_out, desk.settings.simulator.chunk)
+    stage.metrics["kinematics"] = off = _off(controller, list(held_out), desk.settings.simulator.chunk)
     if off["unexplained"] > _UNEXPLAINED:
         console.say(
             f"world: commands explain only {100 * (1 - off['unexplained']):.0f} % of how far the gripper of held-out episodes moves in a chunk "

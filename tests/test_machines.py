@@ -163,6 +163,37 @@ def test_a_machine_that_fails_ends_the_run_with_a_line_that_names_it(begun: Path
     assert sorted(kept) == NUMBERS[0:6:2]
 
 
+FROZEN = """
+import datetime, sys, time
+import torch
+from worldenv import distributed
+from worldenv.learning import processes
+processes.STEP_PATIENCE = datetime.timedelta(seconds=2)
+with distributed.joined():
+    if processes.rank() == 0:
+        time.sleep(4)
+    print(processes.agreed("sft"), flush=True)  # whatever the leader does alone, they wait
+    if processes.rank() == 1:
+        time.sleep(60)
+    try:
+        processes.total(1.0, torch.device("cpu"))
+    except processes.ProcessError as error:
+        print(error, flush=True)
+"""
+
+
+def test_a_machine_that_is_frozen_is_noticed() -> None:
+    """It closes no connection."""
+    here, started = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, []
+    for rank in ("0", "1"):
+        env = {**here, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(subprocess.Popen([sys.executable, "-c", FROZEN], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
+    said = started[0].communicate(timeout=60)[0].splitlines()
+    started[1].kill()
+    assert said[0] == started[1].communicate()[0].splitlines()[0] == "sft"
+    assert said[1].startswith(f"process 0 on {platform.node()}: another process says nothing any more: is its machine frozen, or its network gone?")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_machine_that_is_gone_ends_the_run(gone: int, begun: Path) -> None:

@@ -33,7 +33,7 @@ def joined() -> Iterator[None]:
         raise ValueError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}; lower torchrun's --nproc-per-node")
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=processes.PATIENCE)
+    processes.join("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if dist.get_rank():
         console.be_quiet()
     try:

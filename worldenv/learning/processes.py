@@ -19,6 +19,11 @@ import torch.distributed as dist
 
 PATIENCE = timedelta(days=7)
 """The others wait while the first one does whole stages alone."""
+STEP_PATIENCE = timedelta(hours=1)
+"""In a stage that all train in nobody waits longer for a sum: a machine that is frozen, or whose network is gone, has closed no connection. To save
+what a large network has so far is minutes of it."""
+ITERATION_PATIENCE = timedelta(days=1)
+"""Machines wait for each other's rollouts, for the leader's update, and while it builds engines."""
 T = TypeVar("T")
 
 
@@ -60,9 +65,19 @@ def sum_up(tensors: Iterable[torch.Tensor]) -> None:
                 dist.all_reduce(tensor)
 
 
+_waiting: dist.ProcessGroup | None = None
+
+
+def join(backend: str) -> None:
+    """Be one of the processes that torchrun started, by torch.distributed's `backend`."""
+    global _waiting  # torch.distributed's own groups are as global
+    dist.init_process_group(backend, timeout=STEP_PATIENCE)
+    _waiting = dist.new_group(timeout=PATIENCE, backend="gloo")
+
+
 def agreed(value: str | None) -> str | None:
-    """The leader's `value`, for everybody; they wait for it."""
-    told: str | None = _told(value, None) if count() > 1 else value
+    """The leader's `value`, for everybody; they wait for it, whatever it does alone before."""
+    told: str | None = _told(value, _waiting) if count() > 1 else value
     return told
 
 
@@ -86,8 +101,10 @@ def _reached() -> Iterator[None]:
     """ProcessError where the others cannot be reached in this block."""
     try:
         yield
-    except RuntimeError as error:  # of torch.distributed: a connection was closed
+    except RuntimeError as error:  # of torch.distributed: a connection was closed, or nothing came in time
         said = str(error).partition("\n")[0].partition(". ")[0]  # what Gloo guesses after that is no help
+        if "timed out" in str(error).lower():
+            raise ProcessError(f"{_me()}: another process says nothing any more: is its machine frozen, or its network gone? ({said})") from error
         raise ProcessError(f"{_me()}: another process has ended before its time, and says why where it ran ({said})") from error
 
 
@@ -163,5 +180,5 @@ def machines() -> Machines | None:
     with _reached():
         dist.all_gather_object(numbers, int(os.environ["LOCAL_RANK"]))
         firsts = [one for one, local in enumerate(numbers) if local == 0]
-        group = dist.new_group(firsts, PATIENCE, "gloo")
+        group = dist.new_group(firsts, ITERATION_PATIENCE, "gloo")
     return Machines(firsts.index(rank()), len(firsts), group) if rank() in firsts else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -36,6 +37,7 @@ from worldenv.envs.offscreen import NoOpenGL
 from worldenv.envs.tabletop import Tabletop
 from worldenv.policy import weights as policies
 from worldenv.policy.lerobot import LeRobotError, LeRobotPolicy
+from worldenv.policy.lerobot_server import places
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer
 from worldenv.presets import preset
@@ -333,6 +335,19 @@ def test_processes_end_without_a_word_where_another_has_failed(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_process_that_dies_while_it_is_answered_is_named():
+    class Deadly:
+        def answer(self, question):
+            (victim,) = multiprocessing.active_children()
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join()
+            return Answer(np.zeros((8, 7), np.float32), None)
+
+    want = asked(policy="somebody", mode="limit", episodes=1)
+    with pytest.raises(TrialError, match=r"^task 0, state 0: its process died \(exit code -9\); the same command goes on from here$"):
+        next(runner._together(want, want.starts(), Deadly(), 1))  # type: ignore[arg-type]
+
+
 def test_compare(tmp_path, capsys):
     left = _stored(tmp_path / "a", [True, False, False, False, True, False, False])
     right = _stored(tmp_path / "b", [True, True, True, False, False, True], policy="other")
@@ -444,7 +459,7 @@ def test_a_lerobot_policy_answers_from_its_own_process(lerobot):
     ("config", "why"),
     [
         ("self.n_obs_steps = 2", "n_obs_steps=2"),
-        ('del self.input_features["observation.images.image"], self.input_features["observation.images.image2"]', "one or two pictures"),
+        ('del self.input_features["observation.images.image"], self.input_features["observation.images.image2"]', r"views \[\]: want"),
         ('self.input_features["observation.state"] = Feature(14)', "a state of 8"),
         ("self.temporal_ensemble_coeff = 0.01", "temporal_ensemble_coeff"),
     ],
@@ -452,6 +467,19 @@ def test_a_lerobot_policy_answers_from_its_own_process(lerobot):
 def test_a_lerobot_policy_that_cannot_be_asked_is_one_error(config, why, lerobot):
     with pytest.raises(LeRobotError, match=why):
         LeRobotPolicy(lerobot(config), sys.executable, "cpu")
+
+
+def test_a_lerobot_policys_views_are_told_apart_by_name():
+    full = "observation.images.".__add__
+    assert places([full("wrist_image"), full("image")]) == {full("image"): "frame", full("wrist_image"): "wrist"}
+    assert places([full("image2"), full("image")]) == {full("image"): "frame", full("image2"): "wrist"}
+    assert places([full("camera1"), full("camera2")]) == {full("camera1"): "frame", full("camera2"): "wrist"}
+    assert places([full("base_0_rgb"), full("left_wrist_0_rgb")]) == {full("base_0_rgb"): "frame", full("left_wrist_0_rgb"): "wrist"}
+    assert places([full("top")]) == {full("top"): "frame"}
+    assert places([full("hand_camera")]) == {full("hand_camera"): "wrist"}
+    for names in (["front", "side"], ["left_wrist", "right_wrist"], ["a", "b", "wrist"]):
+        with pytest.raises(ValueError, match=r"one of the scene, one of the wrist"):
+            places([full(name) for name in names])
 
 
 def test_a_lerobot_policy_is_evaluated(lerobot, tmp_path, capsys):

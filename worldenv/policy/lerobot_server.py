@@ -19,6 +19,8 @@ import numpy as np
 
 STATE = 8
 """Numbers of the state."""
+_OF_THE_WRIST = ("wrist", "hand", "gripper")
+"""A camera with one of these in its name moves with the gripper."""
 
 
 def send(stream: IO[bytes], header: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]] | None = None) -> None:
@@ -51,6 +53,21 @@ def receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, np.ndarray[Any
     return header, arrays
 
 
+def places(names: list[str]) -> dict[str, str]:
+    """Which of our pictures, "frame" or "wrist", each of a policy's views is: by its name, whatever the order. ValueError where the names do not say.
+
+    Two that differ by a number alone (image, image2) are the scene's, then the wrist's, as in LeRobot's sets of LIBERO.
+    """
+    wrist = [name for name in names if any(word in name.rpartition(".")[2].lower() for word in _OF_THE_WRIST)]
+    scene = [name for name in names if name not in wrist]
+    if len(names) == 2 and not wrist and len({name.rstrip("0123456789_") for name in names}) == 1:
+        scene, wrist = sorted(names, key=lambda name: (len(name), name))[:1], sorted(names, key=lambda name: (len(name), name))[1:]
+    if not names or len(wrist) > 1 or len(scene) > 1:
+        words = ", ".join(_OF_THE_WRIST)
+        raise ValueError(f"views {names}: want one of the scene, one of the wrist (its name has {words}), or both, to be told apart by name")
+    return {**dict.fromkeys(scene, "frame"), **dict.fromkeys(wrist, "wrist")}
+
+
 class Served:
     """The policy. A question is answered as at the start of an episode, by the actions that it would execute before it looked again."""
 
@@ -62,10 +79,10 @@ class Served:
         config = PreTrainedConfig.from_pretrained(path)
         config.device, config.pretrained_path = device, path
         features = dict(config.input_features)
-        self.views = [name for name in features if name.startswith("observation.image") and "empty_camera" not in name]
+        self.views = places([name for name in features if name.startswith("observation.image") and "empty_camera" not in name])
         state = features.get("observation.state")
-        if not 1 <= len(self.views) <= 2 or (state is not None and tuple(state.shape) != (STATE,)):
-            raise ValueError(f"inputs {list(features)}: want one or two pictures and a state of {STATE} (a policy trained on LIBERO)")
+        if state is not None and tuple(state.shape) != (STATE,):
+            raise ValueError(f"inputs {list(features)}: want a state of {STATE} (a policy trained on LIBERO)")
         if getattr(config, "n_obs_steps", 1) != 1:
             raise ValueError(f"n_obs_steps={config.n_obs_steps}: only policies that see the present alone (n_obs_steps=1) can be asked")
         if getattr(config, "temporal_ensemble_coeff", None) is not None:
@@ -86,7 +103,7 @@ class Served:
         def observation() -> dict[str, Any]:
             pictures = {
                 name: torch.from_numpy(arrays[ours].copy()).permute(2, 0, 1)[None].float().div(255).to(self.device)
-                for name, ours in zip(self.views, ("frame", "wrist"))  # noqa: B905 -- one view or two
+                for name, ours in self.views.items()
             }
             return {**pictures, "observation.state": torch.from_numpy(arrays["state"].copy())[None].to(self.device), "task": [task]}
 
@@ -107,7 +124,7 @@ def main() -> None:
     except Exception as error:
         send(answers, {"error": f"{type(error).__name__}: {error}"})
         return
-    send(answers, {"kind": served.kind, "chunk": served.chunk, "views": len(served.views)})
+    send(answers, {"kind": served.kind, "chunk": served.chunk, "views": 2 if "wrist" in served.views.values() else 1})
     while True:
         try:
             question, arrays = receive(sys.stdin.buffer)

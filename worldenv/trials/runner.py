@@ -239,10 +239,11 @@ class _Workers:
 
     def close(self) -> None:
         """End them."""
-        for pipe, process in self.processes.items():
+        for pipe in self.processes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
             pipe.close()
+        for process in self.processes.values():
             process.join(timeout=5)
             if process.is_alive():
                 process.terminate()
@@ -268,27 +269,40 @@ def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, 
         at[pipe] = next_for(pipe)
         pipe.send(at[pipe])
 
+    def died(pipe: Connection) -> TrialError:
+        workers.processes[pipe].join(timeout=5)
+        code, start = workers.processes[pipe].exitcode, at.get(pipe)
+        where = f"task {start.task}, state {start.index}: " if start else ""
+        return TrialError(f"{where}its process died (exit code {code}); the same command goes on from here")
+
     try:
         for pipe in workers.processes:
-            give(pipe)
+            try:
+                give(pipe)
+            except OSError as error:
+                raise died(pipe) from error
         while any(start is not None for start in at.values()):
             ready = wait([pipe for pipe, start in at.items() if start is not None])
             for pipe in [pipe for pipe in at if pipe in ready]:
                 start = at[pipe]
-                where = f"task {start.task}, state {start.index}" if start else ""
                 try:
                     kind, content = pipe.recv()
-                except (EOFError, ConnectionResetError) as error:
-                    workers.processes[pipe].join(timeout=5)
-                    code = workers.processes[pipe].exitcode
-                    raise TrialError(f"{where}: its process died (exit code {code}); the same command goes on from here") from error
+                except (EOFError, OSError) as error:
+                    raise died(pipe) from error
                 if kind == "failed":
-                    raise TrialError(f"{where}: {content}")
+                    raise TrialError(f"task {start.task}, state {start.index}: {content}" if start else content)
+                answer = None
                 if kind == "question":
                     assert bench is not None
-                    pipe.send(bench.answer(content))
-                else:
-                    give(pipe)
+                    answer = bench.answer(content)  # whose own errors are no process's death
+                try:
+                    if kind == "question":
+                        pipe.send(answer)
+                    else:
+                        give(pipe)
+                except OSError as error:
+                    raise died(pipe) from error
+                if kind != "question":
                     yield content
     finally:
         workers.close()

@@ -184,3 +184,15 @@ def test_draw_refuses_batches_that_differ() -> None:
         action_map.draw(still, (still.pose, still.gripper), above(), TABLETOP, (8, 8))
     with pytest.raises(ValueError, match="want"):
         paint(np.zeros((1, 2, 4, 2), np.int64), np.zeros((1, 1, 3), np.uint8), [Brush(1, 1, AXES)], (8, 8), 0)
+
+
+def test_drawn_gripper_is_in_the_picture_or_not() -> None:
+    """Before the camera, beside its picture, and behind it, where projection alone would see it again."""
+    camera = Camera(np.array([[60.0, 0, 32], [0, 60.0, 32], [0, 0, 1]]), np.eye(4), 64, 64)
+    arm = dataclasses.replace(TABLETOP.arms[-1], tool_m=0.0)
+    place = np.array([[0.0, 0, 0.5], [0.25, 0, 0.5], [0.3, 0, 0.5], [0.0, 0, -0.5], [0.0, -0.27, 0.5], [0.0, -0.28, 0.5]])
+    pose = np.concatenate([place, np.tile([0.0, 0, 0, 1], (len(place), 1))], axis=1)
+    want = [True, True, False, False, True, False]
+    assert action_map.in_picture(pose, camera, arm).tolist() == want
+    mirrored = dataclasses.replace(camera, mirrored=True)
+    assert action_map.in_picture(pose * [-1, 1, 1, 1, 1, 1, 1], mirrored, arm).tolist() == want

@@ -171,11 +171,24 @@ def test_commands_give_the_frames_that_a_rollout_imagines(count: int, files: Pat
     assert len(drawn) == count
 
 
-def test_an_episode_brings_everything(call: Any) -> None:
+def test_an_episode_brings_everything(call: Any, files: Path, tmp_path: Path) -> None:
+    """Its own frames too, the gripper drawn over them where the recorded pose has it."""
     nothing = dict.fromkeys(("frame", "actions", "intrinsics", "extrinsics"))
-    code, out, _ = call(**nothing, episode="000000.npz", robot="tabletop")
+    stored = episodes.load(files / "000000.npz")
+    level = np.arange(20, 230, 30, dtype=np.uint8)  # of each frame another grey
+    plain = dataclasses.replace(stored, frame=np.broadcast_to(level[:, None, None, None], stored.frame.shape).copy())
+    episodes.save(tmp_path / "grey.npz", plain)
+    code, out, _ = call(**nothing, episode=str(tmp_path / "grey.npz"), robot="tabletop")
     assert code == 0
     assert json.loads(out.splitlines()[-1])["frames"] == 6
+    shown = frames_of(tmp_path / "v.mp4")
+    side = (shown.shape[2] - 2 * 8) // 3  # three pictures with gaps of 8 px
+    recorded = shown[:, :, -side:].astype(int)
+    assert np.abs(np.median(recorded, axis=(1, 2, 3)) - level[1:]).max() <= 3
+    assert stored.camera is not None
+    u, v = action_map.project(stored.pose[:1, None], stored.camera, TABLETOP.arms_at(HEIGHT)[-1:])[0, 0, 0]
+    at = int(v / HEIGHT * shown.shape[1]), int(u / WIDTH * side)
+    assert (np.abs(recorded[:, at[0], at[1]] - level[1:, None]).max(axis=1) > 20).all()
 
 
 def test_evacs_json_cameras_are_its_matrices(files: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_data_formats import strip_ours
 from test_given import written
 
 from worldenv import audit, checkpoint, presets, report, train
@@ -26,8 +27,8 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.cli import convert as convert_command
 from worldenv.cli import eval as eval_command
 from worldenv.cli import train as command
-from worldenv.config import EnvConfig, RunConfig
-from worldenv.data import convert, given, lerobot, recorded
+from worldenv.config import DemosConfig, EnvConfig, RunConfig
+from worldenv.data import convert, given, in_view, lerobot, recorded
 from worldenv.data.episode import Episode, EpisodeSet, camera_to_plain, read_camera, save
 from worldenv.data.recorded import Recorded
 from worldenv.kinematics import fit
@@ -476,13 +477,69 @@ def test_a_set_without_a_camera_is_given_one(acted: Path, tmp_path: Path) -> Non
     for change, why in (
         ({"height": 128}, "64 x 128 px, pictures of .* are 64 x 64"),
         ({"intrinsics": [[1.0]]}, r"want a \.json file with intrinsics \(3, 3\)"),
-        ({"camera_to_world": turned.tolist()}, "turns by no rotation"),
+        ({"camera_to_world": turned.tolist()}, "want a rotation, a translation .m. and"),
+        ({"camera_to_world": [*(turned @ np.diag([-1.0, 1, 1, 1]))[:3].tolist(), [1, 2, 3, 4]]}, "a last row of 0 0 0 1"),
+        ({"intrinsics": [[60.0, 0, 32], [0, -60.0, 32], [0, 0, 1]]}, "fx and fy above 0"),
+        ({"height": "64"}, "height '64', width 64: want whole numbers"),
+        ({"mirrored": "no"}, "mirrored 'no': want true or false"),
     ):
         (tmp_path / "wrong.json").write_text(json.dumps({**plain, **change}))
         with pytest.raises(ValueError, match=why):
             list(convert.read(tmp_path / "set", convert.Choices(camera=tmp_path / "wrong.json")))
     with pytest.raises(ValueError, match="says itself where its camera stood"):
         list(convert.read(acted / "stages/demos", convert.Choices(camera=tmp_path / "camera-True.json")))
+
+
+def test_pictures_of_somebody_elses_set_are_as_their_camera_says(acted: Path, tmp_path: Path) -> None:
+    """Without a camera they are taken for mirrored, as OpenVLA-OFT's are; of a camera that is not, they are not."""
+    episode = EpisodeSet(acted / "stages/demos").load(0)
+    assert episode.camera is not None
+    lerobot.write(tmp_path / "set", [dataclasses.replace(episode, camera=None)], "v2.1")
+    strip_ours(tmp_path / "set", "v2.1")
+    ((_, kept),) = convert.read(tmp_path / "set", convert.Choices())
+    as_stored, file = kept.frame, tmp_path / "camera.json"
+    for mirrored, flag, want in ((False, True, as_stored), (False, False, as_stored), (True, True, as_stored), (True, False, as_stored[:, :, ::-1])):
+        file.write_text(json.dumps(camera_to_plain(dataclasses.replace(episode.camera, mirrored=mirrored))))
+        ((_, made),) = convert.read(tmp_path / "set", convert.Choices(camera=file, mirrored=flag))
+        assert made.mirrored == mirrored
+        assert np.array_equal(made.frame, want)
+
+
+def elsewhere(episode: Episode, to_world: np.ndarray) -> Episode:
+    assert episode.camera is not None
+    return dataclasses.replace(episode, camera=dataclasses.replace(episode.camera, camera_to_world=to_world))
+
+
+def test_a_camera_that_never_sees_the_gripper_is_refused(acted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Inverted, the commonest mistake; converted, shown, explored."""
+    episodes = list(EpisodeSet(acted / "stages/demos"))
+    assert episodes[0].camera is not None
+    inverted = np.linalg.inv(episodes[0].camera.camera_to_world)
+    inverted[:3, 3] += [5.0, 0.0, 0.0]
+    wrong = elsewhere(episodes[0], inverted)
+    (tmp_path / "camera.json").write_text(json.dumps(camera_to_plain(wrong.camera)))
+    bare = written(tmp_path / "bare", dataclasses.replace(episodes[0], camera=None))
+    assert convert_command.main([str(bare), "--camera", str(tmp_path / "camera.json"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"--camera {tmp_path / 'camera.json'}: at its recorded poses the gripper is in the picture at 0 of {len(wrong.frame)} moments" in said
+    assert not (tmp_path / "out").exists()
+    own = [elsewhere(one, inverted) for one in episodes]
+    settings = dataclasses.replace(recordings(written(tmp_path / "shown", *own)), test_states=1)
+    site = Desk(Run(tmp_path / "run", dataclasses.replace(short(settings), demos=DemosConfig(per_task=1)), leads=False)).site
+    with pytest.raises(ValueError, match=r"demos\.source=.* 0 of .* is it inverted, in mm"):
+        given.take(site, DemosConfig(source=str(tmp_path / "shown"), per_task=1), tmp_path / "taken")
+    explored = written(tmp_path / "explored", *(cut(one, one.steps - 1) for one in own))
+    with pytest.raises(ValueError, match=r"explore\.source=.* 0 of "):
+        given.take_exploration(site, EpisodeSet(explored), EpisodeSet(tmp_path / "shown"), tmp_path / "taken-too")
+
+
+def test_a_camera_that_seldom_sees_the_gripper_is_worth_a_word(acted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    episode = EpisodeSet(acted / "stages/demos").load(0)
+    away = elsewhere(episode, episode.camera.camera_to_world + np.array([[0, 0, 0, 5.0], [0] * 4, [0] * 4, [0] * 4]))  # type: ignore[union-attr]
+    for ours, theirs, word in ((1, 2, True), (1, 1, False)):
+        seen = in_view.InView(TABLETOP, "--camera c.json")
+        assert list(seen.of([episode] * ours + [away] * theirs)) == [episode] * ours + [away] * theirs
+        assert ("is the camera right?" in capsys.readouterr().err) == word
 
 
 def test_the_policy_of_the_manual_is_rolled_out(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

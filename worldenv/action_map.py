@@ -98,8 +98,8 @@ def deltas(pose: Doubles, gripper: Doubles, arms: Sequence[ArmDrawing]) -> Doubl
     return out
 
 
-def project(pose: Doubles, camera: Camera, arms: Sequence[ArmDrawing]) -> Doubles:
-    """(..., A, 4, 2) x, y [px] of the drawn frame's origin and of its axes' tips, of `pose` (..., A, 7)."""
+def _from_camera(pose: Doubles, camera: Camera, arms: Sequence[ArmDrawing]) -> Doubles:
+    """(..., A, 4, 3) [m], z forward: the drawn frame's origin and its axes' tips, of `pose` (..., A, 7)."""
     points = []
     to_camera = np.linalg.inv(camera.camera_to_world)
     for i, arm in enumerate(arms):
@@ -107,14 +107,38 @@ def project(pose: Doubles, camera: Camera, arms: Sequence[ArmDrawing]) -> Double
         turned = rotation(pose[..., i, 3:]) @ np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
         local = arm.tool_m * np.array([0.0, 0.0, 1.0]) + arm.axis_m * np.vstack([np.zeros(3), np.eye(3)])
         points.append(np.einsum("...ij,kj->...ki", turned, local) + pose[..., i, None, :3])
-    world = np.stack(points, axis=-3)
-    x, y, z = np.moveaxis(world @ to_camera[:3, :3].T + to_camera[:3, 3], -1, 0)
+    seen: Doubles = np.stack(points, axis=-3) @ to_camera[:3, :3].T + to_camera[:3, 3]
+    return seen
+
+
+def project(pose: Doubles, camera: Camera, arms: Sequence[ArmDrawing]) -> Doubles:
+    """(..., A, 4, 2) x, y [px] of the drawn frame's origin and of its axes' tips, of `pose` (..., A, 7)."""
+    x, y, z = np.moveaxis(_from_camera(pose, camera, arms), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):  # a point in the plane of the camera is infinitely far off the canvas
         normalised = np.stack([x / z, y / z, np.ones_like(z)], axis=-1)
         pixels = (normalised @ camera.intrinsics.T)[..., :2]
     if camera.mirrored:
         pixels[..., 0] = camera.width - 1 - pixels[..., 0]
     return pixels
+
+
+def in_picture(pose: Doubles, camera: Camera, arm: ArmDrawing) -> NDArray[np.bool_]:
+    """(N,) whether the drawn origin of `arm` at `pose` (N, 7) is before the camera and within its picture."""
+    x, y = np.moveaxis(project(pose[:, None], camera, [arm])[:, 0, 0], -1, 0)
+    before = _from_camera(pose[:, None], camera, [arm])[:, 0, 0, 2] > 0
+    inside: NDArray[np.bool_] = before & (x > -0.5) & (x < camera.width - 0.5) & (y > -0.5) & (y < camera.height - 0.5)
+    return inside
+
+
+def drawn_over(frames: NDArray[np.uint8], pose: Doubles, gripper: Doubles, camera: Camera, robot: Robot, arms: Sequence[ArmDrawing]) -> torch.Tensor:
+    """`frames` (N, H, W, 3) of `camera` with the action map of `pose` (N, A, 7) and `gripper` (N, A) over them, half transparent: uint8.
+
+    Where the disc is not on the gripper, camera, poses or robot are not what took these pictures.
+    """
+    maps = pictures(pose, gripper, camera, robot, arms)
+    painted = (maps != robot.background).any(-1, keepdim=True)
+    shown = torch.from_numpy(np.ascontiguousarray(frames))
+    return torch.where(painted, ((shown.short() + maps) // 2).byte(), shown)
 
 
 def pictures(
@@ -137,7 +161,9 @@ def pictures(
 
 
 def resized(camera: Camera, height: int, width: int) -> Camera:
-    """The same camera with its picture stretched to `height` x `width` [px], each axis by its own factor."""
+    """The same camera with its picture stretched to `height` x `width` [px], each axis by its own factor: intrinsics as EVAC scales them, which
+    leaves what is drawn up to half a pixel from where a picture resized about its pixels' edges has it.
+    """
     stretch = np.array([[width / camera.width], [height / camera.height], [1.0]])
     return replace(camera, intrinsics=camera.intrinsics * stretch, height=height, width=width)
 

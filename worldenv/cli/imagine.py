@@ -1,4 +1,6 @@
-"""worldenv-imagine: a first frame and what the robot does, in; the video that the simulator imagines, its action maps beside it, out."""
+"""worldenv-imagine: a first frame and what the robot does, in; the video that the simulator imagines, its action maps beside it, out. Of an episode
+what was recorded is beside them.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ class ImagineArgs:
     state: Path | None = None
     """Where the arm starts, for commands (T, 7): .npy (8,): x y z [m], unit quaternion x y z w, gripper 0 shut .. 1 open."""
     episode: Path | None = None
-    """Take all of the above from an episode of a run, RUN/stages/explore/NNNNNN.npz."""
+    """Take all of the above from an episode of a run, RUN/stages/explore/NNNNNN.npz. Its frames are shown too, the gripper drawn over them at its
+    recorded poses: where the disc is not on the gripper, camera or robot are not those of the episode."""
     checkpoint: Path | None = None
     """Weights: simulator.safetensors of a run's stage world, or released EVAC (Lightning or DeepSpeed layout, or safetensors)."""
     clip: Path | None = None
@@ -103,6 +106,8 @@ class Motion:
     arms: tuple[ArmDrawing, ...]
     camera: Camera
     robot: Robot
+    recorded: NDArray[np.uint8] | None = None
+    """(N + 1, H, W, 3): of an episode, its frames with the gripper drawn over them at its recorded poses."""
 
 
 def _array(path: Path, flag: str) -> Doubles:
@@ -183,6 +188,7 @@ def motion(args: ImagineArgs) -> Motion:
     """What the arguments say of frame, arms and camera. Raises ValueError with one line that names the argument."""
     robot, given = named(args.robot), {"frame": args.frame, "actions": args.actions, "intrinsics": args.intrinsics, "extrinsics": args.extrinsics}
     state: Doubles | None
+    recorded: NDArray[np.uint8] | None = None
     if args.episode is not None:
         if mixed := [f"--{name}" for name, value in {**given, "state": args.state}.items() if value is not None]:
             raise ValueError(f"--episode brings its own frame, actions, state and camera; leave {', '.join(mixed)} away")
@@ -191,6 +197,8 @@ def motion(args: ImagineArgs) -> Motion:
             raise ValueError(f"--episode {args.episode}: does not say where its camera stood; give frame, actions and camera by themselves")
         frame, camera, actions, name = episode.frame[0], episode.camera, episode.command.astype(np.float64), f"--episode {args.episode}"
         state = np.concatenate([episode.pose[0], episode.gripper[:1]])
+        arms = robot.arms_at(camera.height)[-1:]
+        recorded = action_map.drawn_over(episode.frame, episode.pose[:, None], episode.gripper[:, None], camera, robot, arms).numpy()
     else:
         if args.frame is None or args.actions is None or args.intrinsics is None or args.extrinsics is None:
             missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
@@ -218,7 +226,7 @@ def motion(args: ImagineArgs) -> Motion:
     if state.shape != (8,) or abs(float(np.linalg.norm(state[3:7])) - 1.0) > _TURN_TOLERANCE or not 0.0 <= state[7] <= 1.0:
         raise ValueError(f"--state: {state.tolist()}, want (8,): x y z [m], unit quaternion x y z w, gripper 0 .. 1")
     pose, gripper = _follow(actions, state, _controller(args.controller, robot))
-    return Motion(frame, pose, gripper, robot.arms[-1:], camera, robot)
+    return Motion(frame, pose, gripper, robot.arms[-1:], camera, robot, recorded)
 
 
 def _simulator(args: ImagineArgs) -> Evac:
@@ -261,13 +269,18 @@ def _banner(text: str, width: int) -> NDArray[np.uint8]:
     return strip
 
 
-def _shown(chunks: Iterator[torch.Tensor], maps: list[NDArray[np.uint8]], total: int, random: bool) -> Iterator[NDArray[np.uint8]]:
-    """The pictures of the video: each imagined frame beside its action map, under a banner where the weights are random."""
+def _shown(
+    chunks: Iterator[torch.Tensor], maps: list[NDArray[np.uint8]], total: int, random: bool, recorded: NDArray[np.uint8] | None
+) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of the video: each imagined frame beside its action map and what was `recorded`, under a banner where the weights are random."""
     done = 0
     for _ in (bar := console.track(0, total, "imagine")):
         frames = next(chunks).cpu().numpy()
-        for frame, drawn in zip(frames, maps.pop(0), strict=True):
-            whole = videos.side_by_side([frame, drawn])
+        for i, (frame, drawn) in enumerate(zip(frames, maps.pop(0), strict=True), start=done + 1):
+            views = [frame, drawn]
+            if recorded is not None:
+                views.append(np.asarray(cv2.resize(recorded[i], frame.shape[1::-1], interpolation=cv2.INTER_AREA)))
+            whole = videos.side_by_side(views)
             yield videos.even(np.concatenate([_banner("RANDOM WEIGHTS: this shows nothing", whole.shape[1]), whole]) if random else whole)
         done += len(frames)
         bar.note(frames=done)
@@ -309,7 +322,7 @@ def imagine(args: ImagineArgs) -> dict[str, Any]:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
     with files.written(args.out), checkpoint.atomic(args.out) as temporary, autocast:
         frames = simulator.imagine_path(torch.from_numpy(seen.frame).to(device), maps, rays, deltas.to(device), noises)
-        count, width, height = videos.write_mp4(temporary, _shown(frames, drawn, chunks, args.random_weights), args.fps)
+        count, width, height = videos.write_mp4(temporary, _shown(frames, drawn, chunks, args.random_weights, seen.recorded), args.fps)
     seconds = time.monotonic() - began
     return {
         "out": str(args.out),

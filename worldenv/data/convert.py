@@ -15,6 +15,7 @@ import numpy as np
 from worldenv.checkpoint import CheckpointError, atomic_folder
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.episode import GIVEN, Episode, EpisodeSet, read_camera
+from worldenv.data.in_view import InView
 from worldenv.nouns import Camera
 from worldenv.robots.contract import Robot
 from worldenv.robots.named import named
@@ -32,7 +33,8 @@ class Choices:
     gripper: lerobot.Gripper = "open-1"
     """LeRobot sets that were made elsewhere: commands of the gripper are -1 open, +1 close (LIBERO's), or 1 open, 0 close."""
     mirrored: bool = True
-    """LeRobot sets that were made elsewhere: pictures are upright and mirrored, as OpenVLA-OFT's; else they are upright."""
+    """LeRobot sets that were made elsewhere: pictures are upright and mirrored, as OpenVLA-OFT's; else they are upright. Those of a `camera` that is
+    not mirrored are not."""
     frames: lerobot.Frames = "h264-lossless"
     """LeRobot sets that are written: how pictures are kept."""
     robot: str = "panda"
@@ -71,7 +73,8 @@ def read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
     ValueError where `choices.camera` is no camera, is another's, or not of pictures of this size.
     """
     camera = None if choices.camera is None else read_camera(choices.camera)
-    for place, episode in _read(source, choices):
+    mirrored = choices.mirrored and (camera is None or camera.mirrored)
+    for place, episode in _read(source, choices, mirrored):
         seen = episode if camera is None else _seen_by(camera, episode, place, choices.camera)
         yield place, libero_hdf5.without_noops(seen) if choices.no_noops else seen
 
@@ -87,12 +90,12 @@ def _seen_by(camera: Camera, episode: Episode, place: Path, path: Path | None) -
     return dataclasses.replace(episode, frame=episode.frame if as_taken else np.ascontiguousarray(episode.frame[:, :, ::-1]), camera=camera)
 
 
-def _read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
+def _read(source: Path, choices: Choices, mirrored: bool) -> Iterator[tuple[Path, Episode]]:
     files, robot = sorted(source.glob("*.hdf5")), named(choices.robot)
     if source.is_file():
         yield from ((source, episode) for _, episode in libero_hdf5.read(source, robot))
     elif is_lerobot(source):
-        read_so = lerobot.read(source, robot, choices.view, choices.gripper, choices.mirrored)
+        read_so = lerobot.read(source, robot, choices.view, choices.gripper, mirrored)
         yield from ((source, episode) for _, episode in read_so)
     elif files:
         for task, file in enumerate(files):
@@ -116,6 +119,8 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
     _mean_something(source, to, choices)
     count, robot = _Count(), named(choices.robot)
     episodes = count.of(episode for _, episode in read(source, choices))
+    if choices.camera is not None:
+        episodes = InView(robot, f"--camera {choices.camera}").of(episodes)
     if to == "lerobot-v2.1":
         lerobot.write(out, episodes, "v2.1", choices.frames, robot)
     elif to == "lerobot-v3.0":

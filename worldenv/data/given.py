@@ -19,6 +19,7 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.config import DemosConfig
 from worldenv.data import convert, libero_hdf5
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.in_view import InView
 from worldenv.envs.contract import Site, Snapshot
 from worldenv.kernels.frames import resize_lanczos3
 from worldenv.nouns import Camera
@@ -39,7 +40,7 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
     cannot be those of `env`, and where `out` holds other demonstrations; CheckpointError as the readers do.
     """
     episodes, tasks = EpisodeSet(out), {plain(words): task for task, words in enumerate(env.tasks)}
-    seen, looks = _Seen([0] * len(env.tasks)), _Looks(env)
+    seen, looks, in_view = _Seen([0] * len(env.tasks)), _Looks(env), InView(env.robot, f"{setting}={config.source!r}")
     for place, episode in _read(Path(config.source), setting):
         named = libero_hdf5.told(place) if place.suffix == ".hdf5" else ""
         task = next((tasks[words] for words in map(plain, (named, episode.instruction)) if words in tasks), None)
@@ -50,6 +51,7 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
         elif seen.taken[task] < config.per_task:
             where = f"{place}: {episode.instruction!r}, demonstration {seen.taken[task]}"
             shown = looks.as_in_env(episode if setting == _DEMOS else want_camera(episode, where), task, seen.taken[task], where)
+            in_view.add(shown)
             _keep(episodes, task * config.per_task + seen.taken[task], shown, where, "demos")
             seen.taken[task] += 1
             seen.sides[episode.frame.shape[1]] += 1
@@ -59,6 +61,7 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
     for task, words in enumerate(env.tasks):
         if seen.taken[task] < config.per_task:
             raise ValueError(_too_few(words, seen.taken[task], seen.failed[task], seen.others, config, setting))
+    in_view.check()
     if seen.others:
         console.say(f"demos: passed over {seen.others.total()} demonstrations of {len(seen.others)} other tasks in {config.source}")
     episodes.seal()
@@ -82,7 +85,7 @@ def take_exploration(env: Site, source: EpisodeSet, demonstrations: EpisodeSet, 
     from twice or held out from what is learned. Returns metrics. ValueError where fewer than two are left: one to learn from, one to judge by.
     """
     episodes, tasks, looks = EpisodeSet(out), {plain(words): task for task, words in enumerate(env.tasks)}, _Looks(env)
-    shown, before = {_motion(one) for one in demonstrations}, set[bytes]()
+    shown, before, in_view = {_motion(one) for one in demonstrations}, set[bytes](), InView(env.robot, f"explore.source={str(source.folder)!r}")
     taken, others, again, repeated = [0] * len(env.tasks), Counter[str](), 0, 0
     for episode in source:
         task = tasks.get(plain(episode.instruction))
@@ -95,12 +98,15 @@ def take_exploration(env: Site, source: EpisodeSet, demonstrations: EpisodeSet, 
         else:
             before.add(motion)
             where = f"{source.folder}: {episode.instruction!r}, episode {taken[task]}"
-            _keep(episodes, sum(taken), looks.as_in_env(want_camera(episode, where), task, taken[task], where), where, "explore")
+            as_ours = looks.as_in_env(want_camera(episode, where), task, taken[task], where)
+            in_view.add(as_ours)
+            _keep(episodes, sum(taken), as_ours, where, "explore")
             taken[task] += 1
     if sum(taken) < 2:
         told = f"; {others.total()} are of other tasks: {', '.join(map(repr, list(others)[:3]))}" if others else ""
         found = f"{sum(taken)} different episodes of the run's tasks that are no demonstrations"
         raise ValueError(f"explore.source={str(source.folder)!r}: {found}, want 2 at least{told}")
+    in_view.check()
     episodes.seal()
     successes = sum(entry.first_success is not None for entry in episodes.entries)
     return {

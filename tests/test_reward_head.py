@@ -285,6 +285,16 @@ def test_how_episodes_end() -> None:
     assert stops([row(0.9, 0.1)], [np.array([True, False])], 0.5)["right"] == 1  # judged where it stops, not at the end
 
 
+def test_an_episode_that_is_stopped_after_its_success_is_gone_is_no_failure() -> None:
+    """It succeeded once, so it is none of those that never do: their rate stays a share."""
+    lost = replace(HELD_OUT[0], success=np.array([False, True, *[False] * (len(HELD_OUT[0].success) - 2)]))
+    never = replace(HELD_OUT[0], success=np.zeros(len(HELD_OUT[0].success), bool))
+    late = np.where(np.arange(len(lost.success) - 1) == 4, 0.9, 0.1).astype(np.float32)
+    found = measure([late, late, late, 0 * late], [lost, lost, never, never], 0.5)
+    assert found["stops"] == {"right": 0, "early": 2, "false": 1, "missed": 0, "left": 1}
+    assert (found["failure_stop_rate"], found["false_stop_rate"], found["stop_recall"]) == (0.5, 0.75, 0.0)
+
+
 def test_measure_reports_what_stops_say() -> None:
     some = HELD_OUT[:4]
     fixed = [np.where(one.success[1:], 0.9, 0.2).astype(np.float32) for one in some]

@@ -246,7 +246,7 @@ def calibration_error(score: NDArray[np.floating[Any]], label: NDArray[np.bool_]
 def stops(scores: Sequence[NDArray[np.float32]], labels: Sequence[NDArray[np.bool_]], eta: float) -> dict[str, int]:
     """How the episodes would end, where each ends at the first score above `eta`.
 
-    `right`: stopped while the predicate held. `early`: stopped while it did not, though it was to hold later. `false`: stopped, and it never held.
+    `right`: stopped while the predicate held. `early`: stopped while it did not, though it held at another time. `false`: stopped, and it never held.
     `missed`: not stopped, though it held at some time. `left`: not stopped, and it never held.
     """
     count = dict.fromkeys(("right", "early", "false", "missed", "left"), 0)
@@ -254,7 +254,7 @@ def stops(scores: Sequence[NDArray[np.float32]], labels: Sequence[NDArray[np.boo
         above = score > eta
         if above.any():
             at = int(above.argmax())
-            count["right" if label[at] else "early" if label[at:].any() else "false"] += 1
+            count["right" if label[at] else "early" if label.any() else "false"] += 1
         else:
             count["missed" if label.any() else "left"] += 1
     return count

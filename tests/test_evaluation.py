@@ -225,6 +225,7 @@ def test_outcomes_of_known_tables():
     assert (tally["oracle"]["successes"], tally["oracle"]["episodes"]) == (3, 4)
     assert tally["oracle"]["interval"] == list(wilson(3, 4))
     assert tally["reflector"]["by_task"]["left"]["successes"] == 1
+    assert [(one["successes"], one["episodes"]) for one in tally["oracle"]["by_task"].values()] == [(1, 2), (2, 2)]
     again = Outcomes.from_tree(checkpoint.from_bytes(checkpoint.to_bytes(found.tree()), "x"))
     assert again.start == found.start
     assert np.array_equal(again.success, found.success)

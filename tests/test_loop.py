@@ -22,7 +22,7 @@ from worldenv.learning.loop import update as update_module
 from worldenv.learning.loop.advantage import baseline, leave_one_out
 from worldenv.learning.loop.loss import Surrogate, surrogate
 from worldenv.learning.loop.update import Learner, RatioError
-from worldenv.nouns import Rollout
+from worldenv.nouns import Observation, Rollout
 from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.weights import fill, load, save
@@ -141,6 +141,11 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 FREE = dataclasses.replace(CONFIG, grad_clip=1e9)
 
 
+def seen_by(r: Rollout) -> Observation:
+    """What the policy saw in a rollout, query by query."""
+    return Observation(r.frame, r.proprio, (r.context.instruction,) * len(r.live))
+
+
 def test_microbatches_give_the_full_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = learner(dataclasses.replace(FREE, microbatch=1000))
     given = rollouts(whole.policy)
@@ -248,6 +253,50 @@ def test_metrics_and_what_is_trained() -> None:
     trained = {name for name in before if ".lora_" in name or name.startswith(("action_head", "scale_head"))}
     assert changed <= trained
     assert {name.split(".")[0] for name in changed} == {"vision_backbone", "projector", "language_model", "action_head", "scale_head"}
+
+
+def test_metrics_are_of_executed_steps() -> None:
+    """Where no weight changes all ratios are 1, and Eq. 5 is the mean advantage of an executed step."""
+    made = learner(dataclasses.replace(CONFIG, control="frozen", passes=2))
+    given = rollouts(made.policy)
+    advantage = update_module.advantages(given).tolist()
+    log_scale = [made.policy.evaluate_actions(seen_by(r), r.action)[2].detach() for r in given]
+    entropy = sum(float(((1 + math.log(2.0) + of).sum(-1) * r.live).sum()) for r, of in zip(given, log_scale, strict=True))
+    steps = sum(r.steps for r in given)
+    assert steps < sum(r.live.numel() for r in given)
+    found = made.update(given, 0)
+    assert found["loss"] == pytest.approx(-sum(a * r.steps for a, r in zip(advantage, given, strict=True)) / steps, rel=1e-3)
+    assert abs(found["loss"]) > 1e-3
+    assert found["entropy"] == pytest.approx(entropy / steps, rel=1e-4)
+    assert (found["updates"], found["steps"]) == (4, steps)
+
+
+def test_lora_and_heads_are_clipped_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heads' gradients are far longer: clipped together with them, LoRA would hardly learn."""
+    made = learner(dataclasses.replace(CONFIG, grad_clip=1e-4))
+    for gradient in gradients(made, monkeypatch, rollouts(made.policy)):
+        for of in (made._lora, made._heads):
+            length = math.sqrt(sum(float(gradient[name].double().square().sum()) for name in of))
+            assert length == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_a_learner_draws_with_the_factor_that_it_is_told() -> None:
+    made = learner(dataclasses.replace(CONFIG, scale_factor=2.5))
+    assert made.policy.scale_factor == 2.5
+    assert made.check_ratio(rollouts(made.policy)) < 5e-4
+
+
+def test_all_rollouts_are_checked_at_first_and_some_later() -> None:
+    """What a killed run left may have been drawn by other weights, all of it or a part."""
+    made = learner()
+    given = rollouts(made.policy)
+    spoiled = [*given[:-1], dataclasses.replace(given[-1], log_prob=given[-1].log_prob + 0.5)]
+    with pytest.raises(RatioError, match="iteration 0: the ratio is off 1"):
+        made.update(spoiled, 0)
+    made.update(given, 0)
+    given = rollouts(made.policy)
+    with pytest.raises(RatioError, match="iteration 1: the ratio is off 1"):
+        made.update([dataclasses.replace(given[0], log_prob=given[0].log_prob + 0.5), *given[1:]], 1)
 
 
 def test_first_ratios_are_one_and_others_rollouts_are_refused() -> None:
@@ -375,6 +424,20 @@ def test_order_is_a_function_of_seed_and_iteration(monkeypatch: pytest.MonkeyPat
     made.update(given, 1)
     assert sorted(chosen[0] + chosen[1]) == sorted(chosen[2] + chosen[3]) == list(range(8))
     assert chosen[:2] != chosen[2:]
+
+
+def test_no_two_passes_take_rollouts_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where densities were rescored in the batches of the first pass: there every pass takes these."""
+    made = learner(dataclasses.replace(CONFIG, passes=2))
+    orders = [[i for batch in made._batches(32, iteration, sweep) for i in batch] for iteration in range(3) for sweep in range(2)]
+    assert all(sorted(order) == list(range(32)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+    monkeypatch.setattr(update_module._Totals, "metrics", lambda *_: {})
+    for policy, alike in ((half_policy(), True), (small_policy(), False)):
+        made, chosen = learner(dataclasses.replace(CONFIG, passes=2), policy), list[list[int]]()
+        monkeypatch.setattr(made, "_step", lambda batch, *_, chosen=chosen: chosen.append([r.number for r in batch]))
+        made.update(rollouts(policy), 0)
+        assert (chosen[:2] == chosen[2:]) is alike
 
 
 def test_shuffle_control_gives_the_same_advantages_to_other_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from worldenv import config, presets
@@ -88,3 +90,54 @@ def test_rollouts_of_an_iteration_that_was_learned_from_do_not_stay(tmp_path: Pa
         stage_loop.loop(Desk(run), stage)
     assert list(run.record("loop")["files"]) == []
     assert run.record("loop")["timings"]["rollouts_per_second"] == 12.0  # the report wants it, also of a run that was killed after the last iteration
+
+
+def test_rollouts_are_learned_from_group_by_group_in_whatever_order_they_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of three, twice; their returns are counted by group, and a snapshot is named by the iterations that are behind it."""
+    loop = dataclasses.replace(presets.TINY.loop, iterations=2, contexts=2, group=3, batch=3, snapshot_every=1)
+    run = Run(tmp_path / "run", dataclasses.replace(presets.TINY, loop=loop))
+    value = {0: 0.9, 1: 0.6, 2: 0.0, 3: 0.5, 4: 0.2, 5: 0.2}
+    learned, kept, contexts, numbers = list[list[int]](), list[str](), list[list[str]](), set[int]()
+
+    class Store:
+        def __init__(self, path: Path) -> None:
+            path.touch()
+            self.rollouts: list[Any] = []
+
+        def close(self) -> None: ...
+
+    def make(desk: Desk, practice: Any, jobs: Any, asked: Any, store: Store) -> None:
+        assert sorted(asked) == [job.number for job in jobs]
+        contexts.append([f"{job.context} in {job.group}" for job in jobs])
+        numbers.update(asked)
+        store.rollouts += [SimpleNamespace(number=job.number, value=value[n], stopped=False) for n, job in reversed(list(enumerate(jobs)))]
+
+    learner = SimpleNamespace(
+        policy=None, merged=lambda: None, tree=dict, load_tree=None, keep_up=lambda _: None, share=lambda _: None, export_adapter=lambda _: None,
+        update=lambda rollouts, _: learned.append([one.number for one in rollouts]) or {"clip_fraction": 0.0},
+    )  # fmt: skip
+    fleet = SimpleNamespace(engines={}, policies=[None], follow=dict)
+    monkeypatch.setattr(stage_loop, "Learner", lambda *_: learner)
+    monkeypatch.setattr(stage_loop, "practice_of", lambda *_: SimpleNamespace(fleet=fleet, success=0.5, threshold=0.5))
+    monkeypatch.setattr(stage_loop.policies, "save", lambda path, *_: kept.append(path.name))
+    monkeypatch.setattr(stage_loop, "RolloutStore", Store)
+    monkeypatch.setattr(stage_loop, "_make", make)
+    monkeypatch.setattr(stage_loop, "contexts_of", lambda _, iteration: [f"{iteration}a", f"{iteration}b"])
+    monkeypatch.setattr(Desk, "policy", lambda *_: None)
+    with run.at_work("loop", "f") as stage:
+        stage_loop.loop(Desk(run), stage)
+    assert contexts == [[f"{i}{'ab'[n // 3]} in {2 * i + n // 3}" for n in range(6)] for i in range(2)]
+    assert learned == [[stage_loop.LOOP_NUMBERS + 6 * i + n for n in range(6)] for i in range(2)]
+    assert len(numbers) == 12
+    first = run.record("loop")["metrics"]["history"][0]
+    assert first["return"] == pytest.approx(2.4 / 6)
+    assert first["imagined_success"] == pytest.approx(2 / 6)  # a return of exactly eta is none
+    assert first["spread"] == pytest.approx((np.std([0.9, 0.6, 0.0]) + np.std([0.5, 0.2, 0.2])) / 2)
+    assert run.record("loop")["metrics"]["groups"][0] == {"mean": pytest.approx([0.5, 0.3]), "low": [0.0, 0.2], "high": [0.9, 0.5]}
+    assert kept == [stage_loop.snapshot_path(tmp_path, i).name for i in (1, 2)] + ["policy.safetensors"]
+
+
+def test_without_termination_nothing_ends_a_rollout_and_success_is_what_it_was() -> None:
+    fleet: Any = None
+    assert (stage_loop.Practice(fleet, 0.6, True).threshold, stage_loop.Practice(fleet, 0.6, False).threshold) == (0.6, math.inf)
+    assert stage_loop.Practice(fleet, 0.6, False).success == 0.6

@@ -37,7 +37,7 @@ from worldenv.learning.clips import (
 )
 from worldenv.nouns import Camera
 from worldenv.robots.tabletop import TABLETOP
-from worldenv.simulator import weights
+from worldenv.simulator import schedule, weights
 from worldenv.simulator.evac import DELTA_DIM, Evac, memory_indices
 from worldenv.simulator.unet import TemporalConvBlock
 
@@ -266,6 +266,62 @@ def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path: Path, stage: Any) -> 
     assert repeated == metrics
     for name, value in whole.state_dict().items():
         assert torch.equal(value, finished.state_dict()[name]), name
+
+
+def test_the_loss_is_of_v_at_the_chunks_frames_and_memory_is_given_at_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that is off v by a half at the chunk's frames, and by far at memory's, has a loss of a quarter."""
+    simulator = Evac.initialised(dataclasses.replace(CONFIG, dynamic_rescale=True), 0)
+    clips = clips_of(simulator, EPISODES)
+    batch = world_model.example(simulator, clips, np.array([[0, 4], [3, 1]]), WORLD, 0, 0, training=False)
+    batch = dataclasses.replace(batch, level=torch.tensor([150, 700]))
+    a, scale = (
+        torch.from_numpy(table[[150, 700]]).float().view(-1, 1, 1, 1, 1) for table in (schedule.alphas_cumprod(), schedule.latent_scales())
+    )
+    assert len({*scale.flatten().tolist(), 1.0}) == 3
+    clean, z = batch.target * scale, CONFIG.vae.z_channels
+
+    def network(x: torch.Tensor, level: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert torch.equal(level, batch.level)
+        torch.testing.assert_close(x[:, :z], torch.cat([batch.memory * scale, a.sqrt() * clean + (1 - a).sqrt() * batch.noise], dim=2))
+        assert torch.equal(x[:, z : 2 * z, :4], batch.memory)  # the condition is as it is
+        answer = torch.full_like(x[:, :z], 100.0)
+        answer[:, :, 4:] = a.sqrt() * batch.noise - (1 - a).sqrt() * clean + 0.5
+        return answer
+
+    monkeypatch.setattr(simulator.unet, "forward", network)
+    assert float(world_model.v_loss(simulator, batch, clips.rays)) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_statistics_of_deltas_leave_first_frames_out() -> None:
+    """Nothing moves before a first frame: counted, the zeros there would make every motion look larger."""
+    simulator = Evac.initialised(CONFIG, 0)
+    clips = clips_of(simulator, [episode(0, 5), episode(1, 7)])
+    deltas = torch.arange(14 * DELTA_DIM, dtype=torch.float32).view(14, DELTA_DIM) + 100.0
+    deltas[:, 3] = 0.25
+    deltas[[0, 6]] = 0.0
+    world_model.set_delta_statistics(simulator, dataclasses.replace(clips, deltas=deltas))
+    rows = deltas[[1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13]]
+    torch.testing.assert_close(simulator.delta_mean, rows.mean(0))
+    assert float(simulator.delta_std[3]) == pytest.approx(1e-4)
+    moving = [i for i in range(DELTA_DIM) if i != 3]
+    torch.testing.assert_close(simulator.delta_std[moving], rows.std(0)[moving])
+
+
+def test_what_training_gives_has_the_best_held_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the averaged weights, wherever on the way it was. Here one weight falls and falls, and is best somewhere in between."""
+    simulator = Evac.initialised(CONFIG, 0)
+    weight = simulator.unet.out[2].bias
+
+    def loss(simulator: Evac, batch: world_model.Batch, rays: torch.Tensor) -> torch.Tensor:
+        return weight.sum() if simulator.training else (weight.sum() + 1.0).abs()
+
+    monkeypatch.setattr(world_model, "v_loss", loss)
+    clips, held_out = clips_of(simulator, EPISODES[:1]), clips_of(simulator, HELD_OUT[:1])
+    config = dataclasses.replace(WORLD, steps=12, lr=0.1, check_every=2, held_out_clips=2, batch=2, patience=100)
+    metrics = world_model.train_simulator(simulator, clips, held_out, config, 0, Never())
+    steps, losses = zip(*metrics["held_out"], strict=True)
+    assert steps[0] < metrics["best_step"] == steps[losses.index(min(losses))] < steps[-1]
+    assert abs(float(weight.detach().sum()) + 1.0) == pytest.approx(min(losses), abs=1e-6)
 
 
 def test_only_what_is_not_frozen_changes(tmp_path: Path) -> None:

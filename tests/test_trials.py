@@ -27,7 +27,7 @@ from published_directories import write_policy
 from pusher import THRESHOLD, Onlooker, Pusher
 from small_policy import SMALL, published_policy, statistics
 
-from worldenv import checkpoint, evaluation
+from worldenv import checkpoint, evaluation, noise
 from worldenv.cli import eval as command_line
 from worldenv.cli import files
 from worldenv.config import EnvConfig, to_dict
@@ -157,6 +157,36 @@ def test_a_judge_ends_an_episode_at_the_first_score_above_eta():
     trial = runner._drive(play(Counter(6, 7), Start(3, 0, "test", 0), "reflector", 10, None, 0, 0), bench.answer)  # type: ignore[arg-type]
     assert (trial.ended, trial.success, trial.steps) == (6, True, 8)  # 0.5 is not above
     assert not bench._watches
+
+
+def test_an_actor_is_shown_the_fingers_that_it_was_trained_on_and_draws_by_episode_and_chunk():
+    """A published policy reads each finger; ours reads the opening, half of it on either side. Frames and words are the question's."""
+    seen: list[Any] = []
+
+    class Policy:
+        chunk = 4
+
+        def act(self, observation: Any, uniform: Any = None) -> Any:
+            seen.append((observation, uniform))
+            return dataclasses.make_dataclass("Chunk", ["command"])(torch.arange(28.0).view(1, 4, 7))
+
+    pose, fingers = np.array([0.1, 0.2, 0.3, 1.0, 0, 0, 0]), np.array([0.031, -0.012])
+    now = Snapshot(np.full((2, 2, 3), 7, np.uint8), pose, 0.5, False, fingers)
+    question = Question(3, 8, "count", now, None, False)
+    for true_fingers, seed in ((True, None), (False, 5)):
+        command = PolicyActor(Policy(), TABLETOP, CPU, 1, true_fingers, seed).command(question)  # type: ignore[arg-type]
+        assert command.tolist() == np.arange(28.0).reshape(4, 7).tolist()
+    (greedy, nothing), (drawn, uniform) = seen
+    assert nothing is None
+    assert np.array_equal(uniform[0], noise.uniform(5, 3, 2, 0, noise.Stream.POLICY, (4, 7)))
+    assert greedy.instruction == drawn.instruction == ("count",)
+    assert int(greedy.frame[0, 0, 0, 0]) == 7
+    ours = TABLETOP.proprio(pose, 0.5)
+    np.testing.assert_allclose(drawn.proprio[0], ours, atol=1e-7)
+    np.testing.assert_allclose(greedy.proprio[0], [*ours[:6], *fingers], atol=1e-7)
+    blind = PolicyActor(Policy(), TABLETOP, CPU, 2, False, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="two views"):
+        blind.command(question)
 
 
 # Against the evaluation of the training pipeline, which runs many episodes side by side

@@ -267,6 +267,29 @@ def test_auc_counts_pairs(pairs: list[tuple[int, bool]]) -> None:
     assert auc(values, label) == pytest.approx(won / (len(good) * len(bad)))
 
 
+def test_scores_are_of_the_episodes_own_frames_and_drawings_whatever_their_lengths() -> None:
+    """A judge that says what a frame's brightness is: of three lengths, mixed, two at a time."""
+
+    class Meter:
+        def begin(self, instruction: Sequence[str], frame: Any) -> list[int]:
+            assert [INSTRUCTIONS.index(text) for text in instruction] == [int(one[0, 0, 0]) % 2 for one in frame]
+            return [0] * len(instruction)
+
+        def judge(self, watch: list[int], frames: Any) -> tuple[Any, list[int]]:
+            return frames[:, :, 0, 0, 0].float() / 255, watch
+
+    lengths = (4, 7, 4, 3, 7, 4)
+    some: Any = [
+        SimpleNamespace(instruction=INSTRUCTIONS[e % 2], frame=np.tile(np.arange(n, dtype=np.uint8)[:, None, None, None] * 10 + e, (1, 2, 2, 3)))
+        for e, n in enumerate(lengths)
+    ]
+    drawn = [one.frame + np.uint8(100) for one in some]
+    for given_drawn, more in ((None, 0), (drawn, 100)):
+        found = score([Meter()], some, given_drawn, chunk=2, batch=2)  # type: ignore[list-item]
+        for e, (row, n) in enumerate(zip(found, lengths, strict=True)):
+            np.testing.assert_allclose(row * 255, [more + e + 10 * t for t in range(1, n)], rtol=1e-5)
+
+
 def test_calibration_error() -> None:
     label = np.array([True, False, True, True])
     assert calibration_error(np.array([0.75, 0.75, 0.75, 0.75]), label) == pytest.approx(0)

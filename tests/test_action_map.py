@@ -196,3 +196,14 @@ def test_drawn_gripper_is_in_the_picture_or_not() -> None:
     assert action_map.in_picture(pose, camera, arm).tolist() == want
     mirrored = dataclasses.replace(camera, mirrored=True)
     assert action_map.in_picture(pose * [-1, 1, 1, 1, 1, 1, 1], mirrored, arm).tolist() == want
+
+
+def test_a_turn_through_half_a_circle_is_a_small_delta() -> None:
+    """A gripper that points down has a roll of pi: a little further, and the angle is -pi."""
+    arm = TABLETOP.arms_at(64)[-1:]
+    rolls = np.array([np.pi - 0.03, np.pi + 0.02, np.pi - 0.01])
+    quaternion = np.stack([np.sin(rolls / 2), 0 * rolls, 0 * rolls, np.cos(rolls / 2)], axis=-1)
+    pose = np.concatenate([np.zeros((3, 3)), quaternion], axis=-1)[:, None]
+    moved = action_map.deltas(pose, np.ones((3, 1)), arm)
+    first = 0 if arm[0].side == "left" else 7
+    np.testing.assert_allclose(moved[:, first + 3 : first + 6], [[0.05, 0, 0], [-0.03, 0, 0]], atol=1e-9)

@@ -272,7 +272,7 @@ def test_the_loss_is_of_v_at_the_chunks_frames_and_memory_is_given_at_its_level(
     """A network that is off v by a half at the chunk's frames, and by far at memory's, has a loss of a quarter."""
     simulator = Evac.initialised(dataclasses.replace(CONFIG, dynamic_rescale=True), 0)
     clips = clips_of(simulator, EPISODES)
-    batch = world_model.example(simulator, clips, np.array([[0, 4], [3, 1]]), WORLD, 0, 0, training=False)
+    batch = example(simulator, clips, np.array([[0, 4], [3, 1]]), WORLD, 0, 0, training=False)
     batch = dataclasses.replace(batch, level=torch.tensor([150, 700]))
     a, scale = (
         torch.from_numpy(table[[150, 700]]).float().view(-1, 1, 1, 1, 1) for table in (schedule.alphas_cumprod(), schedule.latent_scales())
@@ -299,7 +299,7 @@ def test_statistics_of_deltas_leave_first_frames_out() -> None:
     deltas = torch.arange(14 * DELTA_DIM, dtype=torch.float32).view(14, DELTA_DIM) + 100.0
     deltas[:, 3] = 0.25
     deltas[[0, 6]] = 0.0
-    world_model.set_delta_statistics(simulator, dataclasses.replace(clips, deltas=deltas))
+    set_delta_statistics(simulator, dataclasses.replace(clips, deltas=deltas))
     rows = deltas[[1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13]]
     torch.testing.assert_close(simulator.delta_mean, rows.mean(0))
     assert float(simulator.delta_std[3]) == pytest.approx(1e-4)

@@ -15,6 +15,7 @@ import sys
 import av
 import h5py
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_episode import equal, make
@@ -317,6 +318,80 @@ def test_a_foreign_set_is_read_by_the_convention_of_libero(tmp_path, version):
         np.testing.assert_array_equal(got.success[1:], want.success[1:])
     _, first = next(lerobot.read(root, mirrored=False))
     np.testing.assert_array_equal(first.frame, EPISODES[0].frame[:, :, ::-1])
+
+
+def _foreign(root, **changes):
+    """A set of somebody else's, of one episode; `changes` are those of the episode."""
+    lerobot.write(root, [shown(0, 6, **changes)], "v2.1", "png")
+    strip_ours(root, "v2.1")
+    return root
+
+
+def _with_rows(root, change):
+    """`change` gets and gives the columns of a foreign set, as lists."""
+    (file,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(file).to_pydict()
+    change(table)
+    pq.write_table(pa.table(table), file)
+
+
+def _named(root, column, names):
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"][column]["names"] = names
+    (root / "meta/info.json").write_text(json.dumps(info))
+
+
+POSE = ["x", "y", "z", "roll", "pitch", "yaw"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        None,
+        ["state"],
+        [f"state_{i}" for i in range(8)],
+        {"motors": [*POSE, "gripper", "gripper"]},
+        {"motors": ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper", "gripper"]},
+        {"pose": {name: i for i, name in enumerate(POSE)}, "hand": ["left_finger", "right_finger"]},
+        [*(f"eef_{k}_{axis}" for k in ("pos", "axisangle") for axis in "xyz"), "gripper_qpos_0", "gripper_qpos_1"],
+        {"motors": ["x", "y", "z", "rx", "ry", "rz", "rw", "gripper"]},  # LeRobot's own, of values that are no quaternions
+    ],
+    ids=str,
+)
+def test_states_of_libero_by_any_name_are_read(names, tmp_path):
+    root = _foreign(tmp_path / "set")
+    _named(root, "observation.state", names)
+    ((_, got),) = lerobot.read(root)
+    np.testing.assert_allclose(got.pose, shown(0, 6).pose, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        ("observation.state", {"motors": [*POSE, "pad", "gripper"]}),  # Euler angles and one opening: Bridge
+        ("observation.state", {"motors": [*(f"joint_{i}" for i in range(7)), "gripper"]}),
+        ("observation.state", ["x", "y", "z", "qx", "qy", "qz", "qw", "gripper"]),
+        ("observation.state", ["y", "x", "z", *POSE[3:], "gripper", "gripper"]),
+        ("observation.state", ["joint_positions"]),
+        ("action", {"motors": [*(f"motor_{i}" for i in range(6)), "gripper"]}),
+        ("action", [*POSE, "pad"]),
+    ],
+    ids=str,
+)
+def test_other_states_and_commands_are_refused_by_their_names(column, names, tmp_path):
+    root = _foreign(tmp_path / "set")
+    _named(root, column, names)
+    first = (names["motors"] if isinstance(names, dict) else names)[0]
+    with pytest.raises(CheckpointError, match=rf"info\.json: {column} holds {first}.*; want LIBERO's x y z.*write such a column first"):
+        list(lerobot.read(root))
+
+
+def test_quaternions_are_refused_by_their_values(tmp_path):  # of Open-X's sets, some have the very names of LeRobot's LIBERO sets
+    root = _foreign(tmp_path / "set")
+    _named(root, "observation.state", ["x", "y", "z", "rx", "ry", "rz", "rw", "gripper"])
+    _with_rows(root, lambda table: table.update({"observation.state": [[0.4, 0.0, 0.2, 0.0, 0.6, 0.0, 0.8, 0.0]] * 7}))
+    with pytest.raises(CheckpointError, match=r"episode_000000\.parquet: observation\.state of episode 0 holds unit quaternions"):
+        list(lerobot.read(root))
 
 
 def test_grippers_of_the_other_convention_are_asked_about(tmp_path):

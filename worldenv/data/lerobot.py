@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -47,6 +48,22 @@ _CHUNK = 1000  # files in a folder
 _DATA_MB, _VIDEO_MB = 100, 200  # a v3.0 file that is larger is the last of its kind to grow
 _AXES = ("x", "y", "z", "rx", "ry", "rz")
 _STATE_NAMES = (*_AXES, "finger_left", "finger_right")
+# What LIBERO's values may be called, by place, letters and digits alone: of rotation vectors "roll", "rx", "rot_x" and "axis_angle1" are all found.
+_OF = r"(?:robot0|eef?|pos|d|delta)*"
+_TURN = r"(?:r|a|rot|axisangle|ori)"
+_LIKE_POSE = (
+    *(rf"{_OF}{axis}" for axis in "xyz"),
+    *(rf"{_OF}(?:{_TURN}[{axis}{i}{i + 1}]|{word})" for i, (axis, word) in enumerate(zip("xyz", ("roll", "pitch", "yaw"), strict=True))),
+)
+_LIKE_FINGER = r".*(?:grip|finger).*"
+_LAYOUTS = {
+    _STATE: ((*_LIKE_POSE, _LIKE_FINGER, _LIKE_FINGER), "x y z [m], rotation vector [rad], two fingers [m]"),
+    _ACTION: ((*_LIKE_POSE, _LIKE_FINGER), "x y z, rotation vector, gripper"),
+}
+_UNTOLD = r"(?:state|action)s?(?:dim)?\d*"  # of one value, or of the whole: says nothing
+_UNIT = 1e-3  # quaternions have a norm of 1 but for this in every row; LIBERO's rotation vectors turn by about pi
+_MISNOMER = ["x", "y", "z", "rx", "ry", "rz", "rw", "gripper"]
+"""LeRobot's own LIBERO sets say this of rotation vectors and two fingers (huggingface/lerobot#940), others of quaternions: the values tell."""
 _PATHS: Mapping[str, tuple[str, str]] = {
     "v2.1": (
         "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
@@ -112,9 +129,10 @@ def open_set(folder: Path, view: str | None = None) -> Source:
     elif view not in views:
         raise CheckpointError(f"{path}: no view {view!r}; there are {views}")
     state, action = _first(path, features, _STATE, "state"), _first(path, features, _ACTION, "actions")
-    for name, size in ((state, 8), (action, 7)):
-        if list(features[name].get("shape", ())) != [size]:
-            raise CheckpointError(f"{path}: {name} has shape {features[name].get('shape')}, want [{size}]: LIBERO's state and commands")
+    for name, (like, layout) in zip((state, action), _LAYOUTS.values(), strict=True):
+        if list(features[name].get("shape", ())) != [len(like)]:
+            raise CheckpointError(f"{path}: {name} has shape {features[name].get('shape')}, want [{len(like)}]: LIBERO's state and commands")
+        _want_names(path, name, _flat(features[name].get("names")), like, layout)
     if version == "v3.0":
         tasks, rows = _metadata_v3(folder)
     else:
@@ -129,6 +147,27 @@ def _first(path: Path, features: Mapping[str, Any], *names: str) -> str:
         if name in features:
             return name
     raise CheckpointError(f"{path}: no column {' or '.join(names)}; there are {sorted(features)}")
+
+
+def _flat(names: Any) -> list[str]:
+    """The names of a column's values, in their order: a list, an object of name and place, or either of these inside others."""
+    if isinstance(names, dict) and all(isinstance(place, int) for place in names.values()):
+        return sorted(names, key=lambda name: int(names[name]))
+    if isinstance(names, (dict, list)):
+        return [name for one in (names.values() if isinstance(names, dict) else names) for name in _flat(one)]
+    return [] if names is None else [str(names)]
+
+
+def _want_names(path: Path, column: str, names: Sequence[str], like: Sequence[str], layout: str) -> None:
+    """CheckpointError where the `names` of a column's values say that they are others than LIBERO's."""
+    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
+    if plain == _MISNOMER or all(re.fullmatch(_UNTOLD, name) for name in plain):
+        return
+    if len(plain) != len(like) or not all(map(re.fullmatch, like, plain)):
+        raise CheckpointError(
+            f"{path}: {column} holds {', '.join(names)}; want LIBERO's {layout}: write such a column first; where it is that by other names, "
+            "rename them there"
+        )
 
 
 @contextlib.contextmanager
@@ -197,7 +236,7 @@ def read(
             words = json.loads(row[_WORDS]) if isinstance(row.get(_WORDS), str) else None
             frame = _pictures(source, row, table)
             if words is None:
-                episode = _foreign(source, number, table, frame if mirrored else np.ascontiguousarray(frame[:, :, ::-1]), robot, gripper)
+                episode = _foreign(source, path, number, table, frame if mirrored else np.ascontiguousarray(frame[:, :, ::-1]), robot, gripper)
             else:
                 episode = _ours(source, table, frame, words)
         yield number, episode
@@ -288,8 +327,15 @@ def _ours(source: Source, table: pa.Table, frame: NDArray[np.uint8], words: Mapp
     )
 
 
-def _foreign(source: Source, number: int, table: pa.Table, frame: NDArray[np.uint8], robot: Robot, gripper: Gripper) -> Episode:
+def _foreign(
+    source: Source, path: Path, number: int, table: pa.Table, frame: NDArray[np.uint8], robot: Robot, gripper: Gripper
+) -> Episode:
     state = _column(table, source.state, 8).astype(np.float64)
+    if np.abs(np.linalg.norm(state[:, 3:7], axis=1) - 1.0).max() < _UNIT:
+        raise CheckpointError(
+            f"{path}: {source.state} of episode {number} holds unit quaternions from its fourth value on; want LIBERO's "
+            f"{_LAYOUTS[_STATE][1]}: write such a column first"
+        )
     command = _column(table, source.action, 7).astype(np.float64)[:-1]
     grip = command[:, 6]
     if gripper == "open+1":

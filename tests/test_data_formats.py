@@ -394,6 +394,18 @@ def test_quaternions_are_refused_by_their_values(tmp_path):  # of Open-X's sets,
         list(lerobot.read(root))
 
 
+def test_success_on_the_last_row_is_of_the_last_observation(tmp_path, capsys):
+    for name, after, want in (("end", [0] * 6 + [1], [6]), ("early", [0] * 3 + [1] * 4, [4, 5, 6]), ("never", [0] * 7, [])):
+        root = _foreign(tmp_path / name)
+        _with_rows(root, lambda table, after=after: table.update({"next.success": list(map(bool, after))}))
+        ((_, got),) = lerobot.read(root)
+        assert np.flatnonzero(got.success).tolist() == want
+        assert command_line.main([str(root), "--out", str(tmp_path / f"{name}-out")]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["successes"] == bool(want)
+        assert said.err == ("" if want else f"convert: no episode of {root} shows success, and a run takes no demonstration without it\n")
+
+
 def test_grippers_of_the_other_convention_are_asked_about(tmp_path):
     command = EPISODES[0].command.copy()
     command[:, 6] = [0, 1, 1, 0, 0, 1]

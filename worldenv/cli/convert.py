@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from worldenv import console
 from worldenv.cli.arguments import parse
 from worldenv.data import convert
 
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse("python -m worldenv.cli.convert", ConvertArgs, ConvertArgs(convert.Choices()), sys.argv[1:] if argv is None else argv)
         if args.source is None or args.out is None:
             raise ValueError("want SOURCE and --out; see --help")
-        print(json.dumps(convert.convert(args.source, args.to, args.out, args.choices)))
+        done = convert.convert(args.source, args.to, args.out, args.choices)
+        if not done["successes"]:
+            console.say(f"convert: no episode of {args.source} shows success, and a run takes no demonstration without it")
+        print(json.dumps(done))
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2

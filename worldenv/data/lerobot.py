@@ -344,7 +344,8 @@ def _foreign(
         raise ValueError("gripper commands are 0 and 1; say that 1 opens (gripper='open+1', --gripper open+1)")
     success = np.zeros(len(state), bool)
     if "next.success" in table.column_names:
-        success[1:] = _column(table, "next.success").astype(bool)[:-1]
+        after = _column(table, "next.success").astype(bool)
+        success[1:], success[-1] = after[:-1], after[-2:].any()  # the last row's is of an observation that the set does not hold
     else:
         success[-1] = True
     task = int(_column(table, "task_index")[0])

@@ -406,16 +406,28 @@ def test_success_on_the_last_row_is_of_the_last_observation(tmp_path, capsys):
         assert said.err == ("" if want else f"convert: no episode of {root} shows success, and a run takes no demonstration without it\n")
 
 
-def test_grippers_of_the_other_convention_are_asked_about(tmp_path):
-    command = EPISODES[0].command.copy()
-    command[:, 6] = [0, 1, 1, 0, 0, 1]
+def test_grippers_that_do_not_say_what_opens_are_asked_about(tmp_path):
+    for i, grips in enumerate(([0, 1, 1, 0, 0, 1], [0.98, 0.98, 0.5, 0.03, 0.03, 0.03], [0] * 6)):
+        command = EPISODES[0].command.copy()
+        command[:, 6] = grips
+        root = _foreign(tmp_path / str(i), command=command)
+        with pytest.raises(CheckpointError, match=r"info\.json: no gripper command is below 0.*--gripper open\+1 where 1 opens.*--gripper open-1"):
+            list(lerobot.read(root))
+        ((_, got),) = lerobot.read(root, gripper="open+1")
+        np.testing.assert_allclose(got.command[:, 6], 1 - 2 * np.array(grips), atol=1e-6)
+        convert(root, "episodes", tmp_path / f"{i}-out", Choices(gripper="open-1"))  # what the default is elsewhere may be said
+        (got,) = EpisodeSet(tmp_path / f"{i}-out")
+        np.testing.assert_array_equal(got.command, command)
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_one_command_below_0_tells_of_the_whole_set(version, tmp_path):
+    closing, other = (EPISODES[0].command.copy() for _ in range(2))
+    closing[:, 6], other[:, 6] = 1, -1
     root = tmp_path / "set"
-    lerobot.write(root, [shown(0, 6, command=command)], "v3.0", "png")
-    strip_ours(root, "v3.0")
-    with pytest.raises(CheckpointError, match="say that 1 opens"):
-        list(lerobot.read(root))
-    _, got = next(lerobot.read(root, gripper="open+1"))
-    np.testing.assert_array_equal(got.command[:, 6], [1, -1, -1, 1, 1, -1])
+    lerobot.write(root, [shown(0, 6, command=closing), shown(1, 6, command=other)], version, "png")
+    strip_ours(root, version)
+    assert [got.command[0, 6] for _, got in lerobot.read(root)] == [1, -1]
 
 
 def _text(name, change):

@@ -30,8 +30,9 @@ class Choices:
 
     view: str | None = None
     """LeRobot sets: the column of pictures to read; None: the only one that is no wrist camera."""
-    gripper: lerobot.Gripper = "open-1"
-    """LeRobot sets that were made elsewhere: commands of the gripper are -1 open, +1 close (LIBERO's), or 1 open, 0 close."""
+    gripper: lerobot.Gripper | None = None
+    """LeRobot sets that were made elsewhere: commands of the gripper are -1 open, +1 close (LIBERO's), or 1 open, 0 close. None: LIBERO's, where
+    some are below 0."""
     mirrored: bool = True
     """LeRobot sets that were made elsewhere: pictures are upright and mirrored, as OpenVLA-OFT's; else they are upright. Those of a `camera` that is
     not mirrored are not."""
@@ -55,7 +56,7 @@ def is_lerobot(source: Path) -> bool:
 def _mean_something(source: Path, to: Format, choices: Choices) -> None:
     """Raises ValueError for a choice, other than the default, that neither `source` nor `to` has a use for."""
     usual = Choices()
-    reading = {"--view": choices.view is not None, "--gripper": choices.gripper != usual.gripper, "--no-mirrored": not choices.mirrored}
+    reading = {"--view": choices.view is not None, "--gripper": choices.gripper is not None, "--no-mirrored": not choices.mirrored}
     changed = [flag for flag, given in reading.items() if given]
     ours = source.is_dir() and not is_lerobot(source) and not list(source.glob("*.hdf5"))
     if choices.robot != usual.robot and to == "episodes" and ours:

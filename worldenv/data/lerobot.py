@@ -219,27 +219,52 @@ def _metadata_v3(folder: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
 
 
 def read(
-    folder: Path, robot: Robot = PANDA, view: str | None = None, gripper: Gripper = "open-1", mirrored: bool = True
+    folder: Path, robot: Robot = PANDA, view: str | None = None, gripper: Gripper | None = None, mirrored: bool = True
 ) -> Iterator[tuple[int, Episode]]:
     """The episodes of the data set in `folder`: number, episode, one at a time.
 
     A set that was written here gives what was written, frames as far as their encoding allows. In others the state has LIBERO's 8 values, the
     predicate is taken to hold at the last observation alone where there is no `next.success` (sets of demonstrations end at success), and
-    `camera` is None. `gripper` is its convention of commands. `mirrored` says that pictures are as OpenVLA-OFT's, upright and mirrored; with
-    False they are mirrored here. Raises CheckpointError as `open_set` does, and ValueError where commands are out of range.
+    `camera` is None. `gripper` is its convention of commands; with None it is open-1 where one is below 0, and an error else. `mirrored` says that
+    pictures are as OpenVLA-OFT's, upright and mirrored; with False they are mirrored here. Raises CheckpointError as `open_set` does, and
+    ValueError where commands are out of range.
     """
     source = open_set(folder, view)
+    if gripper is None:
+        _want_open(source)
     for row in source.rows:
         number = int(row["episode_index"])
         path, table = _table(source, row)
         with _naming(path):
-            words = json.loads(row[_WORDS]) if isinstance(row.get(_WORDS), str) else None
+            words = json.loads(row[_WORDS]) if _is_ours(row) else None
             frame = _pictures(source, row, table)
             if words is None:
                 episode = _foreign(source, path, number, table, frame if mirrored else np.ascontiguousarray(frame[:, :, ::-1]), robot, gripper)
             else:
                 episode = _ours(source, table, frame, words)
         yield number, episode
+
+
+def _is_ours(row: Mapping[str, Any]) -> bool:
+    """Whether the episode of this metadata was written here."""
+    return isinstance(row.get(_WORDS), str)
+
+
+def _want_open(source: Source) -> None:
+    """CheckpointError where no gripper command of somebody else's set is below 0: one end of its travel is 0 then, and which is not said."""
+    info = source.folder / "meta" / "info.json"
+    with _naming(info):
+        paths = dict.fromkeys(_place(source, row, "data") for row in source.rows if not _is_ours(row))
+    for path in paths:
+        with _naming(path):
+            table = pq.read_table(path, columns=[source.action], partitioning=None, page_checksum_verification=True)
+            if (_column(table, source.action, 7)[:, 6] < 0).any():
+                return
+    if paths:
+        raise CheckpointError(
+            f"{info}: no gripper command is below 0, so what opens is not told: say --gripper open+1 where 1 opens and 0 closes (OpenVLA's data), "
+            "--gripper open-1 where they are LIBERO's, -1 open and 1 close"
+        )
 
 
 def _place(source: Source, row: Mapping[str, Any], kind: Literal["data", "video"], view: str = "") -> Path:
@@ -328,7 +353,7 @@ def _ours(source: Source, table: pa.Table, frame: NDArray[np.uint8], words: Mapp
 
 
 def _foreign(
-    source: Source, path: Path, number: int, table: pa.Table, frame: NDArray[np.uint8], robot: Robot, gripper: Gripper
+    source: Source, path: Path, number: int, table: pa.Table, frame: NDArray[np.uint8], robot: Robot, gripper: Gripper | None
 ) -> Episode:
     state = _column(table, source.state, 8).astype(np.float64)
     if np.abs(np.linalg.norm(state[:, 3:7], axis=1) - 1.0).max() < _UNIT:
@@ -337,11 +362,8 @@ def _foreign(
             f"{_LAYOUTS[_STATE][1]}: write such a column first"
         )
     command = _column(table, source.action, 7).astype(np.float64)[:-1]
-    grip = command[:, 6]
     if gripper == "open+1":
-        command[:, 6] = 1.0 - 2.0 * grip
-    elif grip.min() >= 0.0 and set(np.unique(grip)) == {0.0, 1.0}:
-        raise ValueError("gripper commands are 0 and 1; say that 1 opens (gripper='open+1', --gripper open+1)")
+        command[:, 6] = 1.0 - 2.0 * command[:, 6]
     success = np.zeros(len(state), bool)
     if "next.success" in table.column_names:
         after = _column(table, "next.success").astype(bool)

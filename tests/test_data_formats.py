@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from test_episode import equal, make
 
 from worldenv import kinematics
@@ -97,6 +98,59 @@ def test_a_published_file_is_read_by_its_own_rules(tmp_path, convention, states)
     assert (np.sum(episode.pose[1:, 3:] * episode.pose[:-1, 3:], axis=1) > 0).all()
     np.testing.assert_allclose(episode.gripper, np.clip((finger[:, 0] - finger[:, 1]) / 0.08, 0, 1), atol=1e-15)
     np.testing.assert_array_equal(episode.success, [False] * 7 + [True])
+
+
+def moved(path, before, told, steps=60, seed=0, noise=1e-4):
+    """A file of one demonstration of an arm that moves as it is told, each row with the observation `before` its action or after it.
+
+    Returns the path (steps + 1, 7) and the actions (steps, 7).
+    """
+    rng = np.random.default_rng(seed)
+    smooth = np.stack([np.convolve(rng.normal(size=steps + 7), np.ones(8) / 8, "valid") for _ in range(6)], axis=1)
+    action = np.concatenate([np.clip(smooth * [1.5, 1.5, 1.5, 0.3, 0.3, 0.3], -1, 1), np.full((steps, 1), -1.0)], axis=1)
+    start = kinematics.rest(torch.tensor([PANDA.example_pose], dtype=torch.float64), torch.tensor([0.85], dtype=torch.float64))
+    after, _ = kinematics.follow(start, torch.from_numpy(action[None]), kinematics.ControllerModel.of(PANDA))
+    pose = np.concatenate([start.pose.numpy(), after.pose[0].numpy()])
+    pose[:, :3] += rng.normal(0, noise, (steps + 1, 3))
+    seen = pose[:-1] if before else pose[1:]
+    with h5py.File(path, "w") as opened:
+        data = opened.create_group("data")
+        if told:
+            data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the bowl"})
+        demo = data.create_group("demo_0")
+        demo["obs/agentview_rgb"] = rng.integers(0, 256, (steps, 4, 4, 3), dtype=np.uint8)
+        demo["obs/ee_pos"], demo["obs/gripper_states"] = seen[:, :3], np.tile([0.034, -0.034], (steps, 1))
+        demo["obs/ee_ori"] = PANDA.proprio(seen, np.zeros(steps)).astype(np.float64)[:, 3:6]
+        demo["robot_states"] = np.concatenate([np.tile([0.034, -0.034], (steps, 1)), seen], axis=1)
+        if before:
+            demo["robot_states"][0] = [0.01, -0.01, 9, 9, 9, 1, 0, 0, 0]  # of the file that it was made from
+        demo["actions"], demo["rewards"] = action, (np.arange(steps) == steps - 1).astype(np.uint8)
+    return pose, action
+
+
+def test_openvlas_regeneration_is_read_by_its_own_rules(tmp_path):
+    path = tmp_path / "KITCHEN_SCENE10_pick_up_the_bowl_demo.hdf5"
+    pose, action = moved(path, before=True, told=False)
+    ((_, episode),) = libero_hdf5.read(path)
+    assert (episode.instruction, episode.steps) == ("pick up the bowl", 59)
+    np.testing.assert_array_equal(episode.command, action[:-1].astype(np.float32))  # action j follows observation j
+    np.testing.assert_array_equal(episode.pose[:, :3], pose[:-1, :3])
+    np.testing.assert_allclose(np.abs(np.sum(episode.pose[:, 3:] * pose[:-1, 3:], axis=1)), 1, atol=1e-6)
+    np.testing.assert_allclose(episode.gripper, 0.85, atol=1e-12)
+    assert np.flatnonzero(episode.success).tolist() == [59]
+    with h5py.File(path) as opened:
+        np.testing.assert_array_equal(episode.frame, opened["data/demo_0/obs/agentview_rgb"][()][:, ::-1, ::-1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_are_paired_the_other_way_are_refused_by_their_motion(seed, tmp_path):
+    path = tmp_path / "pick_up_the_bowl_demo.hdf5"
+    for before, cure in ((True, "before its action, .*: delete that"), (False, "after its action, .*: give it that")):
+        moved(path, before, told=not before, seed=seed)
+        next(libero_hdf5.read(path))
+        moved(path, before, told=before, seed=seed)
+        with pytest.raises(CheckpointError, match=rf"bowl_demo\.hdf5: data/demo_0: moves as its actions ask .* observation {cure}"):
+            next(libero_hdf5.read(path))
 
 
 def test_hdf5_gives_back_what_was_written(tmp_path):

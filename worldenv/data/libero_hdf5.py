@@ -3,6 +3,8 @@
 What is peculiar to the format (LIBERO, scripts/create_dataset.py), and is undone here:
 - Observation j was recorded *after* action j. So an N-row demonstration has N observations and N - 1 commands between them: command t is
   action t + 1, and action 0 led to the first observation. The actions before it, five in published files, were dropped with their observations.
+- OpenVLA-OFT's regeneration of these files (regenerate_libero_dataset.py) has the same datasets, no attribute at all, and observation j *before*
+  action j: command t is action t, and the last led to no observation. Its first row of `robot_states` is that of the file it was made from.
 - Pictures are in OpenGL's order, bottom row first. Turned by 180 degrees, as OpenVLA-OFT shows them, they are upright and mirrored.
 - The state has two fingers' positions, +w/2 and -w/2 [m]; `Episode.gripper` is w by the robot's `finger_m`.
 - A rotation vector's angle is not wrapped; the quaternion in `robot_states` is taken where there is one, and its sign made continuous.
@@ -31,6 +33,9 @@ from worldenv.robots.panda import PANDA
 STILL = 1e-4
 """A command whose first six values have a norm below this asks for no motion (OpenVLA-OFT, regenerate_libero_dataset.py)."""
 _VIEW = "agentview_rgb"
+_TOLD = "problem_info"  # attribute of LIBERO's files with the instruction
+_ENOUGH = 16  # rows from which motion tells how they are paired
+_CLEARLY, _EXPLAINED = 0.5, 0.1  # another pairing of rows: its error is below this share of the error as it is, and of all motion (both squared)
 _WORDS = "worldenv"  # attribute of a demonstration with what the format has no place for
 _CURE = "download it, or write it, again"
 # What h5py raises for bytes that were changed, and we for shapes that are wrong.
@@ -41,8 +46,10 @@ def read(path: Path, robot: Robot = PANDA, task: int = 0) -> Iterator[tuple[int,
     """The demonstrations in `path` by number: number, episode. `task` is the task's index in its suite, which the file does not know.
 
     Frames are as OpenVLA-OFT sees them, upright and mirrored, but for files written here from frames that were not mirrored. A published file
-    marks success at its last observation alone, and has no camera: `Episode.camera` is None. Other views and joint states are not read.
-    Raises CheckpointError (a ValueError) that names the file and the cure where it is missing, truncated, damaged, mis-shaped or foreign.
+    marks success at its last observation alone, and has no camera: `Episode.camera` is None. Other views and joint states are not read. One
+    without attributes is OpenVLA-OFT's regeneration, and its name tells the instruction.
+    Raises CheckpointError (a ValueError) that names the file and the cure where it is missing, truncated, damaged, mis-shaped or foreign, and where
+    its motion says that its rows are those of the other kind.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; LIBERO's demonstrations are named TASK_demo.hdf5")
@@ -50,14 +57,17 @@ def read(path: Path, robot: Robot = PANDA, task: int = 0) -> Iterator[tuple[int,
     try:
         with h5py.File(path, "r") as opened:
             data = opened["data"]
-            instruction = _instruction(data.attrs)
+            before = _TOLD not in data.attrs
+            instruction = told(path) if before else _instruction(data.attrs)
             upside_down = _text(data.attrs.get("macros_image_convention", "opengl")) == "opengl"
             names = [name for name in data if re.fullmatch(r"demo_\d+", name)]
             if not names:
                 raise ValueError("no group demo_N")
             for number in sorted(int(name.removeprefix("demo_")) for name in names):
                 where = f"data/demo_{number}"
-                yield number, _episode(data[f"demo_{number}"], number, instruction, robot, task, upside_down, path.name)
+                yield number, _episode(data[f"demo_{number}"], number, instruction, robot, task, upside_down, before, path)
+    except CheckpointError:
+        raise
     except _DAMAGE as error:
         raise CheckpointError(f"{path}: {where}: no LIBERO demonstration, or damaged ({type(error).__name__}: {error}); {_CURE}") from error
 
@@ -72,7 +82,7 @@ def _text(value: Any) -> str:
 
 
 def _instruction(attributes: Any) -> str:
-    words = json.loads(_text(attributes["problem_info"]))["language_instruction"]
+    words = json.loads(_text(attributes[_TOLD]))["language_instruction"]
     return "".join(words)  # a list in some files, text in others; LIBERO joins both in this way
 
 
@@ -84,36 +94,59 @@ def _array(group: Any, name: str, *shape: int | None) -> NDArray[Any]:
     return array
 
 
-def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, upside_down: bool, file: str) -> Episode:
+def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, upside_down: bool, before: bool, path: Path) -> Episode:
     action = _array(demo, "actions", None, 7)
     rows = len(action)
     if rows < 2:
-        raise ValueError(f"actions: {rows} row, want at least 2: the first led to the first observation")
+        raise ValueError(f"actions: {rows} row, want at least 2: one is of no pair of observations")
     words = json.loads(_text(demo.attrs[_WORDS])) if _WORDS in demo.attrs else {}
     camera = camera_from_plain(words.get("camera"))
     picture = _array(demo["obs"], _VIEW, rows, None, None, 3)[:, :: -1 if upside_down else 1]
     if camera is None or camera.mirrored:
         picture = picture[:, :, ::-1]
-    finger, pose = _state(demo, rows)
-    return Episode(
+    finger, pose = _state(demo, rows, before)
+    success = _array(demo, "rewards", rows) > 0
+    if before:
+        success = np.append(False, np.append(success[:-2], success[-2:].any()))  # the last reward is of an observation that is not there
+    episode = Episode(
         instruction=instruction,
         task=words.get("task", task),
         split=words.get("split", "train"),
         state_index=words.get("state_index", number),
-        source=words.get("source", f"LIBERO demonstration: {file}, demo_{number}"),
+        source=words.get("source", f"LIBERO demonstration: {path.name}, demo_{number}"),
         frame=np.ascontiguousarray(picture),
         pose=pose,
         gripper=np.clip((finger[:, 0] - finger[:, 1]) / robot.finger_m, 0.0, 1.0),
-        command=action[1:].astype(np.float32),
-        success=_array(demo, "rewards", rows) > 0,
+        command=(action[:-1] if before else action[1:]).astype(np.float32),
+        success=success,
         camera=camera,
         versions=words.get("versions", {}),
     )
+    if not words:
+        _want_paired(episode.pose, action.astype(np.float64), robot, before, f"{path}: data/demo_{number}")
+    return episode
 
 
-def _state(demo: Any, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _want_paired(pose: NDArray[np.float64], action: NDArray[np.float64], robot: Robot, before: bool, where: str) -> None:
+    """CheckpointError, from `where`, if `pose` (N, 7) moves as `action` (N, 7) asks where it was seen after each action, not `before`, or so."""
+    if len(action) < _ENOUGH:
+        return
+    model, pose = kinematics.ControllerModel.of(robot), pose[1:]  # the first may be another file's
+    after_it, before_it = (float(np.sum(kinematics.drift(model, [pose], [asked], 1).position ** 2)) for asked in (action[2:], action[1:-1]))
+    this, other = (before_it, after_it) if before else (after_it, before_it)
+    if other < _CLEARLY * this and other < _EXPLAINED * np.sum(np.diff(pose[:, :3], axis=0) ** 2):
+        how = (
+            f"after its action, as in LIBERO's files, which have the attribute {_TOLD} on data, with the instruction: give it that"
+            if before
+            else f"before its action, as OpenVLA-OFT's regeneration writes them, with no attribute {_TOLD} on data: delete that, and name the file "
+            "INSTRUCTION_demo.hdf5, by which it is told then"
+        )
+        raise CheckpointError(f"{where}: moves as its actions ask where each row holds the observation {how}")
+
+
+def _state(demo: Any, rows: int, before: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Fingers (N, 2) [m] and pose (N, 7)."""
-    if "robot_states" in demo:
+    if "robot_states" in demo and not before:
         state = _array(demo, "robot_states", rows, 9).astype(np.float64)
         finger, place, turn = state[:, :2], state[:, 2:5], state[:, 5:]
     else:
@@ -136,7 +169,7 @@ def writing(path: Path, instruction: str, robot: Robot = PANDA) -> Iterator[Call
         raise ValueError(f"{path}: there already; nothing is overwritten: move it, or write elsewhere")
     with atomic(path) as temporary, h5py.File(temporary, "w") as opened:
         data = opened.create_group("data")
-        data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+        data.attrs[_TOLD] = json.dumps({"language_instruction": instruction})
         data.attrs["macros_image_convention"] = "opengl"
         data.attrs["tag"], data.attrs["env_args"] = "libero-v1", json.dumps({"type": 1, "env_name": robot.name, "env_kwargs": {}})
         steps: list[int] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.cli import convert as command_line
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.convert import Choices, convert
-from worldenv.data.episode import EpisodeSet, save
+from worldenv.data.episode import EpisodeSet, UnfitError, save
 from worldenv.nouns import Camera
 from worldenv.robots.panda import PANDA
 
@@ -200,12 +201,9 @@ def _reshape(name, shape):
         (_reshape("actions", (8, 6)), "actions"),
         (_reshape("actions", (7, 7)), "want (7"),
         (_reshape("robot_states", (8, 8)), "robot_states"),
-        (_reshape("robot_states", (8, 9)), "quaternions"),
         (_reshape("obs/agentview_rgb", (8, 10, 10)), "agentview_rgb"),
         (lambda o: o["data/demo_2/obs"].pop("agentview_rgb"), "agentview_rgb"),
         (lambda o: o["data/demo_2"].pop("rewards"), "rewards"),
-        (lambda o: o["data/demo_2/actions"].__setitem__((3, 0), 1.5), "out of range"),
-        (lambda o: o["data/demo_2/actions"].__setitem__((3, 0), np.nan), "not finite"),
     ],
 )
 def test_a_mis_shaped_hdf5_is_named(tmp_path, change, why):
@@ -221,6 +219,51 @@ def test_a_mis_shaped_hdf5_is_named(tmp_path, change, why):
     assert why in words
     assert "again" in words
     assert "\n" not in words
+
+
+def _cut(opened):
+    demo = opened["data/demo_2"]
+    for name in ("actions", "rewards", "robot_states", "obs/agentview_rgb"):
+        values = demo[name][:1]
+        del demo[name]
+        demo[name] = values
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_cut, "rows: 1, want 2 at least"),
+        (_reshape("robot_states", (8, 9)), "the length of the quaternion in robot_states of row 0, value 0, is 0, want"),
+        (lambda o: o["data/demo_2/robot_states"].__setitem__((5, 2), np.nan), "robot_states of row 5, value 2, is nan, want a finite number"),
+        (lambda o: o["data/demo_2/actions"].__setitem__((3, 0), 1.5), "actions of row 3, value 0, is 1.5, want -1 .. 1"),
+        (lambda o: o["data/demo_2/actions"].__setitem__((3, 6), np.nan), "actions of row 3, value 6, is nan, want -1 .. 1"),
+    ],
+)
+def test_an_unfit_demonstration_is_named_or_left_out(change, why, tmp_path, capsys):
+    path = tmp_path / "bowl_demo.hdf5"
+    published(path)
+    with h5py.File(path, "a") as opened:
+        change(opened)
+    with pytest.raises(UnfitError, match=re.escape(f"{path}: data/demo_2: {why}") + ".*; mend it there, or leave .*--leave-out-unfit"):
+        list(libero_hdf5.read(path))
+    left_out(path, tmp_path, [f"{path}: data/demo_2: {why}"], 2, capsys)
+
+
+def left_out(source, tmp_path, begin, rest, capsys):
+    """The command without the flag names it; with it the `rest` is written, and each that is left out is told as one of `begin`."""
+    assert command_line.main([str(source), "--out", str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err
+    assert "--leave-out-unfit" in said
+    assert "download" not in said
+    assert command_line.main([str(source), "--out", str(tmp_path / "a"), "--leave-out-unfit"]) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert (told["episodes"], len(EpisodeSet(tmp_path / "a"))) == (rest, rest)
+    for what, line, words in zip(told["left_out"], said.err.splitlines(), begin, strict=False):
+        assert what.startswith(words)
+        assert line == f"convert: left out {what}"
+    assert len(told["left_out"]) == len(begin)
+    assert f"convert: left out {len(begin)} unfit, wrote {rest}\n" in said.err
 
 
 def test_a_damaged_hdf5_is_named(tmp_path):
@@ -444,8 +487,62 @@ def test_quaternions_are_refused_by_their_values(tmp_path):  # of Open-X's sets,
     root = _foreign(tmp_path / "set")
     _named(root, "observation.state", ["x", "y", "z", "rx", "ry", "rz", "rw", "gripper"])
     _with_rows(root, lambda table: table.update({"observation.state": [[0.4, 0.0, 0.2, 0.0, 0.6, 0.0, 0.8, 0.0]] * 7}))
-    with pytest.raises(CheckpointError, match=r"episode_000000\.parquet: observation\.state of episode 0 holds unit quaternions"):
+    with pytest.raises(CheckpointError, match=r"episode_000000\.parquet: episode 0: observation\.state holds unit quaternions"):
         list(lerobot.read(root))
+
+
+def test_unfit_episodes_of_a_set_are_named_or_left_out(tmp_path, capsys):
+    root = tmp_path / "set"
+    lerobot.write(root, [shown(i, 6) for i in range(6)], "v2.1", "png")
+    strip_ours(root, "v2.1")
+    files = [root / f"data/chunk-000/episode_{i:06d}.parquet" for i in range(6)]
+
+    def change(number, name, row, place, value):
+        table = pq.read_table(files[number]).to_pydict()
+        if place is None:
+            table[name][row] = value
+        else:
+            table[name][row] = [value if i == place else old for i, old in enumerate(table[name][row])]
+        pq.write_table(pa.table(table), files[number])
+
+    change(1, "action", 3, 0, 1.3)
+    change(1, "action", 6, 0, 9.0)  # of the last row, which belongs to no pair of observations
+    change(2, "observation.state", 2, 7, np.nan)
+    change(3, "action", 0, 6, np.nan)
+    change(4, "task_index", 4, None, 1)
+    (root / "meta/tasks.jsonl").write_text("".join(json.dumps({"task_index": i, "task": t}) + "\n" for i, t in enumerate(("open it", "close it"))))
+    rows = [json.loads(line) for line in (root / "meta/episodes.jsonl").read_text().splitlines()]
+    rows[5]["length"] = 1
+    (root / "meta/episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pq.read_table(files[5]).slice(0, 1), files[5])
+    why = [
+        f"{files[1]}: episode 1: action of row 3, value 0, is 1.3, want -1 .. 1",
+        f"{files[2]}: episode 2: observation.state of row 2, value 7, is nan, want a finite number",
+        f"{files[3]}: episode 3: action's gripper of row 0, value 0, is nan, want -1 .. 1",
+        f"{files[4]}: episode 4: more than one instruction, 'open it', from row 4 on 'close it', want one",
+        f"{files[5]}: episode 5: rows: 1, want 2 at least",
+    ]
+    left_out(root, tmp_path, why, 1, capsys)
+    shutil.rmtree(root / "data")
+    with pytest.raises(CheckpointError, match=r"episode_000000\.parquet: missing"):  # what is damaged is never left out
+        convert(root, "episodes", tmp_path / "b", Choices(leave_out_unfit=True, gripper="open-1"))
+
+
+def test_nothing_but_unfit_episodes_is_an_error(tmp_path):
+    root = _foreign(tmp_path / "set")
+    _with_rows(root, lambda table: table.update({"action": [[7.0] * 7] * 7}))
+    for to in ("episodes", "lerobot-v3.0"):
+        with pytest.raises(ValueError, match=r"set: no episode in it; left out 1, the first: .*is 7, want -1 \.\. 1"):
+            convert(root, to, tmp_path / "out", Choices(leave_out_unfit=True, gripper="open-1"))
+        assert not (tmp_path / "out").exists()
+    still = EpisodeSet(tmp_path / "still")
+    still.add(0, shown(0, 3, command=np.zeros((3, 7), np.float32)))
+    still.add(1, shown(1, 3))
+    still.seal()
+    with pytest.raises(UnfitError, match="no command asks for motion"):
+        convert(tmp_path / "still", "episodes", tmp_path / "out", Choices(no_noops=True))
+    told = convert(tmp_path / "still", "episodes", tmp_path / "out", Choices(no_noops=True, leave_out_unfit=True))
+    assert (told["episodes"], len(told["left_out"])) == (1, 1)
 
 
 def test_success_on_the_last_row_is_of_the_last_observation(tmp_path, capsys):
@@ -629,12 +726,14 @@ def test_another_robots_fingers_are_written_as_they_are_read(to, tmp_path, capsy
         (". --gripper open+1", "--gripper: says how a LeRobot data set is read"),
         ("bowl_demo.hdf5 --no-mirrored", "--no-mirrored: says how a LeRobot data set is read"),
         ("bowl_demo.hdf5 --frames png", "--frames png: says how a LeRobot data set is written, not episodes; leave it out"),
+        ("ours --leave-out-unfit", "--leave-out-unfit: episodes in our format fit, and .*ours holds such; leave it out"),
         ("set --frames png --to libero-hdf5", "--frames png: says how a LeRobot data set is written, not libero-hdf5"),
     ],
 )
 def test_a_flag_that_means_nothing_is_refused(words, why, tmp_path, capsys):
     published(tmp_path / "bowl_demo.hdf5")
     lerobot.write(tmp_path / "set", EPISODES[:1])
+    save(tmp_path / "ours" / "000000.npz", EPISODES[0])
     source, *flags = words.split()
     assert command_line.main([str(tmp_path / source), *flags, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

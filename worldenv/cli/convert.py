@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.source is None or args.out is None:
             raise ValueError("want SOURCE and --out; see --help")
         done = convert.convert(args.source, args.to, args.out, args.choices)
+        for what in done["left_out"]:
+            console.say(f"convert: left out {what}")
+        if done["left_out"]:
+            console.say(f"convert: left out {len(done['left_out'])} unfit, wrote {done['episodes']}")
         if not done["successes"]:
             console.say(f"convert: no episode of {args.source} shows success, and a run takes no demonstration without it")
         print(json.dumps(done))

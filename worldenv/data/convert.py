@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ import numpy as np
 
 from worldenv.checkpoint import CheckpointError, atomic_folder
 from worldenv.data import lerobot, libero_hdf5
-from worldenv.data.episode import GIVEN, Episode, EpisodeSet, read_camera
+from worldenv.data.episode import GIVEN, Episode, EpisodeSet, fitting, read_camera
 from worldenv.data.in_view import InView
 from worldenv.nouns import Camera
 from worldenv.robots.contract import Robot
@@ -46,6 +47,9 @@ class Choices:
     OpenCV's axes, height and width [px] of the pictures, and mirrored, where pictures are to stay as OpenVLA-OFT's (docs/own-robot.md)."""
     no_noops: bool = False
     """Leave out commands for no motion, as the published sets for OpenVLA-OFT do."""
+    leave_out_unfit: bool = False
+    """Leave out episodes that are none (one row, several instructions, values that are not finite or out of range), and name them; else the first
+    is an error."""
 
 
 def is_lerobot(source: Path) -> bool:
@@ -61,23 +65,28 @@ def _mean_something(source: Path, to: Format, choices: Choices) -> None:
     ours = source.is_dir() and not is_lerobot(source) and not list(source.glob("*.hdf5"))
     if choices.robot != usual.robot and to == "episodes" and ours:
         raise ValueError(f"--robot {choices.robot}: says whose fingers LeRobot's and LIBERO's data hold, ours hold openings; leave it out")
+    if choices.leave_out_unfit and ours and not choices.no_noops:
+        raise ValueError(f"--leave-out-unfit: episodes in our format fit, and {source} holds such; leave it out")
     if changed and source.exists() and not is_lerobot(source):
         raise ValueError(f"{changed[0]}: says how a LeRobot data set is read, and {source} is none; leave it out")
     if choices.frames != usual.frames and not to.startswith("lerobot"):
         raise ValueError(f"--frames {choices.frames}: says how a LeRobot data set is written, not {to}; leave it out, or --to lerobot-v3.0")
 
 
-def read(source: Path, choices: Choices) -> Iterator[tuple[Path, Episode]]:
+def read(source: Path, choices: Choices, left_out: list[str] | None = None) -> Iterator[tuple[Path, Episode]]:
     """The episodes in `source`, each with its file or set: a folder of ours, a LeRobot data set, LIBERO's HDF5 file, or a folder of these.
 
-    Of several HDF5 files, sorted by name, the task's index counts the files. Raises CheckpointError where it is none of these, and as the readers do;
-    ValueError where `choices.camera` is no camera, is another's, or not of pictures of this size.
+    Of several HDF5 files, sorted by name, the task's index counts the files. What is unfit is passed over where there is `left_out`, and named there.
+    Raises CheckpointError where it is none of these, and as the readers do; ValueError where `choices.camera` is no camera, is another's, or not of
+    pictures of this size.
     """
     camera = None if choices.camera is None else read_camera(choices.camera)
     mirrored = choices.mirrored and (camera is None or camera.mirrored)
-    for place, episode in _read(source, choices, mirrored):
+    for place, episode in _read(source, choices, mirrored, left_out):
         seen = episode if camera is None else _seen_by(camera, episode, place, choices.camera)
-        yield place, libero_hdf5.without_noops(seen) if choices.no_noops else seen
+        kept = fitting(functools.partial(libero_hdf5.without_noops, seen), left_out) if choices.no_noops else seen
+        if kept is not None:
+            yield place, kept
 
 
 def _seen_by(camera: Camera, episode: Episode, place: Path, path: Path | None) -> Episode:
@@ -91,16 +100,16 @@ def _seen_by(camera: Camera, episode: Episode, place: Path, path: Path | None) -
     return dataclasses.replace(episode, frame=episode.frame if as_taken else np.ascontiguousarray(episode.frame[:, :, ::-1]), camera=camera)
 
 
-def _read(source: Path, choices: Choices, mirrored: bool) -> Iterator[tuple[Path, Episode]]:
+def _read(source: Path, choices: Choices, mirrored: bool, left_out: list[str] | None) -> Iterator[tuple[Path, Episode]]:
     files, robot = sorted(source.glob("*.hdf5")), named(choices.robot)
     if source.is_file():
-        yield from ((source, episode) for _, episode in libero_hdf5.read(source, robot))
+        yield from ((source, episode) for _, episode in libero_hdf5.read(source, robot, left_out=left_out))
     elif is_lerobot(source):
-        read_so = lerobot.read(source, robot, choices.view, choices.gripper, mirrored)
+        read_so = lerobot.read(source, robot, choices.view, choices.gripper, mirrored, left_out)
         yield from ((source, episode) for _, episode in read_so)
     elif files:
         for task, file in enumerate(files):
-            yield from ((file, episode) for _, episode in libero_hdf5.read(file, robot, task))
+            yield from ((file, episode) for _, episode in libero_hdf5.read(file, robot, task, left_out))
     elif list(source.glob("*.npz")):
         yield from ((source, episode) for episode in EpisodeSet(source, GIVEN))
     else:
@@ -108,7 +117,8 @@ def _read(source: Path, choices: Choices, mirrored: bool) -> Iterator[tuple[Path
 
 
 def convert(source: Path, to: Format, out: Path, choices: Choices | None = None) -> dict[str, Any]:
-    """Write the episodes in `source` to `out` in format `to`; returns counts. `out` is a folder; for libero-hdf5 one with a file per instruction.
+    """Write the episodes in `source` to `out` in format `to`; returns counts, and what was left out. `out` is a folder; for libero-hdf5 one with
+    a file per instruction.
 
     Raises ValueError where `out` is there already, where a choice means nothing here, and as readers and writers do. On an error nothing is left.
     """
@@ -119,7 +129,8 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
         raise ValueError(f"{out}: there already; nothing is overwritten: move it, or choose another --out")
     _mean_something(source, to, choices)
     count, robot = _Count(), named(choices.robot)
-    episodes = count.of(episode for _, episode in read(source, choices))
+    left_out: list[str] = []
+    episodes = count.of(source, (episode for _, episode in read(source, choices, left_out if choices.leave_out_unfit else None)), left_out)
     if choices.camera is not None:
         episodes = InView(robot, f"--camera {choices.camera}").of(episodes)
     if to == "lerobot-v2.1":
@@ -135,9 +146,7 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
                 for number, episode in enumerate(episodes):
                     kept.add(number, episode)
                 kept.seal()
-            if not count.episodes:
-                raise ValueError(f"{source}: no episode in it")
-    return {"source": str(source), "out": str(out), "format": to, **vars(count)}
+    return {"source": str(source), "out": str(out), "format": to, **vars(count), "left_out": left_out}
 
 
 _NAME_BYTES = 200
@@ -167,10 +176,12 @@ class _Count:
     steps: int = 0
     successes: int = 0
 
-    def of(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
-        """`episodes`, counted on their way."""
+    def of(self, source: Path, episodes: Iterable[Episode], left_out: Sequence[str]) -> Iterator[Episode]:
+        """`episodes` of `source`, counted on their way; ValueError where none came, with the first of those `left_out`."""
         for episode in episodes:
             self.episodes += 1
             self.steps += episode.steps
             self.successes += episode.first_success is not None
             yield episode
+        if not self.episodes:
+            raise ValueError(f"{source}: no episode in it" + (f"; left out {len(left_out)}, the first: {left_out[0]}" if left_out else ""))

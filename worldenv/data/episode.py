@@ -13,7 +13,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,35 @@ _DAMAGE = (
     zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError, OSError, NotImplementedError, RuntimeError, MemoryError,
     OverflowError, SyntaxError,
 )  # fmt: skip
+
+
+class UnfitError(CheckpointError):
+    """What somebody recorded and no episode may be: its bytes are whole, its values are not as wanted."""
+
+    def __init__(self, where: str, why: str) -> None:
+        """`where` names file and episode, `why` what is wrong with it."""
+        self.what = f"{where}: {why}"
+        super().__init__(f"{self.what}; mend it there, or leave such episodes out (python -m worldenv.cli.convert --leave-out-unfit)")
+
+
+def want_values(where: str, name: str, values: NDArray[np.floating[Any]], low: float = -np.inf, high: float = np.inf) -> None:
+    """UnfitError, from `where`, that tells the first of `values` (rows, n), called `name`, which is not finite, or not in `low` .. `high`."""
+    wrong = np.argwhere(~(np.isfinite(values) & (values >= low) & (values <= high)))
+    if len(wrong):
+        row, place = wrong[0]
+        wanted = f"{low:g} .. {high:g}" if np.isfinite(low) else "a finite number"
+        raise UnfitError(where, f"{name} of row {row}, value {place}, is {values[row, place]:g}, want {wanted}")
+
+
+def fitting(make: Callable[[], Episode], left_out: list[str] | None) -> Episode | None:
+    """What `make` makes. Where that is unfit, `left_out` is told, and None comes back; without a list, UnfitError is raised."""
+    try:
+        return make()
+    except UnfitError as error:
+        if left_out is None:
+            raise
+        left_out.append(error.what)
+        return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ The `lerobot` package is not needed, and not used: it asks for another torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from worldenv import kinematics
 from worldenv.checkpoint import CheckpointError, atomic_folder, read_published
-from worldenv.data.episode import Episode, camera_from_plain, camera_to_plain
+from worldenv.data.episode import Episode, UnfitError, camera_from_plain, camera_to_plain, fitting, want_values
 from worldenv.robots.contract import Robot
 from worldenv.robots.panda import PANDA
 
@@ -219,7 +220,12 @@ def _metadata_v3(folder: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
 
 
 def read(
-    folder: Path, robot: Robot = PANDA, view: str | None = None, gripper: Gripper | None = None, mirrored: bool = True
+    folder: Path,
+    robot: Robot = PANDA,
+    view: str | None = None,
+    gripper: Gripper | None = None,
+    mirrored: bool = True,
+    left_out: list[str] | None = None,
 ) -> Iterator[tuple[int, Episode]]:
     """The episodes of the data set in `folder`: number, episode, one at a time.
 
@@ -227,22 +233,25 @@ def read(
     predicate is taken to hold at the last observation alone where there is no `next.success` (sets of demonstrations end at success), and
     `camera` is None. `gripper` is its convention of commands; with None it is open-1 where one is below 0, and an error else. `mirrored` says that
     pictures are as OpenVLA-OFT's, upright and mirrored; with False they are mirrored here. Raises CheckpointError as `open_set` does, and
-    ValueError where commands are out of range.
+    UnfitError for an episode that is none: of one row, with several instructions, or with values that are not finite or out of range; with
+    `left_out` it is passed over and named there.
     """
     source = open_set(folder, view)
     if gripper is None:
         _want_open(source)
     for row in source.rows:
-        number = int(row["episode_index"])
-        path, table = _table(source, row)
-        with _naming(path):
-            words = json.loads(row[_WORDS]) if _is_ours(row) else None
-            frame = _pictures(source, row, table)
-            if words is None:
-                episode = _foreign(source, path, number, table, frame if mirrored else np.ascontiguousarray(frame[:, :, ::-1]), robot, gripper)
-            else:
-                episode = _ours(source, table, frame, words)
-        yield number, episode
+        episode = fitting(functools.partial(_episode, source, row, robot, gripper, mirrored), left_out)
+        if episode is not None:
+            yield int(row["episode_index"]), episode
+
+
+def _episode(source: Source, row: Mapping[str, Any], robot: Robot, gripper: Gripper | None, mirrored: bool) -> Episode:
+    path, table = _table(source, row)
+    with _naming(path):
+        frame = _pictures(source, row, table)
+        if _is_ours(row):
+            return _ours(source, table, frame, json.loads(row[_WORDS]))
+        return _foreign(source, path, table, frame if mirrored else np.ascontiguousarray(frame[:, :, ::-1]), robot, gripper)
 
 
 def _is_ours(row: Mapping[str, Any]) -> bool:
@@ -284,8 +293,10 @@ def _table(source: Source, row: Mapping[str, Any]) -> tuple[Path, pa.Table]:
     with _naming(path):
         number, length = int(row["episode_index"]), int(row["length"])
         table = pq.read_table(path, filters=[("episode_index", "=", number)], partitioning=None, page_checksum_verification=True)
-        if table.num_rows != length or length < 2:
-            raise ValueError(f"episode {number}: {table.num_rows} rows, {length} said, want as many and at least 2")
+        if table.num_rows != length:
+            raise ValueError(f"episode {number}: {table.num_rows} rows, {length} said")
+        if length < 2:
+            raise UnfitError(f"{path}: episode {number}", f"rows: {length}, want 2 at least: an observation, a command and what was seen after it")
         if table.column("frame_index").to_pylist() != list(range(length)):
             raise ValueError(f"episode {number}: frame_index does not count from 0")
         return path, table
@@ -352,16 +363,18 @@ def _ours(source: Source, table: pa.Table, frame: NDArray[np.uint8], words: Mapp
     )
 
 
-def _foreign(
-    source: Source, path: Path, number: int, table: pa.Table, frame: NDArray[np.uint8], robot: Robot, gripper: Gripper | None
-) -> Episode:
+def _foreign(source: Source, path: Path, table: pa.Table, frame: NDArray[np.uint8], robot: Robot, gripper: Gripper | None) -> Episode:
+    number = int(table.column("episode_index")[0].as_py())
+    where = f"{path}: episode {number}"
     state = _column(table, source.state, 8).astype(np.float64)
+    want_values(where, source.state, state)
     if np.abs(np.linalg.norm(state[:, 3:7], axis=1) - 1.0).max() < _UNIT:
         raise CheckpointError(
-            f"{path}: {source.state} of episode {number} holds unit quaternions from its fourth value on; want LIBERO's "
-            f"{_LAYOUTS[_STATE][1]}: write such a column first"
+            f"{where}: {source.state} holds unit quaternions from its fourth value on; want LIBERO's {_LAYOUTS[_STATE][1]}: write such a column first"
         )
-    command = _column(table, source.action, 7).astype(np.float64)[:-1]
+    command = _column(table, source.action, 7).astype(np.float32)[:-1]
+    want_values(where, source.action, command[:, :6], -1.0, 1.0)
+    want_values(where, f"{source.action}'s gripper", command[:, 6:], 0.0 if gripper == "open+1" else -1.0, 1.0)
     if gripper == "open+1":
         command[:, 6] = 1.0 - 2.0 * command[:, 6]
     success = np.zeros(len(state), bool)
@@ -370,7 +383,11 @@ def _foreign(
         success[1:], success[-1] = after[:-1], after[-2:].any()  # the last row's is of an observation that the set does not hold
     else:
         success[-1] = True
-    task = int(_column(table, "task_index")[0])
+    tasks = _column(table, "task_index").astype(int)
+    task, other = int(tasks[0]), np.flatnonzero(tasks != tasks[0])
+    if len(other):
+        said = f"{source.tasks[task]!r}, from row {other[0]} on {source.tasks[int(tasks[other[0]])]!r}"
+        raise UnfitError(where, f"more than one instruction, {said}, want one: cut it there")
     return Episode(
         instruction=source.tasks[task],
         task=task,
@@ -380,7 +397,7 @@ def _foreign(
         frame=frame,
         pose=np.concatenate([state[:, :3], kinematics.continuous(kinematics.unwrapped(state[:, 3:6]))], axis=1),
         gripper=np.clip((state[:, 6] - state[:, 7]) / robot.finger_m, 0.0, 1.0),
-        command=command.astype(np.float32),
+        command=command,
         success=success,
     )
 

@@ -13,6 +13,7 @@ What is peculiar to the format (LIBERO, scripts/create_dataset.py), and is undon
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from worldenv import kinematics
 from worldenv.checkpoint import CheckpointError, atomic
-from worldenv.data.episode import Episode, camera_from_plain, camera_to_plain
+from worldenv.data.episode import Episode, UnfitError, camera_from_plain, camera_to_plain, fitting, want_values
 from worldenv.robots.contract import Robot
 from worldenv.robots.panda import PANDA
 
@@ -34,6 +35,7 @@ STILL = 1e-4
 """A command whose first six values have a norm below this asks for no motion (OpenVLA-OFT, regenerate_libero_dataset.py)."""
 _VIEW = "agentview_rgb"
 _TOLD = "problem_info"  # attribute of LIBERO's files with the instruction
+_OBSERVED = {"gripper_states": 2, "ee_pos": 3, "ee_ori": 3}
 _ENOUGH = 16  # rows from which motion tells how they are paired
 _CLEARLY, _EXPLAINED = 0.5, 0.1  # another pairing of rows: its error is below this share of the error as it is, and of all motion (both squared)
 _WORDS = "worldenv"  # attribute of a demonstration with what the format has no place for
@@ -42,14 +44,15 @@ _CURE = "download it, or write it, again"
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError)
 
 
-def read(path: Path, robot: Robot = PANDA, task: int = 0) -> Iterator[tuple[int, Episode]]:
+def read(path: Path, robot: Robot = PANDA, task: int = 0, left_out: list[str] | None = None) -> Iterator[tuple[int, Episode]]:
     """The demonstrations in `path` by number: number, episode. `task` is the task's index in its suite, which the file does not know.
 
     Frames are as OpenVLA-OFT sees them, upright and mirrored, but for files written here from frames that were not mirrored. A published file
     marks success at its last observation alone, and has no camera: `Episode.camera` is None. Other views and joint states are not read. One
     without attributes is OpenVLA-OFT's regeneration, and its name tells the instruction.
     Raises CheckpointError (a ValueError) that names the file and the cure where it is missing, truncated, damaged, mis-shaped or foreign, and where
-    its motion says that its rows are those of the other kind.
+    its motion says that its rows are those of the other kind; and UnfitError for a demonstration that is none: of one row, or with values that are
+    not finite or out of range; with `left_out` it is passed over and named there.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; LIBERO's demonstrations are named TASK_demo.hdf5")
@@ -65,7 +68,10 @@ def read(path: Path, robot: Robot = PANDA, task: int = 0) -> Iterator[tuple[int,
                 raise ValueError("no group demo_N")
             for number in sorted(int(name.removeprefix("demo_")) for name in names):
                 where = f"data/demo_{number}"
-                yield number, _episode(data[f"demo_{number}"], number, instruction, robot, task, upside_down, before, path)
+                make = functools.partial(_episode, data[f"demo_{number}"], number, instruction, robot, task, upside_down, before, path)
+                episode = fitting(make, left_out)
+                if episode is not None:
+                    yield number, episode
     except CheckpointError:
         raise
     except _DAMAGE as error:
@@ -95,16 +101,18 @@ def _array(group: Any, name: str, *shape: int | None) -> NDArray[Any]:
 
 
 def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, upside_down: bool, before: bool, path: Path) -> Episode:
+    where = f"{path}: data/demo_{number}"
     action = _array(demo, "actions", None, 7)
     rows = len(action)
     if rows < 2:
-        raise ValueError(f"actions: {rows} row, want at least 2: one is of no pair of observations")
+        raise UnfitError(where, f"rows: {rows}, want 2 at least: an observation, a command and what was seen after it")
+    want_values(where, "actions", action.astype(np.float32), -1.0, 1.0)
     words = json.loads(_text(demo.attrs[_WORDS])) if _WORDS in demo.attrs else {}
     camera = camera_from_plain(words.get("camera"))
     picture = _array(demo["obs"], _VIEW, rows, None, None, 3)[:, :: -1 if upside_down else 1]
     if camera is None or camera.mirrored:
         picture = picture[:, :, ::-1]
-    finger, pose = _state(demo, rows, before)
+    finger, pose = _state(demo, rows, before, where)
     success = _array(demo, "rewards", rows) > 0
     if before:
         success = np.append(False, np.append(success[:-2], success[-2:].any()))  # the last reward is of an observation that is not there
@@ -123,7 +131,7 @@ def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, 
         versions=words.get("versions", {}),
     )
     if not words:
-        _want_paired(episode.pose, action.astype(np.float64), robot, before, f"{path}: data/demo_{number}")
+        _want_paired(episode.pose, action.astype(np.float64), robot, before, where)
     return episode
 
 
@@ -144,15 +152,18 @@ def _want_paired(pose: NDArray[np.float64], action: NDArray[np.float64], robot: 
         raise CheckpointError(f"{where}: moves as its actions ask where each row holds the observation {how}")
 
 
-def _state(demo: Any, rows: int, before: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fingers (N, 2) [m] and pose (N, 7)."""
+def _state(demo: Any, rows: int, before: bool, where: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fingers (N, 2) [m] and pose (N, 7). UnfitError, from `where`, for values that are none."""
     if "robot_states" in demo and not before:
         state = _array(demo, "robot_states", rows, 9).astype(np.float64)
+        want_values(where, "robot_states", state)
         finger, place, turn = state[:, :2], state[:, 2:5], state[:, 5:]
+        want_values(where, "the length of the quaternion in robot_states", np.linalg.norm(turn, axis=1, keepdims=True), 1 - 1e-6, 1 + 1e-6)
     else:
-        obs = demo["obs"]
-        finger, place = (_array(obs, name, rows, size).astype(np.float64) for name, size in (("gripper_states", 2), ("ee_pos", 3)))
-        turn = kinematics.unwrapped(_array(obs, "ee_ori", rows, 3).astype(np.float64))
+        finger, place, vector = (_array(demo["obs"], name, rows, size).astype(np.float64) for name, size in _OBSERVED.items())
+        for name, values in zip(_OBSERVED, (finger, place, vector), strict=True):
+            want_values(where, f"obs/{name}", values)
+        turn = kinematics.unwrapped(vector)
     return finger, np.concatenate([place, kinematics.continuous(turn)], axis=1)
 
 
@@ -239,11 +250,11 @@ def without_noops(episode: Episode) -> Episode:
     """`episode` without the commands that `kept` drops and the observations before them; the last observation stays.
 
     The published set was made by playing the commands that are kept in the simulator; on a path that is recorded already, what moved during a
-    dropped command (a lagging arm, a closing gripper) is joined to the step before it. Raises ValueError where nothing would be left.
+    dropped command (a lagging arm, a closing gripper) is joined to the step before it. Raises UnfitError where nothing would be left.
     """
     keep = kept(episode.command)
     if not keep.any():
-        raise ValueError(f"episode of {episode.instruction!r}, state {episode.state_index}: no command asks for motion; leave it out")
+        raise UnfitError(f"episode of {episode.instruction!r}, state {episode.state_index}", "no command asks for motion")
     seen = np.append(keep, True)
     pose = episode.pose[seen]
     return replace(

@@ -86,7 +86,8 @@ def test_a_run_learns_from_what_another_showed(form: Format, shown: Path, tmp_pa
             assert np.array_equal(getattr(mine, name), getattr(original, name)), name
         np.testing.assert_allclose(mine.gripper, original.gripper, rtol=0, atol=1e-15)  # LIBERO's goes through metres
     metrics = metrics_of(tmp_path / "run")
-    assert (metrics["passed_over"], metrics["without_success"], metrics["resized_from_px"], metrics["flipped"]) == (0, 0, {}, 0)
+    assert (metrics["passed_over"], metrics["without_success"], metrics["repeated"], metrics["flipped"]) == (0, 0, 0, 0)
+    assert metrics["resized_from_px"] == {}
     assert (tmp_path / "run" / "stages" / "sft" / "policy.safetensors").is_file()
 
 
@@ -133,6 +134,17 @@ def test_tasks_are_told_by_words_and_take_their_first_in_order(env: ChosenTasks,
     assert (metrics["episodes"], metrics["passed_over"], metrics["without_success"]) == (3, 1, 1)  # nothing after the last that is wanted is read
     two, _ = taken(ChosenTasks(env.whole, [1]), source, tmp_path / "one", 2)
     assert (two["episodes"], two["passed_over"]) == (2, 4)  # the stranger, the failure and two of task 2
+
+
+def test_a_demonstration_that_is_there_twice_counts_once(env: ChosenTasks, shown: Path, tmp_path: Path) -> None:
+    first, second = list(EpisodeSet(shown))[:2]
+    one = ChosenTasks(env.whole, [first.task])
+    again = dataclasses.replace(first, state_index=77, source="a copy", frame=np.ascontiguousarray(255 - first.frame))
+    metrics, ours = taken(one, written(tmp_path / "source", first, again, second), tmp_path / "out", 2)
+    assert (metrics["episodes"], metrics["repeated"]) == (2, 1)
+    assert [np.array_equal(mine.command, original.command) for mine, original in zip(ours, (first, second), strict=True)] == [True, True]
+    with pytest.raises(ValueError, match=rf"1 demonstrations of '{first.instruction}' and 2 that repeat another, demos\.per_task=2"):
+        taken(one, written(tmp_path / "copies", first, again, again), tmp_path / "few", 2)
 
 
 def test_the_name_of_liberos_file_tells_the_task(env: ChosenTasks, shown: Path, tmp_path: Path) -> None:

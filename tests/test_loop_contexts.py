@@ -114,6 +114,7 @@ def test_rollouts_are_learned_from_group_by_group_in_whatever_order_they_ended(t
 
     learner = SimpleNamespace(
         policy=None, merged=lambda: None, tree=dict, load_tree=None, keep_up=lambda _: None, share=lambda _: None, export_adapter=lambda _: None,
+        save_change=lambda path, base: kept.append(f"{path.name} of {base.parent.name}"),
         update=lambda rollouts, _: learned.append([one.number for one in rollouts]) or {"clip_fraction": 0.0},
     )  # fmt: skip
     fleet = SimpleNamespace(engines={}, policies=[None], follow=dict)

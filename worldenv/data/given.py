@@ -35,12 +35,13 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
     user knows as `setting`.
 
     A demonstration is of a task whose words its instruction has, or the name of its file (LIBERO's); case and spaces do not count. Those of other
-    tasks and those without success are passed over. Pictures become as large as those of `env`, and mirrored where those are. What is on disk
-    already is not written again. Returns metrics. ValueError, naming the file or the task and the cure, where a task has too few, where pictures
-    cannot be those of `env`, and where `out` holds other demonstrations; CheckpointError as the readers do.
+    tasks, those without success, and those that show what one before them does, are passed over. Pictures become as large as those of `env`, and
+    mirrored where those are. What is on disk already is not written again. Returns metrics. ValueError, naming the file or the task and the cure,
+    where a task has too few, where pictures cannot be those of `env`, and where `out` holds other demonstrations; CheckpointError as the readers do.
     """
     episodes, tasks = EpisodeSet(out), {plain(words): task for task, words in enumerate(env.tasks)}
-    seen, looks, in_view = _Seen([0] * len(env.tasks)), _Looks(env), InView(env.robot, f"{setting}={config.source!r}")
+    seen, looks, before = _Seen([0] * len(env.tasks)), _Looks(env), set[bytes]()
+    in_view = InView(env.robot, f"{setting}={config.source!r}")
     for place, episode in _read(Path(config.source), setting):
         named = libero_hdf5.told(place) if place.suffix == ".hdf5" else ""
         task = next((tasks[words] for words in map(plain, (named, episode.instruction)) if words in tasks), None)
@@ -48,7 +49,10 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
             seen.others[episode.instruction] += 1
         elif seen.taken[task] < config.per_task and episode.first_success is None:
             seen.failed[task] += 1
+        elif seen.taken[task] < config.per_task and (motion := _motion(episode)) in before:
+            seen.repeated[task] += 1
         elif seen.taken[task] < config.per_task:
+            before.add(motion)
             where = f"{place}: {episode.instruction!r}, demonstration {seen.taken[task]}"
             shown = looks.as_in_env(episode if setting == _DEMOS else want_camera(episode, where), task, seen.taken[task], where)
             in_view.add(shown)
@@ -60,7 +64,7 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
             break
     for task, words in enumerate(env.tasks):
         if seen.taken[task] < config.per_task:
-            raise ValueError(_too_few(words, seen.taken[task], seen.failed[task], seen.others, config, setting))
+            raise ValueError(_too_few(words, task, seen, config, setting))
     in_view.check()
     if seen.others:
         console.say(f"demos: passed over {seen.others.total()} demonstrations of {len(seen.others)} other tasks in {config.source}")
@@ -71,6 +75,7 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
         "source": config.source,
         "passed_over": seen.others.total(),
         "without_success": seen.failed.total(),
+        "repeated": seen.repeated.total(),
         "resized_from_px": {str(given): count for given, count in sorted(seen.sides.items()) if given != side},
         "flipped": seen.flipped,
         "mean_first_success": float(np.mean([entry.first_success for entry in episodes.entries])),
@@ -148,6 +153,8 @@ class _Seen:
     """Demonstrations by task."""
     failed: Counter[int] = field(default_factory=Counter)
     """Those that show no success, by task."""
+    repeated: Counter[int] = field(default_factory=Counter)
+    """Those that show what one that was taken does, by task."""
     others: Counter[str] = field(default_factory=Counter)
     """Those of tasks that are not the run's, by instruction."""
     sides: Counter[int] = field(default_factory=Counter)
@@ -177,12 +184,13 @@ def _keep(episodes: EpisodeSet, number: int, episode: Episode, where: str, stage
         raise ValueError(f"{where}: not what this stage took from there before it was stopped; take all of them anew: --from {stage}")
 
 
-def _too_few(words: str, found: int, failed: int, others: Counter[str], config: DemosConfig, setting: str) -> str:
-    near = difflib.get_close_matches(plain(words), list(others), n=3, cutoff=0.0)
+def _too_few(words: str, task: int, seen: _Seen, config: DemosConfig, setting: str) -> str:
+    near = difflib.get_close_matches(plain(words), list(seen.others), n=3, cutoff=0.0)
     told = f"; instructions there that come near: {', '.join(map(repr, near))}" if near else ""
-    without = f" and {failed} without success" if failed else ""
+    more = {"without success": seen.failed[task], "that repeat another": seen.repeated[task]}
+    besides = "".join(f" and {count} {what}" for what, count in more.items() if count)
     return (
-        f"{setting}={config.source!r}: {found} demonstrations of {words!r}{without}, demos.per_task={config.per_task}: lower that, "
+        f"{setting}={config.source!r}: {seen.taken[task]} demonstrations of {words!r}{besides}, demos.per_task={config.per_task}: lower that, "
         f"choose other tasks (--env.tasks), or add demonstrations{told}"
     )
 

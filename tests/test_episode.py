@@ -98,6 +98,7 @@ def test_the_content_hash_sees_every_part(name):
         ({"command": np.zeros((6, 7))}, "command"),
         ({"frame": np.zeros((6, 8, 8, 3), np.uint8)}, "frame"),
         ({"frame": np.zeros((7, 8, 8), np.uint8)}, "frame"),
+        ({"frame": np.zeros((7, 8, 6, 3), np.uint8)}, r"camera: of \d+ x \d+ px, pictures are 6 x 8"),
         ({"frame": np.zeros((7, 8, 8, 3), np.float32)}, "frame"),
         ({"gripper": np.full(7, 1.5)}, "range"),
         ({"success": np.zeros(6, bool)}, "success"),

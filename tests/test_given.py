@@ -218,7 +218,7 @@ def test_what_cannot_be_the_environments_is_one_line(env: ChosenTasks, shown: Pa
     unknown = dataclasses.replace(episodes[0], camera=None)
     wrong = {
         "elsewhere": (_with_camera(episodes[0], camera_to_world=pose), "seen by another camera"),
-        "narrow": (dataclasses.replace(episodes[0], frame=episodes[0].frame[:, :, 4:-4]), "pictures of 56 x 64 px.*cut them to squares"),
+        "narrow": (dataclasses.replace(unknown, frame=episodes[0].frame[:, :, 4:-4]), "pictures of 56 x 64 px.*cut them to squares"),
         "plain": (unknown, "when it is mirrored: mirror its pictures first .of a LeRobot set: --no-mirrored of python -m worldenv.cli.convert"),
         "over": (dataclasses.replace(unknown, frame=episodes[0].frame[:, ::-1]), "when it is turned by 180 degrees: turn its pictures first"),
     }

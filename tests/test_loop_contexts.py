@@ -135,7 +135,7 @@ def test_rollouts_are_learned_from_group_by_group_in_whatever_order_they_ended(t
     assert first["imagined_success"] == pytest.approx(2 / 6)  # a return of exactly eta is none
     assert first["spread"] == pytest.approx((np.std([0.9, 0.6, 0.0]) + np.std([0.5, 0.2, 0.2])) / 2)
     assert run.record("loop")["metrics"]["groups"][0] == {"mean": pytest.approx([0.5, 0.3]), "low": [0.0, 0.2], "high": [0.9, 0.5]}
-    assert kept == [stage_loop.snapshot_path(tmp_path, i).name for i in (1, 2)] + ["policy.safetensors"]
+    assert kept == ["policy-0001.safetensors of scale", "policy-0002.safetensors of scale", "policy.safetensors"]
 
 
 def test_without_termination_nothing_ends_a_rollout_and_success_is_what_it_was() -> None:

@@ -496,11 +496,11 @@ def test_pictures_of_somebody_elses_set_are_as_their_camera_says(acted: Path, tm
     assert episode.camera is not None
     lerobot.write(tmp_path / "set", [dataclasses.replace(episode, camera=None)], "v2.1")
     strip_ours(tmp_path / "set", "v2.1")
-    ((_, kept),) = convert.read(tmp_path / "set", convert.Choices())
+    ((_, kept),) = convert.read(tmp_path / "set", convert.Choices(gripper="open-1"))
     as_stored, file = kept.frame, tmp_path / "camera.json"
     for mirrored, flag, want in ((False, True, as_stored), (False, False, as_stored), (True, True, as_stored), (True, False, as_stored[:, :, ::-1])):
         file.write_text(json.dumps(camera_to_plain(dataclasses.replace(episode.camera, mirrored=mirrored))))
-        ((_, made),) = convert.read(tmp_path / "set", convert.Choices(camera=file, mirrored=flag))
+        ((_, made),) = convert.read(tmp_path / "set", convert.Choices(camera=file, mirrored=flag, gripper="open-1"))
         assert made.mirrored == mirrored
         assert np.array_equal(made.frame, want)
 

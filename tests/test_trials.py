@@ -199,7 +199,7 @@ def test_agrees_with_the_pipelines_own_evaluation(mode, tmp_path):
     judge = Onlooker() if mode == "reflector" else None
     bench = Bench(PolicyActor(pusher, TABLETOP, CPU, 1, False, None), judge, CPU)  # type: ignore[arg-type]
     want = asked(policy="pusher", mode=mode, episodes=9, views=1)
-    runner.evaluate(want, tmp_path / "e", 1, bench)
+    runner.evaluate(want, tmp_path / "e", 1, [bench])
     env = Tabletop(EnvConfig(image=64))
     outcomes = evaluation.evaluate(pusher, env, want.starts(), 32, [judge] if judge else (), THRESHOLD, CPU)  # type: ignore[list-item]
     found = runner.read_trials(tmp_path / "e")
@@ -217,7 +217,7 @@ def test_agrees_with_the_pipelines_own_evaluation(mode, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_processes_change_nothing(tmp_path):
-    reference = runner.evaluate(asked(episodes=12), tmp_path / "reference", 1, None)
+    reference = runner.evaluate(asked(episodes=12), tmp_path / "reference", 1, ())
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "worldenv.cli.eval", "run", "--policy", "expert", "--suite", "tabletop", "--episodes", "12", "--out", str(out)]
     process = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -232,13 +232,13 @@ def test_a_killed_run_goes_on_and_processes_change_nothing(tmp_path):
     with lines.open("a") as file:
         file.write('{"number": 11, "task"')  # the kill may cut a line
     assert len(runner.read_trials(out)) == kept
-    found = runner.evaluate(asked(episodes=12), out, 1, None)
+    found = runner.evaluate(asked(episodes=12), out, 1, ())
     trials = [sorted(map(json.dumps, map(same, runner.read_trials(tmp_path / name)))) for name in ("reference", "killed")]
     assert trials[0] == trials[1]
     assert len(trials[0]) == 12
     fixed = ("suite", "policy", "mode", "episodes", "successes", "interval", "limits", "tasks", "states", "renderer", "versions")
     assert {name: found[name] for name in fixed} == {name: reference[name] for name in fixed}
-    again = runner.evaluate(asked(episodes=12), out, 2, None)  # nothing is left to do
+    again = runner.evaluate(asked(episodes=12), out, 2, ())  # nothing is left to do
     assert again == found
 
 
@@ -270,12 +270,12 @@ def test_result_says_what_it_depends_on(tmp_path, capsys):
     ],
 )
 def test_a_folder_of_something_else_is_refused(damage, why, tmp_path):
-    runner.evaluate(asked(episodes=3), tmp_path / "e", 1, None)
+    runner.evaluate(asked(episodes=3), tmp_path / "e", 1, ())
     (tmp_path / "e" / "episodes.jsonl").write_text("".join((tmp_path / "e" / "episodes.jsonl").read_text().splitlines(keepends=True)[:2]))
     damage(tmp_path / "e")
     before = (tmp_path / "e" / "episodes.jsonl").read_bytes()
     with pytest.raises(RunError, match=why):
-        runner.evaluate(asked(episodes=3), tmp_path / "e", 1, None)
+        runner.evaluate(asked(episodes=3), tmp_path / "e", 1, ())
     assert (tmp_path / "e" / "episodes.jsonl").read_bytes() == before
 
 
@@ -285,13 +285,13 @@ def test_a_damaged_file_is_one_line_that_names_it(name, left, tmp_path, capsys):
     if (name, left) == ("episodes.jsonl", b""):
         return  # nothing was finished
     out = tmp_path / "e"
-    runner.evaluate(asked(episodes=3), out, 1, None)
+    runner.evaluate(asked(episodes=3), out, 1, ())
     whole = (out / "episodes.jsonl").read_bytes()
     left += b"\n" if name == "episodes.jsonl" else b""
     (out / name).write_bytes(left)
     refused = (RunError, checkpoint.CheckpointError)
     with pytest.raises(refused, match=rf"{re.escape(str(out))}.*choose another --out"):
-        runner.evaluate(asked(episodes=4), out, 1, None)
+        runner.evaluate(asked(episodes=4), out, 1, ())
     assert name == "episodes.jsonl" or (out / "episodes.jsonl").read_bytes() == whole
     if name == "eval.json":
         with pytest.raises(refused, match=r"eval\.json: "):
@@ -326,22 +326,22 @@ def test_a_folder_in_which_nothing_was_finished_is_taken_over(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(runner.Evaluation, "open", broken)
         with pytest.raises(NoOpenGL):
-            runner.evaluate(asked(episodes=3, seed=1), tmp_path / "e", 1, None)
-    assert runner.evaluate(asked(episodes=2), tmp_path / "e", 1, None)["episodes"] == 2
+            runner.evaluate(asked(episodes=3, seed=1), tmp_path / "e", 1, ())
+    assert runner.evaluate(asked(episodes=2), tmp_path / "e", 1, ())["episodes"] == 2
     assert json.loads((tmp_path / "e" / "eval.json").read_text())["seed"] == 7
 
 
 def test_files_of_somebody_are_refused(tmp_path):
     (tmp_path / "letter").write_text("dear")
     with pytest.raises(RunError, match="no evaluation of ours"):
-        runner.evaluate(asked(), tmp_path, 1, None)
+        runner.evaluate(asked(), tmp_path, 1, ())
 
 
 @pytest.mark.slow
 def test_a_process_that_cannot_begin_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLDENV_LIBERO_ASSETS", str(tmp_path / "nowhere"))
     with pytest.raises(TrialError, match=r"LiberoMissing: (LIBERO is not installed|WORLDENV_LIBERO_ASSETS=.*nowhere: no such folder)"):
-        runner.evaluate(asked(suite="libero_spatial"), tmp_path / "e", 2, None)
+        runner.evaluate(asked(suite="libero_spatial"), tmp_path / "e", 2, ())
 
 
 # Pairs
@@ -365,8 +365,41 @@ def test_processes_end_without_a_word_where_another_has_failed(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_two_who_answer_are_asked_by_their_processes_alone(tmp_path):
+    """As on two GPUs: each answers whole episodes, a judge sees each from its beginning, and the result is that of one."""
+    want = asked(policy="pusher", mode="reflector", episodes=9, views=1)
+
+    def bench() -> Bench:
+        return Bench(PolicyActor(Pusher(), TABLETOP, CPU, 1, False, None), Onlooker(), CPU)  # type: ignore[arg-type]
+
+    one, two = bench(), [bench(), bench()]
+    alone = runner.evaluate(want, tmp_path / "one", 1, [one])
+    shared = runner.evaluate(want, tmp_path / "two", 2, two)
+    fixed = ("episodes", "successes", "interval", "tasks", "states")
+    assert {name: shared[name] for name in fixed} == {name: alone[name] for name in fixed}
+    by_number = [sorted(map(same, runner.read_trials(tmp_path / name)), key=lambda trial: trial["number"]) for name in ("one", "two")]
+    assert by_number[0] == by_number[1]
+    counts = [len(each.actor.policy.batches) for each in (one, *two)]  # type: ignore[attr-defined]
+    assert counts[0] == sum(counts[1:])
+    assert min(counts[1:]) > 0
+
+
+def test_who_cannot_answer_ends_the_evaluation(tmp_path):
+    class Blind:
+        device = CPU
+
+        def answer(self, question):
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        runner.evaluate(asked(policy="somebody", mode="limit", episodes=3, views=1), tmp_path / "e", 2, [Blind()])  # type: ignore[list-item]
+    assert not multiprocessing.active_children()
+
+
 def test_a_process_that_dies_while_it_is_answered_is_named():
     class Deadly:
+        device = CPU
+
         def answer(self, question):
             (victim,) = multiprocessing.active_children()
             os.kill(victim.pid, signal.SIGKILL)
@@ -375,7 +408,7 @@ def test_a_process_that_dies_while_it_is_answered_is_named():
 
     want = asked(policy="somebody", mode="limit", episodes=1)
     with pytest.raises(TrialError, match=r"^task 0, state 0: its process died \(exit code -9\); the same command goes on from here$"):
-        next(runner._together(want, want.starts(), Deadly(), 1))  # type: ignore[arg-type]
+        next(runner._together(want, want.starts(), [Deadly()], 1))  # type: ignore[arg-type]
 
 
 def test_compare(tmp_path, capsys):

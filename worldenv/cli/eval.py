@@ -21,7 +21,7 @@ from worldenv import checkpoint, evaluation
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.config import LIBERO_TEST_STATES, EnginesConfig, EnvConfig, tasks_of
-from worldenv.devices import device_of
+from worldenv.devices import device_of, gpus_of
 from worldenv.engines.recipe import EngineError
 from worldenv.envs import suites
 from worldenv.envs.libero_install import LiberoMissing
@@ -77,6 +77,8 @@ class RunArgs:
     """Side of the pictures [px]; by default that of the policy's run, else 256 in LIBERO."""
     device: str = "auto"
     """Of networks: auto, cpu, cuda."""
+    gpus: int = 1
+    """With --device cuda: GPUs of this machine, each with a policy (and reflector) of its own that answers its share of the processes; 0: all."""
     engines: EnginesConfig = field(default_factory=lambda: EnginesConfig(back_end="eager"))
     """What runs the policy, and the reflector in mode reflector (docs/engines.md)."""
 
@@ -101,6 +103,8 @@ class CurveArgs:
     """With an environment each."""
     device: str = "auto"
     """Of networks: auto, cpu, cuda."""
+    gpus: int = 1
+    """As in run."""
     engines: EnginesConfig = field(default_factory=lambda: EnginesConfig(back_end="eager"))
     """As in run; built anew for every copy."""
 
@@ -205,6 +209,8 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
         raise ValueError("--policy: say whom to evaluate: expert, a checkpoint, lerobot:PATH")
     if args.processes < 1:
         raise ValueError(f"--processes {args.processes}: want at least 1")
+    if args.gpus < 0:
+        raise ValueError(f"--gpus {args.gpus}: want a count, or 0 for all")
     _image(args.image)
     who = actors.describe(args.policy, args.demonstrations, _directory(args))
     _mean_something(args, who)
@@ -242,12 +248,17 @@ def _evaluate(args: RunArgs) -> dict[str, Any]:
     goes_on = "; the same command then goes on from here"
     if args.policy == "expert":
         with files.written(out, goes_on):
-            return runner.evaluate(asked, out, args.processes, None)
+            return runner.evaluate(asked, out, args.processes, ())
     robot = suites.robot(args.suite)
     seed = args.seed if args.sample else None
-    opened = actors.open_bench(args.policy, robot, device_of(args.device), args.python, seed, _directory(args), judge)
-    with opened as bench, files.written(out, goes_on):
-        return runner.evaluate(runner.seen_by(asked, bench.actor.views), out, args.processes, bench)
+    devices = gpus_of(device_of(args.device), args.gpus)
+    if len(devices) > args.processes:
+        raise ValueError(f"--gpus {len(devices)} --processes {args.processes}: want a process for each GPU at least, whose environment asks it")
+    with contextlib.ExitStack() as opened, files.written(out, goes_on):
+        benches = [
+            opened.enter_context(actors.open_bench(args.policy, robot, device, args.python, seed, _directory(args), judge)) for device in devices
+        ]
+        return runner.evaluate(runner.seen_by(asked, benches[0].actor.views), out, args.processes, benches)
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -284,7 +295,7 @@ def _curve(argv: Sequence[str]) -> int:
     for step, path in points:
         at = out / f"step-{step:04d}"
         one = RunArgs(
-            str(path), args.suite, args.mode, args.episodes, args.tasks, at, args.processes, device=args.device, engines=args.engines
+            str(path), args.suite, args.mode, args.episodes, args.tasks, at, args.processes, device=args.device, gpus=args.gpus, engines=args.engines
         )  # fmt: skip
         found = _evaluate(one)
         rows.append({"step": step, **{key: found[key] for key in ("episodes", "successes", "interval", "tasks")}})

@@ -7,7 +7,7 @@
     OUT/result.json        the result, when all episodes are finished
 
 An episode is a function of policy, initial state and seed alone: not of the process that it ran in, nor of the order. Whoever acts is asked one
-question at a time, by this process; environments live in processes of their own.
+question at a time, by this process; environments live in processes of their own. On several GPUs a policy of each answers its share of these.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import platform
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 from worldenv import checkpoint, compiled, console, report
 from worldenv.config import EnginesConfig, EnvConfig
 from worldenv.data.collect import Start
+from worldenv.devices import on
 from worldenv.engines.store import Store
 from worldenv.envs import libero, suites
 from worldenv.evaluation import Protocol, paired, wilson
@@ -210,12 +212,12 @@ def _work(pipe: Connection, asked: Evaluation) -> None:
             traceback.print_exc()
 
 
-def _alone(asked: Evaluation, missing: Sequence[Start], bench: Bench | None) -> Generator[tuple[Trial, dict[str, str]], None, None]:
+def _alone(asked: Evaluation, missing: Sequence[Start], benches: Sequence[Bench]) -> Generator[tuple[Trial, dict[str, str]], None, None]:
     env = asked.open()
     try:
         for start in sorted(missing, key=lambda start: (start.task, start.index)):  # scenes are slow to build: one task after the other
-            assert bench is not None or asked.policy == "expert"
-            yield _drive(_episode(env, asked, start), bench.answer if bench else _nobody), _versions(env)
+            assert benches or asked.policy == "expert"
+            yield _drive(_episode(env, asked, start), benches[0].answer if benches else _nobody), _versions(env)
     finally:
         env.close()
 
@@ -249,9 +251,50 @@ class _Workers:
                 process.terminate()
 
 
-def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, count: int) -> Generator[tuple[Trial, dict[str, str]], None, None]:
+class _Answering:
+    """Those who answer, each on a thread of its own; every process asks one of them, always the same."""
+
+    def __init__(self, benches: Sequence[Bench], pipes: Sequence[Connection]) -> None:
+        self._of = {pipe: benches[i % len(benches)] for i, pipe in enumerate(pipes) if benches}
+        self._threads = {id(bench): ThreadPoolExecutor(1) for bench in benches}
+        self.failed, self._fail = multiprocessing.Pipe(duplex=False)
+        """Has an error where one could not answer: its process would wait for ever."""
+        self._error: BaseException | None = None
+
+    def ask(self, pipe: Connection, question: Any) -> None:
+        """Have `question`, which came by `pipe`, answered there."""
+        self._threads[id(self._of[pipe])].submit(self._answer, self._of[pipe], pipe, question)
+
+    def _answer(self, bench: Bench, pipe: Connection, question: Any) -> None:
+        try:
+            with on(bench.device):
+                answer = bench.answer(question)
+        except BaseException as error:
+            self._error = error
+            self._fail.send(None)
+            return
+        with contextlib.suppress(OSError):  # its process has died: whoever waits for it is told
+            pipe.send(answer)
+
+    def check(self) -> None:
+        """Raises what kept one from answering."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """When what is being answered has been."""
+        for thread in self._threads.values():
+            thread.shutdown(cancel_futures=True)
+        self.failed.close()
+        self._fail.close()
+
+
+def _together(
+    asked: Evaluation, missing: Sequence[Start], benches: Sequence[Bench], count: int
+) -> Generator[tuple[Trial, dict[str, str]], None, None]:
     """Episodes in `count` processes, each preferring the task that it has a scene of. Raises TrialError where one fails or dies."""
     workers, waiting = _Workers(asked, count), list(missing)
+    answering = _Answering(benches, list(workers.processes))
     at: dict[Connection, Start | None] = {}
 
     def next_for(pipe: Connection) -> Start | None:
@@ -282,7 +325,8 @@ def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, 
             except OSError as error:
                 raise died(pipe) from error
         while any(start is not None for start in at.values()):
-            ready = wait([pipe for pipe, start in at.items() if start is not None])
+            ready = wait([answering.failed, *(pipe for pipe, start in at.items() if start is not None)])
+            answering.check()
             for pipe in [pipe for pipe in at if pipe in ready]:
                 start = at[pipe]
                 try:
@@ -291,30 +335,25 @@ def _together(asked: Evaluation, missing: Sequence[Start], bench: Bench | None, 
                     raise died(pipe) from error
                 if kind == "failed":
                     raise TrialError(f"task {start.task}, state {start.index}: {content}" if start else content)
-                answer = None
                 if kind == "question":
-                    assert bench is not None
-                    answer = bench.answer(content)  # whose own errors are no process's death
+                    answering.ask(pipe, content)
+                    continue
                 try:
-                    if kind == "question":
-                        pipe.send(answer)
-                    else:
-                        give(pipe)
+                    give(pipe)
                 except OSError as error:
                     raise died(pipe) from error
-                if kind != "question":
-                    yield content
+                yield content
     finally:
+        answering.close()
         workers.close()
 
 
-def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> compiled.Fitted | None:
-    """The engines that were asked for, in their places; they are compared on what an episode's first chunks ask. Plans lie beside `out`, so that the
-    next evaluation exports nothing."""
+def _fit_engines(asked: Evaluation, out: Path, benches: Sequence[Bench]) -> list[compiled.Fitted]:
+    """The engines that were asked for, in their places; they are compared on what an episode's first chunks ask, and what the first of `benches`
+    takes the others take. Plans lie beside `out`, so that the next evaluation exports nothing."""
     if asked.engines is None:
-        return None
-    assert bench is not None
-    env = asked.open()
+        return []
+    bench, env = benches[0], asked.open()
 
     def rollouts() -> None:
         limit = min(asked.limit, _RECORDED_STEPS)
@@ -322,15 +361,17 @@ def _fit_engines(asked: Evaluation, out: Path, bench: Bench | None) -> compiled.
             _drive(play(env, start, asked.mode, limit, None, 0, asked.seed), bench.answer)
 
     try:
-        networks = bench.networks(asked.engines, [env.tasks[task] for task in asked.tasks], asked.limit)
-        store = Store(out.parent / "engines", int(asked.engines.limit_gb * 1e9))
-        return compiled.fitted(networks, rollouts, asked.engines, store, out / "engines.json")
+        tasks, store = [env.tasks[task] for task in asked.tasks], Store(out.parent / "engines", int(asked.engines.limit_gb * 1e9))
+        networks = [one.networks(asked.engines, tasks, asked.limit) for one in benches]
+        first = compiled.fitted(networks[0], rollouts, asked.engines, store, out / "engines.json")
+        return [first, *(compiled.alike(first, mine, store, one.device) for one, mine in zip(benches[1:], networks[1:], strict=True))]
     finally:
         env.close()
 
 
-def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) -> dict[str, Any]:
-    """Make the episodes that are missing in `out`, and the result, which is JSON-ready. `bench` answers questions; an expert needs none.
+def evaluate(asked: Evaluation, out: Path, processes: int, benches: Sequence[Bench]) -> dict[str, Any]:
+    """Make the episodes that are missing in `out`, and the result, which is JSON-ready. `benches`, alike and one on each device, answer questions;
+    an expert needs none.
 
     Raises RunError where the folder is another evaluation's, EngineError where an engine that it was begun with is not to be had, TrialError where an
     episode fails; what is finished stays.
@@ -341,8 +382,8 @@ def evaluate(asked: Evaluation, out: Path, processes: int, bench: Bench | None) 
     try:
         missing = [start for start in asked.starts() if start.number not in folder.trials]
         if missing:
-            engines = _fit_engines(asked, out, bench)
-            made = _alone(asked, missing, bench) if processes == 1 else _together(asked, missing, bench, min(processes, len(missing)))
+            engines = _fit_engines(asked, out, benches)
+            made = _alone(asked, missing, benches) if processes == 1 else _together(asked, missing, benches, min(processes, len(missing)))
             with contextlib.closing(made):
                 for _ in (bar := console.track(len(folder.trials), asked.episodes, f"eval {asked.suite}")):
                     trial, versions = next(made)

@@ -53,6 +53,27 @@ def test_equal_trees_are_equal_bytes(tmp_path):
         assert (tmp_path / str(n)).read_bytes() == first == checkpoint.to_bytes(TREE)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain"])
+def test_every_truncation_and_flipped_byte_of_a_torch_file_is_named_or_harmless(zipped, tmp_path):
+    """The unpickler raises whatever damage makes it stumble over: of bytes it does not check itself, IndexError, TypeError, struct.error, ..."""
+    path = tmp_path / "x.pt"
+    tensors = {"state_dict": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.bfloat16)}}
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    assert_same(checkpoint.read_foreign(path), tensors)
+    cuts = [whole[:n] for n in range(0, len(whole), 7)]
+    flips = [whole[:n] + bytes([whole[n] ^ mask]) + whole[n + 1 :] for n in range(0, len(whole), 9) for mask in (0x01, 0xFF)]
+    refused = []
+    for damaged in cuts + flips:
+        path.write_bytes(damaged)
+        try:
+            checkpoint.read_foreign(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > len(cuts)
+    assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refused)
+
+
 def test_every_truncation_and_every_flipped_byte_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     checkpoint.save(path, {"a": torch.arange(8), "note": "text"})

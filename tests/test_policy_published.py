@@ -325,7 +325,7 @@ class _Harm:
         (lambda d: (d / "dataset_statistics.json").unlink(), r"dataset_statistics\.json: .*No such file"),
         (lambda d: (d / "action_head--150000_checkpoint.pt").unlink(), r"action_head--N_checkpoint\.pt: no such file; there are none"),
         (lambda d: (d / "proprio_projector--150000_checkpoint.pt").unlink(), r"proprio_projector--150000_checkpoint\.pt: no such file"),
-        (lambda d: (d / "proprio_projector--150000_checkpoint.pt").write_bytes(b"PK\x03\x04short"), r"proprio_projector.*damaged, or not"),
+        (lambda d: (d / "proprio_projector--150000_checkpoint.pt").write_bytes(b"PK\x03\x04short"), r"proprio_projector.*truncated, damaged"),
         (lambda d: (d / "model-00001-of-00001.safetensors").unlink(), r"model-00001-of-00001\.safetensors: no such file; the index names it"),
         (lambda d: (d / "model-00001-of-00001.safetensors").write_bytes(b"short"), r"model-00001-of-00001\.safetensors: truncated or damaged"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), r"model\.safetensors: no such file; the weights are there"),
@@ -365,6 +365,6 @@ def test_statistics_of_another_data_set_are_named(written: Path) -> None:
 def test_nothing_is_executed(written: Path, tmp_path: Path) -> None:
     directory, mark = copied(written, tmp_path / "d"), tmp_path / "executed"
     torch.save({"module.model.fc1.weight": _Harm(mark)}, directory / "action_head--150000_checkpoint.pt")
-    with pytest.raises(CheckpointError, match=r"action_head--150000_checkpoint\.pt: damaged, or not a file of tensors alone"):
+    with pytest.raises(CheckpointError, match=r"action_head--150000_checkpoint\.pt: holds more than tensors"):
         open_directory(directory)
     assert not mark.exists()

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import load_file, save_file
 from safetensors.torch import save as tensors_to_bytes
-from safetensors.torch import save_file
 
 FORMAT = "worldenv-tree-2"
 _MARK = "$"
@@ -48,6 +49,27 @@ def read_published(path: Path, holder: str, error: type[CheckpointError] = Check
     if not isinstance(found, dict):
         raise error(f"{path}: want a JSON object")
     return found
+
+
+def read_foreign(path: Path) -> Any:
+    """What somebody else's file of tensors holds, on the CPU: .safetensors, or a torch file, of which nothing is executed (`weights_only=True`).
+
+    Raises CheckpointError where it is missing, truncated, damaged, or holds anything but plain tensors and containers.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a version of pickle that damage makes up
+            return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of damaged bytes, torch's unpickler raises whatever they make it stumble over
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # Lightning puts hyper_parameters beside the weights
+            raise CheckpointError(
+                f"{path}: holds more than tensors ({found[1]}), and nothing of that is run here; where you trust the file, keep its weights alone, "
+                f"in Python: found = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
+                "torch.save({'state_dict': found['state_dict']}, 'weights.pt')"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: truncated, damaged, or not made of plain tensors ({reason}); get it again") from error
 
 
 def read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, Any]:

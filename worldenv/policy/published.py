@@ -15,7 +15,6 @@ Source: the published code's behaviour (moojink/openvla-oft), Kim et al. 2025 (a
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -100,14 +99,9 @@ def _weights(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def tensors_alone(path: Path) -> dict[str, Any]:
-    """A `.pt` file of tensors by name. CheckpointError where it is missing, damaged, or holds anything else: that is never executed."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: damaged, or not a file of tensors alone; nothing else is read from it") from error
+def _tensors(path: Path) -> dict[str, Any]:
+    """A `.pt` file of tensors by name. CheckpointError as `checkpoint.read_foreign`, and where it holds anything else."""
+    found = checkpoint.read_foreign(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: a {type(found).__name__}, want tensors by name")
     return found
@@ -125,7 +119,7 @@ def _step(directory: Path, step: int | None) -> str:
 
 def _scale_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A scale head of either form under our names."""
-    found = tensors_alone(path)
+    found = _tensors(path)
     if found.keys() == {"scale_trunk", "log_b_head"}:  # RIPT-VLA's
         return {f"{ours}.{name}": t for ours, theirs in (("trunk", "scale_trunk"), ("log_b_head", "log_b_head")) for name, t in found[theirs].items()}
     return found
@@ -149,7 +143,7 @@ def open_directory(
     config, number = _model(directory), _step(directory, step)
     tokenizer = PromptTokenizer.published(directory / "tokenizer.json")
     statistics = _statistics(directory / "dataset_statistics.json", dataset)
-    head, proprio = (tensors_alone(directory / f"{name}--{number}_checkpoint.pt") for name in ("action_head", "proprio_projector"))
+    head, proprio = (_tensors(directory / f"{name}--{number}_checkpoint.pt") for name in ("action_head", "proprio_projector"))
     own = directory / f"scale_head--{number}_checkpoint.pt"
     scale = _scale_tensors(scale_head or own) if scale_head or own.is_file() else {}
     weights = _weights(directory)

@@ -1,12 +1,11 @@
 """Somebody else's names and files to our simulator: EnerVerse-AC's checkpoints in both layouts, and DynamiCrafter as an initialisation.
 
 Our networks keep the published parameter names, so the table is one of prefixes; what is left out of a file, too much in it or of another
-shape is named, all of it. Files are read without executing anything (`weights_only=True`); ours are safetensors (worldenv.checkpoint).
+shape is named, all of it. Nothing in a file is executed; ours are safetensors (worldenv.checkpoint).
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from worldenv import checkpoint
@@ -54,21 +52,9 @@ Misfits = dict[str, list[str]]
 def read(path: Path) -> Tensors:
     """All tensors of a released checkpoint under their Lightning names: .safetensors, or a torch file in Lightning or DeepSpeed layout.
 
-    Raises CheckpointError where the file is missing, truncated, damaged, or holds anything but plain tensors and containers.
+    Raises CheckpointError as `checkpoint.read_foreign`, and where there are no tensors in it.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # Lightning puts hyper_parameters beside the weights
-            raise CheckpointError(
-                f"{path}: holds more than tensors ({found[1]}), and nothing of that is run here; where you trust the file, keep its weights alone, "
-                f"in Python: found = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': found['state_dict']}, 'weights.pt')"
-            ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: truncated, damaged, or not made of plain tensors ({reason}); get it again") from error
+    state = checkpoint.read_foreign(path)
     for layer in ("state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(layer), dict):
             state = state[layer]

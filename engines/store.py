@@ -15,8 +15,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -121,7 +119,7 @@ class Store:
             lock.close()
 
     def _build(self, wanted: Wanted, build: Callable[[Path], None]) -> Plan:
-        part = self.root / "plans" / f".{wanted.key}.{os.getpid()}@{platform.node()}.part"
+        part = checkpoint.part_of(self.folder(wanted.key))
         shutil.rmtree(part, ignore_errors=True)
         began = time.monotonic()
         try:
@@ -241,10 +239,8 @@ class Store:
         if not (self.root / "plans").is_dir():
             return []
         with self._locked("index.lock"):
-            for part in (self.root / "plans").glob(".*.part"):
-                pid, _, host = part.name.split(".", 2)[2].removesuffix(".part").partition("@")
-                if host == platform.node() and not _alive(int(pid)):  # of another machine that shares the disk, nobody here knows
-                    shutil.rmtree(part, ignore_errors=True)
+            for part in checkpoint.abandoned(self.root / "plans"):
+                shutil.rmtree(part, ignore_errors=True)
             entries = self.index()
             total = sum(int(one["bytes"]) for one in entries.values())
             for key, one in sorted(entries.items(), key=lambda item: float(item[1]["used"])):
@@ -281,13 +277,3 @@ class Store:
         with self._opened(name) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

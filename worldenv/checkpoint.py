@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import time
@@ -88,6 +89,28 @@ def read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, An
     return value
 
 
+def part_of(path: Path) -> Path:
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}{_PART}")
+
+
+def abandoned(folder: Path, name: str | None = None) -> list[Path]:
+    """In `folder`, what processes of this machine that are gone had begun: of `name`, or of whatever. Of other machines that share the disk, nobody
+    here knows."""
+    whose = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.(\d+)@{re.escape(platform.node() + _PART)}")
+    return [path for path in folder.glob(f".*{_PART}") if (found := whose.fullmatch(path.name)) and not _alive(int(found[1]))]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it becomes `path` when the block ends well, and is removed when it does not.
@@ -95,7 +118,7 @@ def atomic(path: Path) -> Iterator[Path]:
     The bytes are on disk before the name changes, so `path` holds the old content or the new, whole. Raises OSError as the disk does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
+    temporary = part_of(path)
     try:
         yield temporary
         with temporary.open("rb") as written:

@@ -50,7 +50,8 @@ def plain(path: Path, flag: str) -> Any:
 
 
 def vacant(out: Path, force: bool) -> None:
-    """Before any work: raises ValueError where the file `out` is there and is not to be overwritten, or cannot be written."""
+    """Before any work: raises ValueError where the file `out` is there and is not to be overwritten, or cannot be written. What killed processes had
+    begun of it is removed."""
     if out.is_dir():
         raise ValueError(f"--out {out}: a folder; give the name of a file")
     if out.exists() and not force:
@@ -58,23 +59,29 @@ def vacant(out: Path, force: bool) -> None:
     folder = next(one for one in out.absolute().parents if one.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: {folder} is no folder that can be written to; choose another --out")
+    for part in checkpoint.abandoned(out.parent, out.name):
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def written(out: Path, then: str = ", or choose another --out", flag: str = "--out") -> Iterator[None]:
-    """While `out` is written: that the disk is full, or may not be written, is an OSError of one line: place, reason and cure, which is to free
-    space, and `then`. Other errors, and those of other places, pass.
+    """While `out` is written: that the disk is full, may not be written, or that `out` cannot be made, is an OSError of one line: place, reason and
+    cure, which is to free space, and `then`. Other errors, and those of other places, pass.
     """
     try:
         yield
     except OSError as error:
         full = error.errno in checkpoint.NO_ROOM
-        if not full and error.errno not in _FORBIDDEN:
-            raise
         # of a copy, from where and to where
         named = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
-        places, folder = [Path(os.fsdecode(name)).absolute() for name in named], out.absolute().parent
-        if not (any(folder in (place, *place.parents) or place in folder.parents for place in places) if places else full):
+        places, whole = [Path(os.fsdecode(name)).absolute() for name in named], out.absolute()
+        if full or error.errno in _FORBIDDEN:
+            folder = whole.parent
+            ours = any(folder in (place, *place.parents) or place in folder.parents for place in places) if places else full
+        else:  # whatever else keeps it from being made, where it is made: in no folder, below a file, in /proc
+            beside = whole.with_name(f".{out.name}.")
+            ours = any(place in (whole, *whole.parents) or str(place).startswith(str(beside)) for place in places)
+        if not ours:
             raise
         cure = f"free space there{then}" if full else f"choose another {flag}, that can be written to"
         raise OSError(f"{flag} {out}: {error.strerror or error}; {cure}") from error

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from worldenv.nouns import Failed
+
 Range = tuple[int, int, int]
 """(min, opt, max) of an axis that may vary; axes of one name are as long in every input (name and name' are one name)."""
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -38,7 +40,7 @@ def symbol(axis: str) -> str:
     return axis.rstrip("'")
 
 
-class EngineError(RuntimeError):
+class EngineError(Failed):
     """An engine that cannot be exported, built, found, trusted or run. The message names it and the cure."""
 
 

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from worldenv import cli
+from worldenv import checkpoint, cli
+from worldenv.benchmarks import bench_plan
+from worldenv.cli import bench, convert, doctor, engine, files, imagine, report
 from worldenv.cli import eval as eval_command
-from worldenv.cli import files
 from worldenv.cli import train as train_command
+from worldenv.nouns import Failed
 from worldenv.rollout.collect import RolloutError
 
 PROGRAM = "import os, sys, worldenv.cli; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
@@ -33,15 +36,23 @@ def test_threads_spin_briefly_unless_the_environment_says_otherwise() -> None:
     assert said(GOMP_SPINCOUNT="7") == "False 7"
 
 
-def test_help_may_be_cut_short() -> None:
-    """As by `worldenv-eval run --help | head -1`: no traceback, whether the pipe breaks while help is printed or at the end."""
-    for arguments in ("worldenv.cli.train", "worldenv.cli.doctor"):
-        read, write = os.pipe()
-        os.close(read)
-        program = f"import sys; from {arguments} import main; sys.exit(main(['--help']))"
-        done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
-        os.close(write)
-        assert (done.returncode, done.stderr) == (0, "")
+def cut_short(program: str) -> tuple[int, str]:
+    """Exit code and stderr where nobody reads what is said."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    return done.returncode, done.stderr
+
+
+FAILS_LATE = "import sys; from worldenv.cli.ending import Ending\nwith Ending('x') as e:\n    print('y' * 100000)\n    e.code = 1\nsys.exit(e.code)"
+
+
+def test_what_is_said_may_be_cut_short() -> None:
+    """As by `worldenv-bench plan | head -1`: no traceback, whether the pipe breaks on the way or at the end, and the exit code of the work."""
+    for name, words in (("train", ["--help"]), ("doctor", ["--help"]), ("bench", ["plan"])):
+        assert cut_short(f"import sys; from worldenv.cli.{name} import main; sys.exit(main({words!r}))") == (0, "")
+    assert cut_short(FAILS_LATE) == (1, "")
 
 
 def test_matplotlib_is_there_for_those_who_draw_alone() -> None:
@@ -108,6 +119,103 @@ def test_a_gpu_without_room_is_one_line_with_the_cure(monkeypatch: pytest.Monkey
         assert capsys.readouterr().err == f"worldenv-eval: {failed}\n"
 
 
+WORK: dict[str, tuple[Any, str, list[str]]] = {
+    "train": (train_command.train, "train", ["--out", "run"]),
+    "bench": (bench.cases, "run", ["copy"]),
+    "bench plan": (bench_plan, "plan", ["plan"]),
+    "engine": (engine.engine_rows, "subject", ["build"]),
+    "eval": (eval_command, "_evaluate", ["run", "--policy", "expert"]),
+    "imagine": (imagine, "imagine", []),
+    "report": (report, "_show", ["run"]),
+    "doctor": (doctor.doctor, "examine", []),
+    "convert": (convert.convert, "convert", ["a", "--out", "b"]),
+}
+"""By command: what does its work, and arguments that come to that."""
+COMMANDS = {
+    "train": train_command, "bench": bench, "engine": engine, "eval": eval_command, "imagine": imagine, "report": report, "doctor": doctor,
+    "convert": convert,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nSee"), 1, "CUDA out of memory. Tried 2 GiB."),
+        (MemoryError(), 1, "out of memory"),
+        (OSError(errno.EIO, "Input/output error", "/elsewhere"), 1, "[Errno 5] Input/output error: '/elsewhere'"),
+        (FloatingPointError("loss is nan"), 1, "loss is nan"),
+        (Failed("stage x failed"), 1, "stage x failed"),
+        (ValueError("--x 3: want 4"), 2, "--x 3: want 4"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_every_command_ends_in_one_line(
+    name: str, raised: BaseException, code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise raised
+
+    module, where, argv = WORK[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, where, work)
+    assert COMMANDS[name.split()[0]].main(argv) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    program = "convert" if name == "convert" else f"worldenv-{name}"
+    assert line.startswith(f"{program}: {says}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("train --loop.group 1", 2),
+        ("train --out mine", 2),
+        ("train --resume nope", 2),
+        ("train --out file/x", 1),
+        ("bench", 2),
+        ("bench plan --gpus 0", 2),
+        ("bench copy --device tpu", 2),
+        ("engine list --limit-gb 0", 2),
+        ("engine build --preset tyni", 2),
+        ("eval run --policy nobody --suite tabletop", 2),
+        ("eval compare mine mine", 2),
+        ("eval audit nope", 2),
+        ("imagine", 2),
+        ("imagine --episode file", 2),
+        ("report nope", 2),
+        ("report --episodes mine", 2),
+        ("doctor libreo", 2),
+        ("convert nope --out new", 2),
+        ("convert mine --out file", 2),
+    ],
+)
+def test_a_bad_command_line_or_file_is_exit_code_2_and_a_disk_that_refuses_1(
+    command: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    for name in ("file", "mine/thesis.tex"):
+        Path(name).write_text("precious")
+    program, *argv = command.split()
+    assert COMMANDS[program].main(argv) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "mine", "mine/thesis.tex"]
+
+
+def test_what_a_killed_command_had_begun_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Of the same name, and of processes that are gone: others may be writing."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    mine = checkpoint.part_of(tmp_path / "v.mp4")
+    names = (mine.name, mine.name.replace(str(os.getpid()), str(gone.pid)), mine.name.replace(str(os.getpid()), str(gone.pid)).replace("v.", "w."))
+    for name in (*names, f".v.mp4.{gone.pid}@another-machine.part"):
+        (tmp_path / name).touch()
+    files.vacant(tmp_path / "v.mp4", force=False)
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[2], f".v.mp4.{gone.pid}@another-machine.part"}
+
+
 def test_other_errors_are_shown_as_ever() -> None:
     done = subprocess.run([sys.executable, "-c", "from worldenv import cli; 1 / 0"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
@@ -121,13 +229,15 @@ def test_other_errors_are_shown_as_ever() -> None:
         (OSError(errno.EROFS, "Read-only", "{out}/b"), "--out {out}: Read-only; choose another --out, that can be written to"),
         (OSError(errno.ENOSPC, "No space left", "/elsewhere/a"), "[Errno 28] No space left: '/elsewhere/a'"),
         (OSError(errno.ENOENT, "No such file", "{out}/b"), "[Errno 2] No such file: '{out}/b'"),
+        (OSError(errno.ENOENT, "No such file", "{out}"), "--out {out}: No such file; choose another --out, that can be written to"),
+        (OSError(errno.ENOTDIR, "Not a directory", "{beside}"), "--out {out}: Not a directory; choose another --out, that can be written to"),
     ],
 )
 def test_a_disk_is_blamed_for_its_own_place_alone(error: OSError, said: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for name in ("filename", "filename2"):
         if getattr(error, name):
-            setattr(error, name, getattr(error, name).format(out=out))
+            setattr(error, name, getattr(error, name).format(out=out, beside=tmp_path / ".run.7@here.part"))
     with pytest.raises(OSError) as raised, files.written(out):
         raise error
     assert str(raised.value) == said.format(out=out)

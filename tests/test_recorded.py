@@ -203,13 +203,13 @@ def test_what_else_reads_a_run_reads_this_one(whole: Path, capsys: pytest.Captur
 def test_the_stage_that_needs_a_robot_says_what_to_do(acted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--preset", "tiny", "--fast", "--device", "cpu", "--sft.steps", "2", "--sft.prior-steps", "0", "--scale.steps", "2"]
     words += ["--env.name", "recorded", "--env.recordings", str(acted / "stages/demos"), "--env.robot", "tabletop", "--demos.per-task", "2"]
-    assert command.main([*words, "--out", str(tmp_path / "run")]) == 1
+    assert command.main([*words, "--out", str(tmp_path / "run")]) == 2
     assert "explore.source: env.name=recorded has nothing to explore: run --until scale" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert command.main([*words, "--out", str(tmp_path / "run"), "--until", "scale"]) == 0
     assert (tmp_path / "run/stages/scale/policy.safetensors").is_file()
     more = ["--explore.source", str(tmp_path / "nowhere"), "--reuse", str(tmp_path / "run")]
-    assert command.main([*words, "--out", str(tmp_path / "more"), *more]) == 1
+    assert command.main([*words, "--out", str(tmp_path / "more"), *more]) == 2
     assert f"explore.source='{tmp_path / 'nowhere'}': nothing is there" in capsys.readouterr().err
     goes_on = ["--resume", str(tmp_path / "run"), "--explore.source", str(acted / "stages/explore"), "--until", "explore"]
     assert command.main(goes_on) == 0

@@ -17,6 +17,10 @@ ACTION_DIM = 7
 """dx dy dz [0.05 m], drx dry drz [0.5 rad], gripper (-1 open, +1 close); each in [-1, 1]. Source: OSC_POSE of LIBERO."""
 
 
+class Failed(RuntimeError):
+    """Work that failed, in one line that names the thing and the cure; what was asked for wrongly is a ValueError."""
+
+
 def _want(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> None:
     fits = tensor.dim() == len(shape) and all(w is None or g == w for g, w in zip(tensor.shape, shape, strict=True))
     if not fits or (dtype is not None and tensor.dtype != dtype):

@@ -67,7 +67,7 @@ def test_it_runs_from_published_directories_to_its_report(tmp_path: Path) -> Non
 
 def test_weights_that_are_not_there_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command.main(["--preset", "paper", "--out", "run", "--device", "cpu"]) == 1
+    assert command.main(["--preset", "paper", "--out", "run", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("worldenv-train: sft.start='weights/openvla-7b': nothing is there, and stage sft begins from it")
     assert list(tmp_path.iterdir()) == []

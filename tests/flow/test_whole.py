@@ -142,7 +142,7 @@ def test_a_stored_rollout_is_replayed_alone_bit_for_bit(whole, tmp_path):
     other = train("--replay", REPLAY_NUMBERS + 1, "--out", again, check=False)
     assert (other.returncode, json.loads(other.stdout.splitlines()[-1])["differs"]) == (1, ["score"])
     absent = train("--replay", 5, "--out", out, check=False)
-    assert absent.returncode == 1
+    assert absent.returncode == 2
     assert "rollout 5 is not stored" in absent.stderr
 
 
@@ -199,7 +199,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(whole):
     out, _ = whole
     before = {p: p.read_bytes() for p in out.glob("*.json")}
     done = train(*FAST, "--seed", "5", "--out", out, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "seed: 0 there, 5 asked" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert {p: p.read_bytes() for p in out.glob("*.json")} == before
@@ -239,7 +239,7 @@ def test_a_damaged_stage_file_is_one_line_and_is_left_alone(whole):
     try:
         path.write_bytes(good[:-1000])
         done = train("--resume", out, check=False)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "simulator.safetensors" in done.stderr.splitlines()[-1]
         assert "--from world" in done.stderr.splitlines()[-1]
         assert path.read_bytes() == good[:-1000]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-import os
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -38,14 +36,10 @@ def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -
     try:
         with contextlib.redirect_stderr(said):
             found: T = tyro.cli(kind, prog=program, args=list(argv), config=options, **begun)
-    except (SystemExit, BrokenPipeError) as stop:
-        if isinstance(stop, SystemExit) and stop.code:
+    except SystemExit as stop:
+        if stop.code:
             raise ValueError(_line(said.getvalue(), program)) from None
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # who reads --help has read enough, as head does; Python's own flush at the end goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        raise
     return found
 
 

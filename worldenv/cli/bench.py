@@ -17,6 +17,7 @@ from worldenv import console
 from worldenv.benchmarks import cases, compile_kernels, harness
 from worldenv.cli import bench_schedule
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 
 
 @dataclass(frozen=True)
@@ -61,47 +62,49 @@ def _compile_only(args: BenchArgs) -> int:
     return 1 if any(row["spill_bytes"] for row in rows) else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 where a parity failed, 2 for a bad command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in bench_schedule.NAMES:
-        return bench_schedule.main(argv)
-    try:
-        args = parse("worldenv-bench", BenchArgs, BenchArgs(), argv)
-        known = (*cases.CASES, *bench_schedule.NAMES)
-        if not args.case:
-            raise ValueError(f"name a case: {', '.join(known)}")
-        for name in args.case:
-            if name in bench_schedule.NAMES:
-                raise ValueError(f"{name} has flags of its own: worldenv-bench {name} ..., by itself")
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"no case {name!r}; did you mean {near!r}? There are: {', '.join(known)}")
-        if args.compile_only:
-            return _compile_only(args)
-        if args.pairs < 1:
-            raise ValueError(f"--pairs {args.pairs}: want at least 1")
-        if not args.seconds >= 0.0:  # what is no number is refused too
-            raise ValueError(f"--seconds {args.seconds}: want 0 or more")
-        if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads {args.threads}: want at least 1")
-            torch.set_num_threads(args.threads)
-        setting = harness.Setting.on(
-            args.device, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-            size=args.preset or (None if args.size == "auto" else args.size), pairs=args.pairs, seconds=args.seconds,
-        )  # fmt: skip
-        rows = []
-        for row in cases.run(args.case, setting, [word for word in args.only.split(",") if word]):
-            unmeasured = f"wrong numbers, {row.note}" if row.parity == "fail" else row.note
-            console.say(f"{row.case}: {unmeasured if row.value is None else f'{row.value:.4g} {row.unit}'}")
-            rows.append(row)
-    except ValueError as error:
-        print(f"worldenv-bench: {error}", file=sys.stderr)
-        return 2
+def _measure(args: BenchArgs) -> int:
+    """Exit code 1 where a parity failed. ValueError for what cannot be measured."""
+    known = (*cases.CASES, *bench_schedule.NAMES)
+    if not args.case:
+        raise ValueError(f"name a case: {', '.join(known)}")
+    for name in args.case:
+        if name in bench_schedule.NAMES:
+            raise ValueError(f"{name} has flags of its own: worldenv-bench {name} ..., by itself")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no case {name!r}; did you mean {near!r}? There are: {', '.join(known)}")
+    if args.compile_only:
+        return _compile_only(args)
+    if args.pairs < 1:
+        raise ValueError(f"--pairs {args.pairs}: want at least 1")
+    if not args.seconds >= 0.0:  # what is no number is refused too
+        raise ValueError(f"--seconds {args.seconds}: want 0 or more")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads}: want at least 1")
+        torch.set_num_threads(args.threads)
+    setting = harness.Setting.on(
+        args.device, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        size=args.preset or (None if args.size == "auto" else args.size), pairs=args.pairs, seconds=args.seconds,
+    )  # fmt: skip
+    rows = []
+    for row in cases.run(args.case, setting, [word for word in args.only.split(",") if word]):
+        unmeasured = f"wrong numbers, {row.note}" if row.parity == "fail" else row.note
+        console.say(f"{row.case}: {unmeasured if row.value is None else f'{row.value:.4g} {row.unit}'}")
+        rows.append(row)
     print(*harness.table(rows), sep="\n")
     print(harness.line(rows, setting))
     return 1 if any(row.parity == "fail" for row in rows) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 where a parity failed or there was no room, 2 for a bad command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    alone = bool(argv) and argv[0] in bench_schedule.NAMES
+    program = f"worldenv-bench {argv[0]}" if alone else "worldenv-bench"
+    with Ending(program) as ending:
+        ending.code = bench_schedule.run(argv, program) if alone else _measure(parse(program, BenchArgs, BenchArgs(), argv))
+    return ending.code
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Annotated
 import tyro
 
 from worldenv import console
+from worldenv.cli import files
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.data import convert
 
 
@@ -31,12 +33,14 @@ class ConvertArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 2 where the arguments or the files are no good."""
-    try:
+    """The command; returns its exit code: 0, 1 where the disk refuses, 2 where the arguments or the files are no good."""
+    with Ending("convert") as ending:
         args = parse("python -m worldenv.cli.convert", ConvertArgs, ConvertArgs(convert.Choices()), sys.argv[1:] if argv is None else argv)
         if args.source is None or args.out is None:
             raise ValueError("want SOURCE and --out; see --help")
-        done = convert.convert(args.source, args.to, args.out, args.choices)
+        ending.stopped = "; nothing was written"
+        with files.written(args.out):
+            done = convert.convert(args.source, args.to, args.out, args.choices)
         for what in done["left_out"]:
             console.say(f"convert: left out {what}")
         if done["left_out"]:
@@ -44,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not done["successes"]:
             console.say(f"convert: no episode of {args.source} shows success, and a run takes no demonstration without it")
         print(json.dumps(done))
-    except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ending.code
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tyro
 
 from worldenv import doctor
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.doctor import Topic
 from worldenv.envs import libero_install
 
@@ -27,27 +28,21 @@ class DoctorArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 where all that was asked works, 1 where some of it does not, 2 for a bad command line."""
-    try:
+    with Ending("worldenv-doctor") as ending:
         args = parse("worldenv-doctor", DoctorArgs, DoctorArgs(), sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        print(f"worldenv-doctor: {error}", file=sys.stderr)
-        return 2
-    if args.install_assets:
-        try:
+        if args.install_assets:
             print(f"assets: {libero_install.install_assets()}", flush=True)
-        except (libero_install.LiberoMissing, OSError) as error:
-            print(f"worldenv-doctor: {error}", file=sys.stderr)
-            return 1
-    found = []
-    for one in doctor.examine(args.topics):
-        found.append(one)
-        optional = one.state == "ok" or one.topic in args.topics
-        print(f"{one.state:7}  {one.topic:8}  {one.name:14}  {one.detail}{'' if optional else '  (not asked for)'}", flush=True)
-        if one.cure and one.topic in args.topics:
-            print(f"{'':7}  cure: {one.cure}", flush=True)
-    failed = [one.name for one in found if one.state != "ok" and one.topic in args.topics]
-    print(json.dumps({"asked": list(args.topics), "failed": failed, "findings": [one.plain() for one in found]}))
-    return 1 if failed else 0
+        found = []
+        for one in doctor.examine(args.topics):
+            found.append(one)
+            optional = one.state == "ok" or one.topic in args.topics
+            print(f"{one.state:7}  {one.topic:8}  {one.name:14}  {one.detail}{'' if optional else '  (not asked for)'}", flush=True)
+            if one.cure and one.topic in args.topics:
+                print(f"{'':7}  cure: {one.cure}", flush=True)
+        failed = [one.name for one in found if one.state != "ok" and one.topic in args.topics]
+        print(json.dumps({"asked": list(args.topics), "failed": failed, "findings": [one.plain() for one in found]}))
+        ending.code = 1 if failed else 0
+    return ending.code
 
 
 if __name__ == "__main__":

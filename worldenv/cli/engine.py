@@ -17,6 +17,7 @@ from worldenv import compiled, console
 from worldenv.benchmarks import engine_rows
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.engines import backend, parity
 from worldenv.engines.recipe import EngineError
 from worldenv.engines.store import DEFAULT_STORE, Store
@@ -200,19 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"worldenv-engine: want a command: {said}", file=sys.stderr)
         return 2
     kind, command = COMMANDS[argv[0]]
-    try:
+    with Ending("worldenv-engine") as ending:
+        ending.stopped = "; plans that were built whole are kept"
         args = parse(f"worldenv-engine {argv[0]}", kind, kind(), argv[1:])
         with files.written(args.store, flag="--store", then=", or choose another --store"):
-            return command(args)
-    except (ValueError, EngineError) as error:
-        print(f"worldenv-engine: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        print("worldenv-engine: stopped; plans that were built whole are kept", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"worldenv-engine: {error}", file=sys.stderr)
-        return 1
+            ending.code = command(args)
+    return ending.code
 
 
 if __name__ == "__main__":

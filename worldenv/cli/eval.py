@@ -13,24 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from numpy.typing import NDArray
 
 from worldenv import checkpoint, evaluation
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.config import LIBERO_TEST_STATES, EnginesConfig, EnvConfig, tasks_of
 from worldenv.devices import device_of, gpus_of
-from worldenv.engines.recipe import EngineError
 from worldenv.envs import suites
-from worldenv.envs.libero_install import LiberoMissing
-from worldenv.envs.offscreen import NoOpenGL
 from worldenv.evaluation import Protocol
 from worldenv.nouns import ACTION_DIM
 from worldenv.policy import published
-from worldenv.policy.lerobot import LeRobotError
-from worldenv.rollout.collect import RolloutError
 from worldenv.run import settings_of, snapshots
 from worldenv.stages.evaluate import audit_run
 from worldenv.trials import actors, inspection, runner
@@ -386,21 +381,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         print(f"worldenv-eval: {f'unknown command {argv[0]!r}; ' if argv else ''}{said}", file=sys.stderr)
         return 2
-    try:
-        return _COMMANDS[argv[0]](argv[1:])
-    except KeyboardInterrupt:
-        print("worldenv-eval: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except ValueError as error:  # of the command line, a checkpoint, or a folder that is another's
-        print(f"worldenv-eval: {error}", file=sys.stderr)
-        return 1 if isinstance(error, runner.TrialError) else 2
-    except torch.OutOfMemoryError as error:
-        cure = " Another --device may have room; the same command goes on from here" if argv[0] in ("run", "curve") else ""
-        print(f"worldenv-eval: {str(error).splitlines()[0]}{cure}", file=sys.stderr)
-        return 1
-    except (OSError, FloatingPointError, RolloutError, LiberoMissing, NoOpenGL, LeRobotError, EngineError) as error:
-        print(f"worldenv-eval: {error}", file=sys.stderr)
-        return 1
+    with Ending("worldenv-eval") as ending:
+        if argv[0] in ("run", "curve"):
+            ending.stopped = "; the same command goes on from here"
+            ending.no_room = " Another --device may have room; the same command goes on from here"
+        ending.code = _COMMANDS[argv[0]](argv[1:])
+    return ending.code
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from worldenv import action_map, checkpoint, console, kinematics, noise, presets
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.data import episode as episodes
 from worldenv.devices import device_of
 from worldenv.nouns import ACTION_DIM, Camera
@@ -345,21 +346,13 @@ def imagine(args: ImagineArgs) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 where imagining failed, 2 where the arguments or the files are no good."""
-    try:
+    with Ending("worldenv-imagine") as ending:
+        ending.stopped = "; nothing was written"
         result = imagine(parse("worldenv-imagine", ImagineArgs, ImagineArgs(), sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
-        print(f"worldenv-imagine: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("worldenv-imagine: stopped; nothing was written", file=sys.stderr)
-        return 130
-    except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"worldenv-imagine: {str(error).splitlines()[0] if str(error) else 'out of memory'}", file=sys.stderr)
-        return 1
-    if result["weights"] == "random":
-        console.say("random weights: the video shows that everything runs, and nothing else")
-    print(json.dumps(result))
-    return 0
+        if result["weights"] == "random":
+            console.say("random weights: the video shows that everything runs, and nothing else")
+        print(json.dumps(result))
+    return ending.code
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tyro
 
 from worldenv import report
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.data.episode import EpisodeSet
 from worldenv.report import findings, tables
 
@@ -74,21 +75,18 @@ def _show(run: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 where compared runs differ, 2 where the arguments or the files are no good."""
-    try:
+    """The command; returns its exit code: 0, 1 where compared runs differ or the disk refuses, 2 where the arguments or the files are no good."""
+    with Ending("worldenv-report") as ending:
         args = parse("worldenv-report", ReportArgs, ReportArgs(), sys.argv[1:] if argv is None else argv)
         if sum(one is not None for one in (args.run, args.compare, args.episodes)) != 1 or (args.out and not args.episodes):
             raise ValueError("give the folder of a run, or --compare A B, or --episodes FOLDER [--out FOLDER]")
         if args.run is not None:
-            return _show(args.run)
+            ending.code = _show(args.run)
         if args.compare is not None:
-            return _compare(*args.compare)
+            ending.code = _compare(*args.compare)
         if args.episodes is not None:
-            return _episodes(args.episodes, args.out or args.episodes / "statistics")
-        raise AssertionError("one of the three is given")
-    except (ValueError, OSError) as error:
-        print(f"worldenv-report: {error}", file=sys.stderr)
-        return 2
+            ending.code = _episodes(args.episodes, args.out or args.episodes / "statistics")
+    return ending.code
 
 
 if __name__ == "__main__":

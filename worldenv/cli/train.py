@@ -11,25 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-import torch
 import tyro
 
 from worldenv import console, distributed, presets, run, train
 from worldenv.cli import files
 from worldenv.cli.arguments import parse, value_of
+from worldenv.cli.ending import Ending
 from worldenv.config import RunConfig
 from worldenv.devices import device_of
-from worldenv.engines.recipe import EngineError
-from worldenv.envs.libero_install import LiberoMissing
-from worldenv.envs.offscreen import NoOpenGL
 from worldenv.learning import processes
-from worldenv.learning.processes import ProcessError
-from worldenv.rollout.collect import RolloutError
 from worldenv.stages.replay import replay
 
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 _STAGES = get_args(StageName)
-_FAILURES = (ValueError, FloatingPointError, OSError, MemoryError, NoOpenGL, LiberoMissing, RolloutError, EngineError, ProcessError)
 _LESS_MEMORY = (
     " Go on with less at once: --resume {} with smaller --sft.microbatch, --loop.microbatch or --loop.slots, or with --sft.gradient-checkpointing, "
     "--world.gradient-checkpointing or --loop.gradient-checkpointing; what is finished stays"
@@ -93,55 +87,50 @@ def _settings(args: TrainArgs) -> RunConfig:
     return settings
 
 
+def _refuse(args: TrainArgs, settings: RunConfig) -> None:
+    """ValueError with one line for what cannot be asked for."""
+    if args.resume is not None and args.resume != args.out:
+        raise ValueError(f"--resume {args.resume} and --out {args.out}: a run goes on in its own folder; leave --out away")
+    if args.only and args.from_stage:
+        raise ValueError("--only and --from: choose one")
+    if args.until and args.only:
+        raise ValueError("--only and --until: choose one")
+    if args.until and args.from_stage and _STAGES.index(args.from_stage) > _STAGES.index(args.until):
+        raise ValueError(f"--from {args.from_stage} --until {args.until}: there is nothing between them")
+    if missing := [str(folder) for folder in args.reuse if not (folder / "run.json").is_file()]:
+        raise ValueError(f"--reuse {missing[0]}: no run there (no run.json)")
+    if args.replay is not None and (args.only or args.from_stage or args.until or args.reuse):
+        raise ValueError("--replay takes --out and nothing else of the run's stages")
+    if args.replay is None:
+        train.chosen(settings, args.only, args.until)
+    if settings.device != "auto":
+        device_of(settings.device)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the report is written or the replay is bit-equal, 1 when it is not or a stage failed, 2 for a bad command line."""
+    """Exit code 0 when the report is written or the replay is bit-equal, 1 when it is not or a stage failed, 2 for a bad command line or files."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with Ending("worldenv-train") as ending:
         # --fast has chosen the defaults; left in, it would ask to turn on what is on
         args = parse("worldenv-train", TrainArgs, _defaults(argv), [word for word in argv if word != "--fast"])
-        if args.resume is not None and args.resume != args.out:
-            raise ValueError(f"--resume {args.resume} and --out {args.out}: a run goes on in its own folder; leave --out away")
-        if args.only and args.from_stage:
-            raise ValueError("--only and --from: choose one")
-        if args.until and args.only:
-            raise ValueError("--only and --until: choose one")
-        if args.until and args.from_stage and _STAGES.index(args.from_stage) > _STAGES.index(args.until):
-            raise ValueError(f"--from {args.from_stage} --until {args.until}: there is nothing between them")
-        if missing := [str(folder) for folder in args.reuse if not (folder / "run.json").is_file()]:
-            raise ValueError(f"--reuse {missing[0]}: no run there (no run.json)")
-        if args.replay is not None and (args.only or args.from_stage or args.until or args.reuse):
-            raise ValueError("--replay takes --out and nothing else of the run's stages")
         settings = _settings(args)
-        if args.replay is None:
-            train.chosen(settings, args.only, args.until)
-        if settings.device != "auto":
-            device_of(settings.device)
-    except ValueError as error:
-        print(f"worldenv-train: {error}", file=sys.stderr)
-        return 2
-    try:
+        _refuse(args, settings)
+        ending.debug = args.debug
         if args.replay is not None:
             found = replay(args.out, settings, args.replay)
             print(json.dumps(found, allow_nan=False))
-            return 0 if found["bit_equal"] else 1
+            ending.code = 0 if found["bit_equal"] else 1
+            return ending.code
+        # --from would begin what it has finished anew
+        ending.stopped = f"; {f'--resume {args.out}' if args.from_stage else 'the same command'} goes on from here"
+        ending.no_room = _LESS_MEMORY.format(args.out)
         board = console.board(args.out / "tensorboard") if args.tensorboard else contextlib.nullcontext()
         with files.written(args.out, ", then give the same command again"), distributed.joined(), board:
             train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
             speaks = processes.rank() == 0
-    except KeyboardInterrupt:
-        goes_on = f"--resume {args.out}" if args.from_stage else "the same command"  # --from would begin what it has finished anew
-        print(f"worldenv-train: stopped; {goes_on} goes on from here", file=sys.stderr)
-        return 130
-    except (*_FAILURES, torch.OutOfMemoryError) as error:
-        if args.debug:
-            raise
-        full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)  # the latter in a rollout
-        said = str(error).splitlines()[0] if full else str(error)  # torch goes on with statistics
-        print(f"worldenv-train: {said}{_LESS_MEMORY.format(args.out) if full else ''}", file=sys.stderr)
-        return 1
-    if speaks and args.only in (None, "report") and args.until in (None, "report"):
-        print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))
-    return 0
+        if speaks and args.only in (None, "report") and args.until in (None, "report"):
+            print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))
+    return ending.code
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 from worldenv import checkpoint
 from worldenv.envs import offscreen
+from worldenv.nouns import Failed
 
 ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
 """Environment variable: a folder with LIBERO's assets, or an archive (.tar, .tar.xz, .tar.gz) of one."""
@@ -40,7 +41,7 @@ CURE = "run `make libero`, or see docs/libero.md"
 _SOURCE = "worldenv-source.txt"  # which archive was unpacked there
 
 
-class LiberoMissing(RuntimeError):
+class LiberoMissing(Failed):
     """LIBERO or its assets are not there. The message says what is missing and what to do."""
 
 

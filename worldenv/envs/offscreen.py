@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldenv.nouns import Failed
+
 with contextlib.suppress(ImportError):
     importlib.import_module("triton")
 
@@ -44,7 +46,7 @@ _EGL_PLATFORM_DEVICE = 0x313F
 _MAX_DEVICES = 16
 
 
-class NoOpenGL(RuntimeError):
+class NoOpenGL(Failed):
     """No picture can be drawn on this machine. The message says what to install."""
 
 

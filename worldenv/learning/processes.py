@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from worldenv.nouns import Failed
+
 PATIENCE = timedelta(days=7)
 """The others wait while the first one does whole stages alone."""
 STEP_PATIENCE = timedelta(hours=1)
@@ -27,7 +29,7 @@ ITERATION_PATIENCE = timedelta(days=1)
 T = TypeVar("T")
 
 
-class ProcessError(RuntimeError):
+class ProcessError(Failed):
     """Another process of the run has failed or is gone. The message says which, as far as that is known."""
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worldenv.nouns import Failed
 from worldenv.policy import lerobot_server
 from worldenv.policy.lerobot_server import receive, send
 
 
-class LeRobotError(RuntimeError):
+class LeRobotError(Failed):
     """The other process could not do what it was asked. The message says why."""
 
 

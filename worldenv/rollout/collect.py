@@ -26,7 +26,7 @@ import torch
 
 from worldenv import _core, noise
 from worldenv.config import Apart
-from worldenv.nouns import Context, Rollout
+from worldenv.nouns import Context, Failed, Rollout
 from worldenv.policy.contract import Policy
 from worldenv.world import Made, Scene, World, WorldStage, ended_at, observe
 
@@ -39,7 +39,7 @@ _NO_HURRY_S = 3600.0
 """Work that waits longer goes before fuller batches. It cannot wait for ever: who waits holds a slot, and slots run out."""
 
 
-class RolloutError(RuntimeError):
+class RolloutError(Failed):
     """Rollouts that could not be made, whatever was tried. The message names their keys."""
 
 

@@ -36,6 +36,7 @@ from worldenv.devices import on
 from worldenv.engines.store import Store
 from worldenv.envs import libero, suites
 from worldenv.evaluation import Protocol, paired, wilson
+from worldenv.nouns import Failed
 from worldenv.run import RunError, held
 from worldenv.trials import actors
 from worldenv.trials.actors import Bench
@@ -48,7 +49,7 @@ _RECORDED_STEPS = 24
 """Of one episode a task: what engines are compared on."""
 
 
-class TrialError(RunError):
+class TrialError(Failed):
     """An episode failed, or the process that made it. What is finished stays."""
 
 

@@ -28,7 +28,7 @@ from worldenv.devices import on
 from worldenv.learning import processes
 from worldenv.learning.loop.advantage import leave_one_out
 from worldenv.learning.loop.loss import Surrogate, surrogate
-from worldenv.nouns import Observation, Rollout
+from worldenv.nouns import Failed, Observation, Rollout
 from worldenv.policy import laplace, lora, weights
 from worldenv.policy.openvla_oft import OpenVLAOFT
 
@@ -41,7 +41,7 @@ HEADS = ("action_head", "scale_head")
 T = TypeVar("T")
 
 
-class RatioError(ValueError):
+class RatioError(Failed):
     """The rollouts were not drawn by the policy that is to learn from them."""
 
 

@@ -238,7 +238,9 @@ def test_two_processes_do_not_share_a_folder(run):
 
 
 def test_other_settings_and_other_folders_are_refused(tmp_path):
-    Run(tmp_path / "a", presets.TINY)._lock.close()
+    first = Run(tmp_path / "a", presets.TINY)
+    work(first, "demos", "f")
+    first._lock.close()
     other = dataclasses.replace(presets.TINY, loop=dataclasses.replace(presets.TINY.loop, iterations=7))
     with pytest.raises(RunError, match=rf"loop\.iterations: {presets.TINY.loop.iterations} there, 7 asked"):
         Run(tmp_path / "a", other)
@@ -249,8 +251,33 @@ def test_other_settings_and_other_folders_are_refused(tmp_path):
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["thesis.tex"]
 
 
+def test_a_command_that_was_refused_claims_no_folder(tmp_path):
+    """A wrong name of a folder, or settings that cannot be had here: the same folder is there for others."""
+    settings = dataclasses.replace(presets.TINY, device="cpu")
+    for refused, what in ((settings, {"only": "loop"}), (settings, {"only": "report"}), (dataclasses.replace(settings, gpus=8), {})):
+        with pytest.raises(RunError, match=r"no run there|^gpus=8: the device is cpu"):
+            train.train(tmp_path / "x9", refused, **what)
+        assert not (tmp_path / "x9").exists()
+
+
+def test_a_stage_that_fails_before_it_has_anything_claims_no_folder(run):
+    """As stage demos does where LIBERO is not installed."""
+    with pytest.raises(ZeroDivisionError), run.at_work("demos", "f"):
+        raise ZeroDivisionError
+    run._lock.close()
+    other = dataclasses.replace(presets.TINY, seed=1)
+    again = Run(run.out, other)
+    assert settings_of(run.out) == other
+    fail(again, "demos")
+    again._lock.close()
+    with pytest.raises(RunError, match="seed: 1 there, 0 asked"):
+        Run(run.out, presets.TINY)
+
+
 def test_a_run_goes_on_with_networks_in_other_places(tmp_path):
-    Run(tmp_path, presets.TINY)._lock.close()
+    first = Run(tmp_path, presets.TINY)
+    work(first, "demos", "f")
+    first._lock.close()
     placed = dataclasses.replace(presets.TINY.loop, streams=2, apart="reflector", apart_gpus=1)
     run = Run(tmp_path, dataclasses.replace(presets.TINY, loop=placed))
     assert settings_of(tmp_path) == presets.TINY  # as long as it is only looked at, as a replay does

@@ -1,6 +1,6 @@
 """The folder of a run: its settings, and what each stage left, so that the same command goes on where it stopped.
 
-    OUT/run.json                 the settings; a folder belongs to one set of settings
+    OUT/run.json                 the settings; a folder in which a stage was begun belongs to one set of settings
     OUT/log.jsonl                what was noted on the way, a line a second (worldenv.console); for looking, nothing reads it
     OUT/stages/NAME/...          what a stage wrote
     OUT/stages/NAME/stage.json   written last: fingerprint of settings and inputs, hash of every file, seconds, memory, metrics
@@ -108,7 +108,7 @@ def settings_of(out: Path) -> RunConfig:
     """The settings that the run in `out` has stored. RunError where there is no run, CheckpointError where they are damaged or of another version."""
     path = out / "run.json"
     if not path.is_file():
-        raise RunError(f"{out}: no run there (no run.json); start one with --out {out}")
+        raise RunError(f"{out}: no run there (no run.json); start one: worldenv-train --out {out}")
     stored = checkpoint.read_json(path, "restore it, or start again in a new --out", {"settings": dict})["settings"]
     try:
         return config.from_dict(RunConfig, stored)
@@ -125,7 +125,7 @@ class Run:
     """A run's folder, held by one process at a time."""
 
     def __init__(self, out: Path, settings: RunConfig, leads: bool = True) -> None:
-        """Open or make `out`. Raises RunError where it holds another run's settings, other files, or another process is at work.
+        """Open or make `out`. Raises RunError where it holds another run's stages, other files, or another process is at work.
 
         A process that does not lead only reads what the leading one wrote.
         """
@@ -133,18 +133,19 @@ class Run:
         if not leads:
             return
         known = out / "run.json"
-        if known.is_file():
+        binds = known.is_file() and any((out / "stages").glob("*"))  # settings with which nothing was begun are nobody's
+        if binds:
             stored = settings_of(out)
             theirs, ours = config.to_dict(_where_asked(stored, settings)), config.to_dict(settings)
             if differing := list(_differences(theirs, ours)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 what = f"{'; '.join(differing[:3])}{more}"
                 raise RunError(f"{out} holds a run with other settings ({what}); choose another --out, or go on with it: --resume {out}")
-        elif out.exists() and (not out.is_dir() or any(not _begun(entry.name) for entry in out.iterdir())):
+        elif not known.is_file() and out.exists() and (not out.is_dir() or any(not _begun(entry.name) for entry in out.iterdir())):
             raise RunError(f"{out} exists and is no run of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = held(out)
-        if not known.is_file():
+        if not binds:
             self.keep_settings()
 
     def keep_settings(self) -> None:
@@ -216,11 +217,19 @@ class Run:
 
     @contextlib.contextmanager
     def at_work(self, stage: str, fingerprint: str) -> Iterator[Stage]:
-        """Run a stage in this block; its record is written when the block ends well. Half a stage with another fingerprint is removed first."""
+        """Run a stage in this block; its record is written when the block ends well. Half a stage with another fingerprint is removed first.
+
+        Of a stage that fails before it has anything nothing is left: it was not begun.
+        """
         folder = self.folder(stage)
         current = Stage(folder, fingerprint)
-        with PeakMemory() as memory:
-            yield current
+        try:
+            with PeakMemory() as memory:
+                yield current
+        except BaseException:
+            if [entry.name for entry in folder.iterdir()] == [BEGUN]:
+                self.forget(stage)
+            raise
         for kept in (*folder.glob(f"*{_SAVEPOINT}"), *checkpoint.left_behind(folder)):
             kept.unlink()
         files = {str(p.relative_to(folder)): checkpoint.file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != BEGUN}

@@ -166,11 +166,13 @@ def train(
     order = list(STAGES)
     again = [name for name in names if order.index(name) >= order.index(first)] if first else [only] if only else []
     _want_brought(settings, [name for name in names if name in again or not any(done(folder, name) for folder in (out, *reuse))])
+    if only and _inputs(only, settings) and not (out / "run.json").is_file():
+        raise RunError(f"--only {only}: {out}: no run there (no run.json) to make it from; start one: worldenv-train --out {out}")
+    if {"reward", "loop", "eval"} & set(names):
+        _ = Desk(Run(out, settings, leads=False)).places  # said before hours of work, and before anything is made or forgotten
     run = Run(out, settings)
     _want_unchanged(run, again)
     desk = Desk(run)
-    if {"reward", "loop", "eval"} & set(names):
-        _ = desk.places  # said before hours of work, and before anything is forgotten
     for name in again:
         if done(out, name):  # one that was begun again and stopped goes on
             run.forget(name)

@@ -65,9 +65,9 @@ class Desk:
     @property
     def places(self) -> list[tuple[torch.device, frozenset[Part]]]:
         """Which networks of imagined rollouts are on which of `devices`; the first has the policy. RunError where none is left for the others."""
-        loop = self.settings.loop
+        loop, devices = self.settings.loop, self.devices
         try:
-            return list(zip(self.devices, placement(len(self.devices), loop.apart, loop.apart_gpus), strict=True))
+            return list(zip(devices, placement(len(devices), loop.apart, loop.apart_gpus), strict=True))
         except ValueError as error:
             raise RunError(f"loop.apart, loop.apart_gpus, on {self.device}: {error}") from error
 

@@ -94,10 +94,9 @@ def refuse(args: PlanArgs) -> None:
         raise ValueError(f"--preset {args.preset}: FLOPs are known of paper alone; measure a profile and give --profile FILE")
     if not 0.0 < args.mean_end < 1.0 or not 0.0 < args.efficiency <= 1.0:
         raise ValueError(f"--mean-end {args.mean_end}, --efficiency {args.efficiency}: want shares between 0 and 1")
-    given = (args.gpus, args.rollouts, args.limit, args.denoise_steps, args.bucket, args.judge_bucket, args.iterations, args.contexts, args.slots)
-    if min(1 if one is None else one for one in given) < 1:
-        names = "--gpus, --rollouts, --limit, --denoise-steps, --bucket, --judge-bucket, --iterations, --contexts, --slots"
-        raise ValueError(f"{names}: want at least 1 of each")
+    for name in ("gpus", "rollouts", "limit", "denoise_steps", "bucket", "judge_bucket", "iterations", "contexts", "slots"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {given}: want at least 1")
     chunk = PAPER.policy.chunk
     if args.limit is not None and args.limit % chunk and args.profile is None:
         raise ValueError(f"--limit {args.limit}: want a multiple of the chunk of {chunk} frames, as runs do")

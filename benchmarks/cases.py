@@ -31,15 +31,15 @@ CASES: dict[str, Case] = {
 def chosen(names: Sequence[str], setting: Setting, only: Sequence[str] = ()) -> dict[tuple[str, str], Callable[[], Row]]:
     """What measures each row of the cases `names`; of their variants those whose name contains a word of `only`, all without one.
 
-    Raises ValueError, before anything is measured, for a case that there is not or where `only` leaves nothing.
+    Raises ValueError, before anything is measured, for a case that there is not or a word that no variant contains.
     """
     for name in names:
         if name not in CASES:
             raise ValueError(f"no case {name!r}; there are {', '.join(CASES)}")
     variants = {(name, variant): measure for name in names for variant, measure in CASES[name](setting).items()}
     found = {key: measure for key, measure in variants.items() if not only or key[1].startswith("needs ") or any(word in key[1] for word in only)}
-    if not found:
-        raise ValueError(f"--only {','.join(only)}: there are {', '.join(variant for _, variant in variants)}")
+    if lost := [word for word in only if not any(word in variant or variant.startswith("needs ") for _, variant in variants)]:
+        raise ValueError(f"--only {lost[0]}: there are {', '.join(variant for _, variant in variants)}")
     return found
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -34,6 +33,7 @@ import torch
 
 from worldenv.benchmarks import harness
 from worldenv.benchmarks.harness import ROOT, Row, Setting
+from worldenv.nouns import no_such
 
 _TOTAL_S = 530.0
 """Under 9 minutes, with what it takes to start and to end."""
@@ -273,8 +273,7 @@ def chosen(only: str) -> list[Part]:
     words = [word for word in only.split(",") if word]
     for word in words:
         if not any(word in part.name for part in PARTS):
-            near = difflib.get_close_matches(word, [part.name for part in PARTS], n=1, cutoff=0.0)[0]
-            raise ValueError(f"--only {word}: did you mean {near!r}? There are: {', '.join(part.name for part in PARTS)}")
+            raise no_such("--only", word, [part.name for part in PARTS])
     return [part for part in PARTS if not words or part.name == "build" or any(word in part.name for word in words)]
 
 

@@ -13,7 +13,6 @@ and no runtime is imported before one of these is called.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import platform
 import re
@@ -29,6 +28,7 @@ from worldenv import checkpoint
 from worldenv.engines import export
 from worldenv.engines.recipe import EngineError, EngineRecipe, Signature, signature, symbol
 from worldenv.engines.store import Plan, Store, Wanted
+from worldenv.nouns import no_such
 
 BACK_ENDS = ("eager", "onnxruntime", "inductor", "tensorrt", "tensorrt_rtx", "torch_tensorrt")
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "tensorrt_rtx", "inductor")}
@@ -134,10 +134,9 @@ class BackEnd(Protocol):
 
 
 def back_end(name: str) -> BackEnd:
-    """The back end `name`. Raises EngineError with the nearest name where there is none."""
+    """The back end `name`. Raises ValueError with the nearest name where there is none."""
     if name not in BACK_ENDS:
-        near = difflib.get_close_matches(name, BACK_ENDS, n=1, cutoff=0.0)[0]
-        raise EngineError(f"no back end {name!r}; did you mean {near!r}? There are: {', '.join(BACK_ENDS)}")
+        raise no_such("back end", name, BACK_ENDS)
     return cast(BackEnd, importlib.import_module(f"worldenv.engines.{name}"))
 
 
@@ -153,7 +152,7 @@ def capability(arch: str) -> tuple[int, int]:
     """(9, 0) of "sm_90". Raises EngineError for another form."""
     found = re.fullmatch(r"sm_(\d+)(\d)", arch)
     if not found:
-        raise EngineError(f"--arch {arch}: want sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or here")
+        raise EngineError(f"{arch}: no architecture of a GPU")
     return int(found.group(1)), int(found.group(2))
 
 

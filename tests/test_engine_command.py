@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def test_build_list_verify_and_gc(store: Path, capsys: pytest.CaptureFixture[str
     code, found, text = said(capsys, "build", "--preset", "tiny", "--only", "policy_heads", *where)
     assert code == 0, text
     (row,) = found["rows"]
-    assert (row["engine"], row["back_end"], row["passed"]) == ("policy_heads", "onnxruntime", True)
+    assert (row["engine"], row["back_end"], row["precision"], row["passed"]) == ("policy_heads", "onnxruntime", "fp32", True)
+    assert re.search(r"policy_heads +onnxruntime +here +fp32 ", text)
     assert row["max_rel_error"] <= row["tolerance"]
     assert "limit 2e-05" in text
     code, found, text = said(capsys, "list", *where)
@@ -75,20 +77,46 @@ def test_build_list_verify_and_gc(store: Path, capsys: pytest.CaptureFixture[str
         ([], 2, "want a command"),
         (["bild"], 2, "want a command"),
         (["build", "--preset", "tyni"], 2, "did you mean 'tiny'"),
-        (["build", "--only", "unit"], 2, "--only unit: there are simulator_unet"),
-        (["build", "--only", "heads", "--back-end", "onnx"], 1, "did you mean 'onnxruntime'"),
+        (["build", "--only", "heads,unit"], 2, "--only unit: there are simulator_unet"),
+        (["build", "--only", "heads", "--precision", "fp8"], 2, "--precision fp8: is the U-Net's alone, which --only heads leaves out"),
         (["build", "--run", "nowhere"], 2, "no run there"),
         (["build", "--only", "heads", "--back-end", "inductor", "--arch", "sm_100"], 1, "compute capability 10.0"),
-        (["build", "--only", "heads", "--arch", "hopper"], 1, "want sm_80"),
         (["list", "--store"], 2, "store"),
+        (["list", "--store", "nope"], 2, "--store nope: no store there; build makes one (plans of a run: RUN/engines)"),
+        (["verify", "--store", "."], 2, "--store .: no store there"),
+        (["gc", "--store", "file"], 2, "--store file: no store there"),
         (["list", "--limit-gb", "nan"], 2, "--limit-gb nan: want a size above 0"),
         (["gc", "--limit-gb", "0"], 2, "--limit-gb 0.0: want a size above 0"),
     ],
 )
-def test_mistakes_are_one_line(argv: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    argv: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     assert command.main([*argv, *(["--store", str(tmp_path)] if argv and argv[0] == "build" else [])]) == code
     out, err = capsys.readouterr()
     assert words in out + err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--back-end", "onnx"], "did you mean 'onnxruntime'"),
+        (["--back-end", ","], "back end ','"),
+        (["--arch", "hopper"], "--arch hopper: there are sm_80, sm_86"),
+        (["--arch", "sm_90,sm_33", "--back-end", "tensorrt_rtx"], "--arch sm_33: there are sm_80"),
+        (["--arch", ","], "--arch ,: there are sm_80"),
+        (["--limit-gb", "0"], "--limit-gb 0.0: want a size above 0"),
+    ],
+)
+def test_what_a_build_is_for_is_looked_at_before_any_network_is_made(
+    argv: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_rows, "subject", lambda *_: pytest.fail("networks were made"))
+    assert command.main(["build", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
 
 
 def test_a_build_that_is_stopped_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -502,7 +502,7 @@ def _kept(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name in found.values():
             back_end(name)
-    except (ValueError, TypeError, AttributeError, EngineError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise checkpoint.CheckpointError(f"{path}: damaged ({error}); begin the stage anew (--from)") from error
     return found
 

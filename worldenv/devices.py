@@ -19,6 +19,17 @@ Made = TypeVar("Made")
 torch.backends.cudnn.allow_tf32 = False
 """Float32 is float32: by default cuDNN rounds what convolutions read to 10 bits, which parity and LOOP's check of its ratio would see."""
 
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+"""Of GPUs that kernels and engines are made for."""
+
+
+def architectures(names: str) -> list[str]:
+    """Those in `--arch sm_80,sm_90`. ValueError for another one, and for none."""
+    found = [name for name in names.split(",") if name]
+    if odd := [name for name in found or [names] if name not in ARCHITECTURES]:
+        raise ValueError(f"--arch {odd[0]}: there are {', '.join(ARCHITECTURES)}")
+    return found
+
 
 def device_of(name: str) -> torch.device:
     """What `--device` names: auto is cuda where there is one, else cpu. Raises ValueError for one that is not there."""

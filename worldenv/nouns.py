@@ -7,6 +7,8 @@ Tensors of one noun share a batch dimension and a device.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,12 @@ ACTION_DIM = 7
 
 class Failed(RuntimeError):
     """Work that failed, in one line that names the thing and the cure; what was asked for wrongly is a ValueError."""
+
+
+def no_such(what: str, word: str, names: Iterable[str]) -> ValueError:
+    """The error where `word` is none of `names`, with the nearest of them."""
+    names = list(names)
+    return ValueError(f"{what} {word!r}: did you mean {difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]!r}? There are: {', '.join(names)}")
 
 
 def _want(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from worldenv.config import (
     ClipConfig,
@@ -27,6 +26,7 @@ from worldenv.config import (
     VisionConfig,
     WorldConfig,
 )
+from worldenv.nouns import no_such
 
 EVAC = SimulatorConfig(
     unet=UNetConfig(320, (1, 2, 4, 4), 2, (4, 2, 1), 64, 1024, dropout=0.1),
@@ -161,8 +161,7 @@ PRESETS: dict[str, RunConfig] = {"tiny": TINY, "libero": LIBERO, "paper": PAPER}
 def preset(name: str) -> RunConfig:
     """The preset `name`; ValueError with the nearest name where there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no preset {name!r}; did you mean {near!r}? There are: {', '.join(PRESETS)}")
+        raise no_such("preset", name, PRESETS)
     return PRESETS[name]
 
 

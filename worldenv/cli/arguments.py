@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import tyro
+
+from worldenv.nouns import no_such
 
 T = TypeVar("T")
 
@@ -56,5 +57,4 @@ def _line(box: str, program: str) -> str:
     if choice is None:
         return words
     given, flag, names = choice.group(1), choice.group(2), sorted(set(re.findall(r"'(.*?)'", choice.group(3))) - {"None"})
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.0)
-    return f"{flag} {given!r}: did you mean {near[0]!r}? There are: {', '.join(names)}"
+    return str(no_such(flag, given, names))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,8 @@ from worldenv.benchmarks import cases, compile_kernels, harness
 from worldenv.cli import bench_schedule
 from worldenv.cli.arguments import parse
 from worldenv.cli.ending import Ending
+from worldenv.devices import architectures
+from worldenv.nouns import no_such
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _compile_only(args: BenchArgs) -> int:
     if args.case != ("kernels",):
         raise ValueError(f"--compile-only goes with kernels alone, not with {', '.join(args.case)}")
     rows = []
-    for row in compile_kernels.compile_all(args.arch.split(","), [word for word in args.only.split(",") if word]):
+    for row in compile_kernels.compile_all(architectures(args.arch), [word for word in args.only.split(",") if word]):
         print(f"{row.arch:8} {row.registers:4} registers {row.shared_bytes:6} B shared {row.spill_bytes:4} B spilled  {row.kernel}", flush=True)
         rows.append(dataclasses.asdict(row))
     print(json.dumps({"rows": rows, "versions": harness.versions(), "commit": harness.commit()}))
@@ -71,14 +72,15 @@ def _measure(args: BenchArgs) -> int:
         if name in bench_schedule.NAMES:
             raise ValueError(f"{name} has flags of its own: worldenv-bench {name} ..., by itself")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"no case {name!r}; did you mean {near!r}? There are: {', '.join(known)}")
+            raise no_such("case", name, known)
     if args.compile_only:
         return _compile_only(args)
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: want at least 1")
     if not args.seconds >= 0.0:  # what is no number is refused too
         raise ValueError(f"--seconds {args.seconds}: want 0 or more")
+    if args.preset and args.size not in ("auto", args.preset):
+        raise ValueError(f"--preset {args.preset} and --size {args.size}: choose one")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}: want at least 1")

@@ -18,6 +18,7 @@ from worldenv.benchmarks import engine_rows
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.cli.ending import Ending
+from worldenv.devices import architectures
 from worldenv.engines import backend, parity
 from worldenv.engines.recipe import EngineError
 from worldenv.engines.store import DEFAULT_STORE, Store
@@ -28,16 +29,22 @@ NEVER_RUN = "built, never run"
 
 @dataclass(frozen=True)
 class _Where:
-    store: Path = DEFAULT_STORE
-    """Folder of the plans."""
+    store: Path | None = None
+    """Folder of the plans; by default runs/engines."""
     limit_gb: float = 20.0
     """Plans are kept up to this; those used longest ago go first [GB]."""
 
     def open(self) -> Store:
-        """The store."""
+        """The store. ValueError for a limit that is none."""
         if not 0 < self.limit_gb < math.inf:
             raise ValueError(f"--limit-gb {self.limit_gb}: want a size above 0")
-        return Store(self.store, int(self.limit_gb * 1e9))
+        return Store(self.store or DEFAULT_STORE, int(self.limit_gb * 1e9))
+
+    def there(self) -> Store:
+        """The store that was named, which is there, or the default one, in which there may be nothing yet. ValueError as `open`, and for none."""
+        if self.store is not None and not (self.store / "plans").is_dir():
+            raise ValueError(f"--store {self.store}: no store there; build makes one (plans of a run: RUN/engines)")
+        return self.open()
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,10 @@ class GcArgs(_Where):
 
 
 def _names(args: BuildArgs, here: bool) -> list[str]:
+    """ValueError for a back end that there is not."""
     if args.back_end != "auto":
-        names = args.back_end.split(",")
-        for name in names:
+        names = [name for name in args.back_end.split(",") if name]
+        for name in names or [args.back_end]:
             backend.back_end(name)
         return names
     return list(backend.AUTOMATIC["cuda" if torch.cuda.is_available() else "cpu"]) if here else ["tensorrt_rtx"]
@@ -90,20 +98,23 @@ def _names(args: BuildArgs, here: bool) -> list[str]:
 def build(args: BuildArgs) -> int:
     """See BuildArgs."""
     here = args.arch == "here"
+    store, archs, names = args.open(), ["here"] if here else architectures(args.arch), _names(args, here)  # said before networks are made
     device = torch.device("cuda" if torch.cuda.is_available() and here else "cpu")
     precision = args.precision if args.precision != "auto" else "bf16" if not here or device.type == "cuda" else "fp32"
     words = [word for word in args.only.split(",") if word]
     subject = engine_rows.subject(args.preset, args.size, args.run, device, precision)
+    if lost := [word for word in words if not any(word in one.name for one in subject.networks)]:
+        raise ValueError(f"--only {lost[0]}: there are {', '.join(one.name for one in subject.networks)}")
     networks = [one for one in subject.networks if not words or any(word in one.name for word in words)]
-    if not networks:
-        raise ValueError(f"--only {args.only}: there are {', '.join(one.name for one in subject.networks)}")
-    store, rows = args.open(), []
+    if precision == "fp8" and not any(one.recipe.precision == "fp8" for one in networks):
+        raise ValueError(f"--precision fp8: is the U-Net's alone, which --only {args.only} leaves out; want bf16")
+    rows = []
     recorded = subject.recorded() if here else {}
-    for arch in args.arch.split(","):
-        for name in _names(args, here):
+    for arch in archs:
+        for name in names:
             made = []
             for network in networks:
-                row: dict[str, Any] = {"engine": network.name, "back_end": name, "arch": arch}
+                row: dict[str, Any] = {"engine": network.name, "back_end": name, "arch": arch, "precision": network.recipe.precision}
                 try:
                     if here:
                         choice = compiled.built(network, name, store, device, recorded[network.name], timed=True)
@@ -113,16 +124,15 @@ def build(args: BuildArgs) -> int:
                         row |= choice.parity.plain() | {"seconds": choice.plan.seconds, "bytes": choice.plan.bytes}
                         said = choice.parity.said
                     else:
-                        backend.capability(arch)
                         plan = backend.planned(name, network.plain(), network.recipe, arch, store)
                         row |= {"state": NEVER_RUN, "seconds": plan.seconds, "bytes": plan.bytes}
                         said = f"{NEVER_RUN}, {plan.bytes / 1e6:.1f} MB in {plan.seconds:.0f} s"
                 except EngineError as error:
                     row["error"] = said = str(error)
-                console.say(f"{network.name:22} {name:13} {arch:7} {said}")
+                console.say(f"{network.name:22} {name:13} {arch:7} {network.recipe.precision:4} {said}")
                 rows.append(row)
             rows += _closed_loop(subject, store, made)
-    print(json.dumps({"store": str(args.store), "rows": rows}, allow_nan=False))
+    print(json.dumps({"store": str(store.root), "rows": rows}, allow_nan=False))
     return 1 if any("error" in row or row.get("passed") is False for row in rows) else 0
 
 
@@ -141,7 +151,7 @@ def _closed_loop(subject: engine_rows.Subject, store: Store, made: Sequence[comp
 
 def listed(args: ListArgs) -> int:
     """See ListArgs."""
-    store = args.open()
+    store = args.there()
     rows = []
     for key, one in store.index().items():
         try:
@@ -154,13 +164,13 @@ def listed(args: ListArgs) -> int:
             state = f"{'passed' if found['passed'] else 'FAILED'}, error {found['max_rel_error']}, limit {found['tolerance']}"
         print(f"{key[:12]}  {one['engine']:22} {one['back_end']:13} {one['arch']:18} {one['bytes'] / 1e6:9.1f} MB  {state}".rstrip())
         rows.append({"key": key, **one, "parity": found})
-    print(json.dumps({"store": str(args.store), "plans": rows}))
+    print(json.dumps({"store": str(store.root), "plans": rows}))
     return 0
 
 
 def verify(args: VerifyArgs) -> int:
     """See VerifyArgs."""
-    store, damaged = args.open(), []
+    store, damaged = args.there(), []
     keys = store.keys()
     for key in keys:
         try:
@@ -177,7 +187,7 @@ def verify(args: VerifyArgs) -> int:
 
 def gc(args: GcArgs) -> int:
     """See GcArgs."""
-    gone = args.open().gc()
+    gone = args.there().gc()
     print(json.dumps({"removed": gone}))
     return 0
 
@@ -204,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Ending("worldenv-engine") as ending:
         ending.stopped = "; plans that were built whole are kept"
         args = parse(f"worldenv-engine {argv[0]}", kind, kind(), argv[1:])
-        with files.written(args.store, flag="--store", then=", or choose another --store"):
+        with files.written(args.store or DEFAULT_STORE, flag="--store", then=", or choose another --store"):
             ending.code = command(args)
     return ending.code
 

@@ -77,6 +77,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(folder / f"{name}.npy", array)
     np.save(folder / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
     (folder / "k.json").write_text(json.dumps({"fx": FOCAL, "fy": FOCAL, "ppx": WIDTH / 2, "ppy": HEIGHT / 2}))
+    (folder / "list.json").write_text("[1]")
     rotation, translation = TO_WORLD[:3, :3].tolist(), TO_WORLD[:3, 3].tolist()
     (folder / "e.json").write_text(json.dumps([{"extrinsic": {"rotation_matrix": rotation, "translation_vector": translation}}]))
     simulator = trained()
@@ -302,7 +303,9 @@ def test_a_disk_that_refuses_is_one_line_with_the_cure(number: int, cure: str, c
         ({"checkpoint": "gone.pt"}, "no such file"),
         ({"checkpoint": "policy.safetensors"}, "not a simulator"),
         ({"checkpoint": "f.png"}, "truncated, damaged"),
-        ({"statistics": "stats-zero.npy"}, "deviation above 0"),
+        ({"statistics": "stats-zero.npy"}, r"stats-zero.npy: deviation \d+ is 0, want a deviation above 0"),
+        ({"seed": "-1"}, "--seed -1: want 0"),
+        ({**COMMANDS, "controller": "list.json"}, r"--controller \S*list.json: want a JSON object"),
         ({"clip": "lightning.pt"}, "leave it away"),
         ({"denoise_steps": "61"}, "denoise_steps=61"),
         ({"device": "abacus"}, "--device abacus"),

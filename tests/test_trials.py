@@ -659,7 +659,7 @@ def test_a_policy_runs_by_an_engine_where_that_is_asked_for(tmp_path, capsys, mo
         np.testing.assert_allclose(mine, want, atol=1e-4)
 
 
-def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
+def test_a_run_says_what_its_policy_was_trained_on(tmp_path, capsys):
     """Its latest policy, its environment's pictures, limit and tasks, its demonstrations and its reflector."""
     settings = preset("tiny")
     env = dataclasses.replace(settings.env, image=48, steps=24, test_states=9)
@@ -680,7 +680,16 @@ def test_a_run_says_what_its_policy_was_trained_on(tmp_path):
     assert found.identity == checkpoint.file_hash(tmp_path / "stages" / "loop" / "policy.safetensors")
     assert judge == tmp_path / "stages" / "reward" / "reflector.safetensors"
     assert found.reflector == checkpoint.file_hash(judge)
+    assert capsys.readouterr().err == ""
+    assert command_line._evaluation(command_line.RunArgs(str(tmp_path), episodes=27))[0].suite == "tabletop"
+    assert command_line.main(["curve", str(tmp_path), "--episodes", "2"]) == 2
+    assert "no copies of the policy (stages/loop/policy-*.safetensors)" in capsys.readouterr().err
+    (tmp_path / "stages" / "loop").rename(tmp_path / "stages" / "noloop")
+    assert command_line.main(["curve", str(tmp_path), "--episodes", "2"]) == 2
+    assert "stage loop, which keeps the copies of the policy, has not begun" in capsys.readouterr().err
+    (tmp_path / "stages" / "noloop").rename(tmp_path / "stages" / "loop")
     elsewhere, _ = command_line._evaluation(command_line.RunArgs(str(tmp_path), "libero_goal"))
+    assert capsys.readouterr().err == f"{tmp_path} is of a run in tabletop, and is evaluated in libero_goal\n"
     assert (elsewhere.image, elsewhere.limit, elsewhere.episodes, elsewhere.env) == (256, 300, 500, None)
 
 
@@ -707,7 +716,11 @@ INSPECT = ["inspect", "--suite", "tabletop", "--task", "0", "--out", "x.npz"]
         (["run", "--polcy", "expert"], "did you mean '--policy'"),
         (["compare", "no", "where"], "no: no evaluation there"),
         (["run", "--policy", "expert", "--suite", "tabletop", "--image", "-3"], "--image -3: want at least 1 px"),
-        (["curve", "nowhere"], "nowhere: no copies of the policy"),
+        (["curve", "nowhere"], "nowhere: no run there (no run.json); start one: worldenv-train --out nowhere"),
+        (["audit", "nowhere"], "nowhere: no run there (no run.json); start one: worldenv-train --out nowhere"),
+        ([*EXPERT, "--device", "nonsense"], "--device nonsense: want auto, cpu, cuda"),
+        ([*EXPERT, "--seed", "-4"], "--seed -4: want 0 .. 4294967295"),
+        (["run", "--policy", "bad.json", "--suite", "tabletop"], "bad.json: truncated or damaged"),
         (["curve"], "run"),
         (["curve", "nowhere", "--episode", "2"], "did you mean '--episodes'"),
         (["inspect", "--suite", "tabletop", "--task", "one", "--actions", "a.npy", "--out", "x.npz"], "--task: invalid literal for int"),
@@ -743,6 +756,7 @@ def test_what_is_asked_wrongly_is_one_line(argv, why, capsys, tmp_path, monkeypa
         np.save(f"{name}.npy", array)
     np.savez("several.npz", **actions)
     Path("empty.npy").touch()
+    Path("bad.json").write_text("{}")
     Path("mine.npz").write_text("mine")
     for name in ("oft", "oft.npz"):
         Path(name).mkdir()
@@ -750,6 +764,7 @@ def test_what_is_asked_wrongly_is_one_line(argv, why, capsys, tmp_path, monkeypa
     said = capsys.readouterr().err.strip()
     assert why in said
     assert "\n" not in said
+    assert "delete" not in said  # files of the user's own
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "x.npz").exists()
     assert (tmp_path / "mine.npz").read_text() == "mine"

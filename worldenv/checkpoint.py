@@ -233,7 +233,7 @@ def _tree(header: dict[str, str], tensors: dict[str, torch.Tensor], name: str) -
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{name}: damaged, its content does not match its checksum; delete it and run its stage again")
+        raise CheckpointError(f"{name}: damaged, its content does not match its checksum; get it again, of a run by --from its stage")
     return _unpack(json.loads(kept["tree"]), tensors)
 
 
@@ -269,7 +269,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error}); delete it and run its stage again") from error
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); get it again, of a run by --from its stage") from error
 
 
 def load(path: Path) -> Any:

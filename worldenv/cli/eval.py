@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from worldenv import checkpoint, evaluation
+from worldenv import checkpoint, console, evaluation
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.cli.ending import Ending
@@ -40,8 +40,8 @@ class RunArgs:
 
     policy: str = ""
     """expert, a policy's file, a run's folder, an OpenVLA-OFT directory, or lerobot:PATH with --python."""
-    suite: Suite = "libero_spatial"
-    """Which tasks."""
+    suite: Suite | None = None
+    """Which tasks; by default those of the policy's run, else libero_spatial."""
     mode: Protocol = "oracle"
     """oracle: ends at success (Table 1); limit: success at the step limit (Table 3, baselines); reflector: ends where the reflector says (ours)."""
     episodes: int | None = None
@@ -84,8 +84,8 @@ class CurveArgs:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    suite: Suite = "libero_spatial"
-    """Which tasks."""
+    suite: Suite | None = None
+    """Which tasks; by default those of the run."""
     tasks: tuple[int, ...] = ()
     """Only these."""
     mode: Protocol = "oracle"
@@ -192,9 +192,20 @@ def _mean_something(args: RunArgs, who: actors.Description) -> None:
         raise ValueError(f"--reflector {args.reflector}: is for --mode reflector; {args.mode} asks none, leave it out")
 
 
-def _directory(args: RunArgs) -> actors.Directory:
+def _suite(asked: Suite | None, policy: str) -> Suite:
+    """What is evaluated where that is not said: the environment of the policy's run. ValueError where it is of recordings."""
+    path = actors.weights_of(policy)
+    run = None if path is None else actors.run_of(path.resolve())
+    if asked is not None or run is None:
+        return asked or "libero_spatial"
+    if (its := settings_of(run).env.name) == "recorded":
+        raise ValueError(f"--policy {policy}: its run is from recordings, in which nobody can act; say which --suite: {', '.join(get_args(Suite))}")
+    return its
+
+
+def _directory(args: RunArgs, suite: str) -> actors.Directory:
     """How the policy is opened if it is an OpenVLA-OFT directory."""
-    dataset = args.dataset if args.dataset is not None else published.dataset_of(Path(args.policy), args.suite)
+    dataset = args.dataset if args.dataset is not None else published.dataset_of(Path(args.policy), suite)
     return actors.Directory(args.views or actors.Directory.views, dataset, args.step)
 
 
@@ -207,7 +218,10 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     if args.gpus < 0:
         raise ValueError(f"--gpus {args.gpus}: want a count, or 0 for all")
     _image(args.image)
-    who = actors.describe(args.policy, args.demonstrations, _directory(args))
+    files.seeded(args.seed)
+    device_of(args.device)
+    suite = _suite(args.suite, args.policy)
+    who = actors.describe(args.policy, args.demonstrations, _directory(args, suite))
     _mean_something(args, who)
     if args.policy == "expert" and (args.mode == "reflector" or args.sample):
         raise ValueError("--policy expert: it is neither watched nor sampled; modes oracle and limit")
@@ -217,18 +231,20 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
     judge = (args.reflector or who.reflector) if args.mode == "reflector" else None
     if args.mode == "reflector" and (judge is None or not judge.is_file()):
         raise ValueError(f"--mode reflector: no reflector at {judge}; give --reflector FILE (reflector.safetensors of a run's stage reward)")
-    tasks = _tasks(args.tasks, args.suite, who)
-    its = who.env if who.env is not None and who.env.name == args.suite else None
-    ours = its if args.suite == "tabletop" else None
-    most = (ours or EnvConfig()).test_states if args.suite == "tabletop" else LIBERO_TEST_STATES
+    tasks = _tasks(args.tasks, suite, who)
+    its = who.env if who.env is not None and who.env.name == suite else None
+    ours = its if suite == "tabletop" else None
+    most = (ours or EnvConfig()).test_states if suite == "tabletop" else LIBERO_TEST_STATES
     episodes = EPISODES_PER_TASK * len(tasks) if args.episodes is None else args.episodes
     if not 1 <= episodes <= most * len(tasks):
         raise ValueError(f"--episodes {episodes}: there are {most} test states for each of {len(tasks)} tasks; give 1 .. {most * len(tasks)}")
-    image = args.image or (its.image if its else suites.picture(args.suite))
-    limit = ours.steps if ours else suites.step_limit(args.suite)
+    if who.env is not None and its is None:
+        console.say(f"{args.policy} is of a run in {who.env.name}, and is evaluated in {suite}")
+    image = args.image or (its.image if its else suites.picture(suite))
+    limit = ours.steps if ours else suites.step_limit(suite)
     views = 0 if args.policy == "expert" else 1  # of a network: known when it is open
     return Evaluation(
-        args.suite, args.policy, who.identity, args.mode, episodes, tasks, limit, image, views, args.sample, args.seed, who.demonstrations,
+        suite, args.policy, who.identity, args.mode, episodes, tasks, limit, image, views, args.sample, args.seed, who.demonstrations,
         checkpoint.file_hash(judge) if judge else None, ours, engines,
     ), judge  # fmt: skip
 
@@ -239,20 +255,18 @@ def _name(text: str) -> str:
 
 def _evaluate(args: RunArgs) -> dict[str, Any]:
     asked, judge = _evaluation(args)
-    out = args.out or Path("runs/eval") / f"{args.suite}-{_name(args.policy)}-{args.mode}"
+    out = args.out or Path("runs/eval") / f"{asked.suite}-{_name(args.policy)}-{args.mode}"
     goes_on = "; the same command then goes on from here"
     if args.policy == "expert":
         with files.written(out, goes_on):
             return runner.evaluate(asked, out, args.processes, ())
-    robot = suites.robot(args.suite)
-    seed = args.seed if args.sample else None
+    robot = suites.robot(asked.suite)
+    seed, directory = args.seed if args.sample else None, _directory(args, asked.suite)
     devices = gpus_of(device_of(args.device), args.gpus)
     if len(devices) > args.processes:
         raise ValueError(f"--gpus {len(devices)} --processes {args.processes}: want a process for each GPU at least, whose environment asks it")
     with contextlib.ExitStack() as opened, files.written(out, goes_on):
-        benches = [
-            opened.enter_context(actors.open_bench(args.policy, robot, device, args.python, seed, _directory(args), judge)) for device in devices
-        ]
+        benches = [opened.enter_context(actors.open_bench(args.policy, robot, device, args.python, seed, directory, judge)) for device in devices]
         return runner.evaluate(runner.seen_by(asked, benches[0].actor.views), out, args.processes, benches)
 
 
@@ -282,21 +296,25 @@ def _run(argv: Sequence[str]) -> int:
 
 def _curve(argv: Sequence[str]) -> int:
     args = parse("worldenv-eval curve", CurveArgs, None, argv)
+    settings_of(args.run)
+    if not (args.run / "stages" / "loop").is_dir():
+        raise ValueError(f"{args.run}: stage loop, which keeps the copies of the policy, has not begun; worldenv-train --resume {args.run}")
     points = snapshots(args.run)
     if len(points) == 1:
         raise ValueError(f"{args.run}: no copies of the policy (stages/loop/policy-*.safetensors); train with loop.snapshot_every")
-    out = args.out or Path("runs/eval") / f"{args.suite}-{_name(str(args.run))}-curve"
+    suite = _suite(args.suite, str(points[-1][1]))
+    out = args.out or Path("runs/eval") / f"{suite}-{_name(str(args.run))}-curve"
     rows = []
     for step, path in points:
         at = out / f"step-{step:04d}"
         one = RunArgs(
-            str(path), args.suite, args.mode, args.episodes, args.tasks, at, args.processes, device=args.device, gpus=args.gpus, engines=args.engines
+            str(path), suite, args.mode, args.episodes, args.tasks, at, args.processes, device=args.device, gpus=args.gpus, engines=args.engines
         )  # fmt: skip
         found = _evaluate(one)
         rows.append({"step": step, **{key: found[key] for key in ("episodes", "successes", "interval", "tasks")}})
         by_task = "  ".join(f"{task['task']}: {task['successes']}/{task['episodes']}" for task in found["tasks"])
         print(f"step {step:4}  {found['successes']:3}/{found['episodes']:<3}  {by_task}", flush=True)
-    print(json.dumps({"suite": args.suite, "policy": str(args.run), "mode": args.mode, "curve": rows}))
+    print(json.dumps({"suite": suite, "policy": str(args.run), "mode": args.mode, "curve": rows}))
     return 0
 
 

@@ -40,6 +40,12 @@ def in_range(commands: NDArray[Any], name: str) -> None:
         raise ValueError(f"{name}: row {row}, column {column} is {commands[row, column]:.4g}, want commands in -1 .. 1")
 
 
+def seeded(seed: int) -> None:
+    """Raises ValueError for a `--seed` that is no word of the noise key."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: want 0 .. {2**32 - 1}")
+
+
 def plain(path: Path, flag: str) -> Any:
     """What a JSON file holds. Raises ValueError that names `flag` and the file, once."""
     try:

@@ -171,9 +171,11 @@ def _controller(path: Path | None, robot: Robot) -> kinematics.ControllerModel:
     if path is None:
         return kinematics.ControllerModel.of(robot)
     stored = files.plain(path, "--controller")
+    if not isinstance(stored, dict):
+        raise ValueError(f"--controller {path}: want a JSON object, the controller.json of a run's stage world")
     try:
         return kinematics.ControllerModel.from_dict(stored)
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"--controller {path}: {error}") from error
 
 
@@ -242,8 +244,10 @@ def _set_statistics(simulator: Evac, args: ImagineArgs, deltas: torch.Tensor, ar
     """Give `simulator` the mean and deviation of deltas where its file has none; returns where they come from."""
     if args.statistics is not None:
         given = _array(args.statistics, "--statistics")
-        if given.shape != (2, DELTA_DIM) or (given[1] <= 0).any():
-            raise ValueError(f"--statistics {args.statistics}: {given.shape}, want (2, 14): mean, then deviation above 0")
+        if given.shape != (2, DELTA_DIM):
+            raise ValueError(f"--statistics {args.statistics}: {given.shape}, want (2, {DELTA_DIM}): mean, then deviation")
+        if still := np.flatnonzero(given[1] <= 0).tolist():
+            raise ValueError(f"--statistics {args.statistics}: deviation {still[0]} is {given[1, still[0]]:g}, want a deviation above 0")
         source = str(args.statistics)
         mean, deviation = (torch.from_numpy(row.astype(np.float32)) for row in given)
     elif args.checkpoint is not None and weights.is_ours(args.checkpoint):
@@ -295,6 +299,7 @@ def imagine(args: ImagineArgs) -> dict[str, Any]:
     if (args.checkpoint is None) != args.random_weights:
         both = "--checkpoint and --random-weights: choose one"
         raise ValueError(both if args.random_weights else "give --checkpoint; or --random-weights, whose video shows nothing but that it runs")
+    files.seeded(args.seed)
     device, seen = device_of(args.device), motion(args)
     simulator = _simulator(args)
     simulator.sample_with(args.denoise_steps, args.eta, args.guidance)

@@ -138,7 +138,7 @@ class Description:
     """Of the run that it comes from."""
 
 
-def _run_of(path: Path) -> Path | None:
+def run_of(path: Path) -> Path | None:
     """The run's folder that `path` is or lies in."""
     return next((folder for folder in (path, *path.parents) if (folder / "run.json").is_file()), None)
 
@@ -188,7 +188,7 @@ def describe(name: str, demonstrations: int | None, opened: Directory) -> Descri
         return Description(name, name, demonstrations)
     path = locate(name)
     identity = _identity(path, opened)
-    folder = _run_of(path.resolve())
+    folder = run_of(path.resolve())
     if folder is None:
         return Description(name, identity, demonstrations)
     settings = run.settings_of(folder)

@@ -723,7 +723,7 @@ INSPECT = ["inspect", "--suite", "tabletop", "--task", "0", "--out", "x.npz"]
         (["run", "--policy", "bad.json", "--suite", "tabletop"], "bad.json: truncated or damaged"),
         (["curve"], "run"),
         (["curve", "nowhere", "--episode", "2"], "did you mean '--episodes'"),
-        (["inspect", "--suite", "tabletop", "--task", "one", "--actions", "a.npy", "--out", "x.npz"], "--task: invalid literal for int"),
+        (["inspect", "--suite", "tabletop", "--task", "one", "--actions", "a.npy", "--out", "x.npz"], "--task 'one': want a whole number"),
         ([*EXPERT, "--python", "/usr/bin/python3"], "--python /usr/bin/python3: is for lerobot:PATH"),
         ([*EXPERT, "--views", "2"], "--views 2: is for an OpenVLA-OFT directory"),
         ([*EXPERT, "--demonstrations", "50"], "--demonstrations 50: an expert is trained on none"),

@@ -39,20 +39,33 @@ def parse(program: str, kind: type[T], default: T | None, argv: Sequence[str]) -
             found: T = tyro.cli(kind, prog=program, args=list(argv), config=options, **begun)
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_line(said.getvalue(), program)) from None
+            raise ValueError(_line(said.getvalue(), program, argv)) from None
         raise
     return found
 
 
-def _line(box: str, program: str) -> str:
-    """tyro's message in one line, without the box around it; of an unknown flag or a wrong choice, with the nearest right one."""
+def _line(box: str, program: str, argv: Sequence[str]) -> str:
+    """tyro's message in one line, without the box around it; of an unknown flag or a wrong choice, with the nearest right one; of a value of another
+    type, with the type that is wanted."""
     words = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]+|-{5,}", " ", box)).strip()
     if unknown := re.search(r"Unrecognized options: ([^\s,=]+)", words):
+        if valued := [word for word in argv if word.startswith("--") and word.endswith(f"={unknown.group(1)}")]:
+            return f"{valued[0]}: this flag takes no value; want {valued[0].partition('=')[0]} alone"
         meant = re.search(r"Perhaps you meant: (--[^\s,]+)", words)
         cure = f"; did you mean {meant.group(1)!r}?" if meant else "."
         return f"unknown flag {unknown.group(1)!r}{cure} All flags: {program} --help"
     if refused := re.fullmatch(r"Value error Error parsing [\w.]+: (.*) For full helptext, see .*", words):
         return refused.group(1)
+    if wrong := re.search(r"Error parsing (\S+): (.*?) Argument helptext: ", words):
+        flag, reason = wrong.groups()
+        values = re.findall(r"'[^']*'", (re.search(r"\[.*?\]", reason) or wrong)[0])
+        kind = re.search(r"\b(int|float)\b", words, re.IGNORECASE)
+        if kind is None:
+            return f"{flag}: {reason}"
+        what = "whole number" if kind[0].lower() == "int" else "number"
+        return f"{flag} {' '.join(values)}: want {f'{what}s' if len(values) > 1 else f'a {what}'}"
+    if missing := re.search(r"Missing value for argument '(.*?)'\. Expected (\d+)", words):
+        return f"{missing.group(1)}: want {missing.group(2)} value{'s' if missing.group(2) != '1' else ''} after it"
     choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)", words)
     if choice is None:
         return words

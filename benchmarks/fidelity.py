@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from worldenv import audit, checkpoint, config, report
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.data.episode import Episode
-from worldenv.envs.offscreen import NoOpenGL
 from worldenv.run import Run, settings_of
 from worldenv.stages.desk import Desk
 
@@ -211,14 +211,11 @@ def _print(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 2 where the arguments or the runs are no good."""
-    try:
+    with Ending("benchmarks.fidelity") as ending:
         result = measure(parse("benchmarks.fidelity", FidelityArgs, FidelityArgs(), sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError, NoOpenGL) as error:
-        print(f"benchmarks.fidelity: {error}", file=sys.stderr)
-        return 2
-    _print(result)
-    print(json.dumps(result))
-    return 0
+        _print(result)
+        print(json.dumps(result))
+    return ending.code
 
 
 if __name__ == "__main__":

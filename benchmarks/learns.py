@@ -33,6 +33,7 @@ from scipy import stats
 from worldenv import checkpoint, config, evaluation, presets, report, train
 from worldenv.benchmarks import harness
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.config import RunConfig
 from worldenv.data.episode import Episode
 from worldenv.evaluation import Outcomes
@@ -376,25 +377,22 @@ def _line(name: str, seed: str, one: Mapping[str, Any], commit: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the row is written or the table printed, 2 for a bad command line."""
-    try:
+    with Ending("benchmarks.learns") as ending:
         args = parse("benchmarks.learns", LearnsArgs, LearnsArgs(), sys.argv[1:] if argv is None else argv)
         if args.instead and args.control != "none":
             raise ValueError("--instead and --control: choose one")
         settings_for(args)
-    except ValueError as error:
-        print(f"benchmarks.learns: {error}", file=sys.stderr)
-        return 2
-    if args.table:
-        rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
-        print("\n\n".join(made(rows) for made in (table, table_against, table_of_runs, table_of_ends, table_of_verdicts)))
-        return 0
-    row = measure(args)
-    if not args.fast:
-        with args.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    print(table([row]))
-    print(json.dumps(row))
-    return 0
+        if args.table:
+            rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+            print("\n\n".join(made(rows) for made in (table, table_against, table_of_runs, table_of_ends, table_of_verdicts)))
+            return 0
+        row = measure(args)
+        if not args.fast:
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        print(table([row]))
+        print(json.dumps(row))
+    return ending.code
 
 
 if __name__ == "__main__":

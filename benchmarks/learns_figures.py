@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from worldenv import audit, checkpoint, report
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.data.collect import act_out
 from worldenv.evaluation import Outcomes
 from worldenv.policy import weights as policies
@@ -173,25 +174,22 @@ def _trajectories(pairs: Sequence[audit.Pair], eta: float, out: Path) -> list[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when all is drawn, 2 where there is no finished run."""
-    try:
+    with Ending("benchmarks.learns_figures") as ending:
         args = parse("benchmarks.learns_figures", FiguresArgs, FiguresArgs(), sys.argv[1:] if argv is None else argv)
         runs = [path for path in sorted(args.runs.glob("seed-*/method")) if (path / "report.json").is_file()]
         if not runs:
             raise ValueError(f"{args.runs}: no seed-*/method/report.json, so no finished run; make one: python -m benchmarks.learns --seed 0")
-    except ValueError as error:
-        print(f"benchmarks.learns_figures: {error}", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    records = [report.read(run) for run in runs]
-    eta = float(Outcomes.from_tree(checkpoint.load(runs[0] / "stages" / "eval" / "outcomes.safetensors")["loop"]).threshold)
-    pairs = replayed_pairs(runs[0] / "stages" / "eval" / "replays-loop.safetensors")
-    success_by_iteration(records, args.out / "success_by_iteration.png")
-    imagined_and_true(records, args.out / "imagined_and_true.png")
-    world_by_chunk(records, pairs, eta, args.out / "world_by_chunk.png")
-    for line in (after_success(runs[0], args.out / "after_success.png"), *_trajectories(pairs, eta, args.out)):
-        print(line)
-    return 0
+        torch.set_num_threads(1)
+        args.out.mkdir(parents=True, exist_ok=True)
+        records = [report.read(run) for run in runs]
+        eta = float(Outcomes.from_tree(checkpoint.load(runs[0] / "stages" / "eval" / "outcomes.safetensors")["loop"]).threshold)
+        pairs = replayed_pairs(runs[0] / "stages" / "eval" / "replays-loop.safetensors")
+        success_by_iteration(records, args.out / "success_by_iteration.png")
+        imagined_and_true(records, args.out / "imagined_and_true.png")
+        world_by_chunk(records, pairs, eta, args.out / "world_by_chunk.png")
+        for line in (after_success(runs[0], args.out / "after_success.png"), *_trajectories(pairs, eta, args.out)):
+            print(line)
+    return ending.code
 
 
 if __name__ == "__main__":

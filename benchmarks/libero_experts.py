@@ -31,8 +31,9 @@ import torch
 from worldenv import console, noise, report
 from worldenv.benchmarks import harness
 from worldenv.cli.arguments import parse
+from worldenv.cli.ending import Ending
 from worldenv.config import LIBERO_TEST_STATES
-from worldenv.envs import libero, libero_install
+from worldenv.envs import libero
 from worldenv.envs.experts import libero as expert
 from worldenv.envs.experts import libero_scene
 from worldenv.envs.libero import Libero, Suite
@@ -132,37 +133,34 @@ def table(rows: Iterable[Mapping[str, Any]], code: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when all is measured or the table printed, 2 for a bad command line or where LIBERO is not there."""
-    try:
+    """Exit code 0 when all is measured or the table printed, 1 where LIBERO is not there, 2 for a bad command line."""
+    with Ending("benchmarks.libero_experts") as ending:
         args = parse("benchmarks.libero_experts", ExpertsArgs, ExpertsArgs(), sys.argv[1:] if argv is None else argv)
         names = {suite: libero.instructions(suite) for suite in libero.SUITES}
-    except (ValueError, libero_install.LiberoMissing) as error:
-        print(f"benchmarks.libero_experts: {error}", file=sys.stderr)
-        return 2
-    code = version()
-    if not args.table:
-        there = {(row["suite"], row["task"], row["index"]) for row in read(args.results) if row["expert"] == code}
-        work = [
-            (suite, task, missing)
-            for suite in libero.SUITES
-            for task in expert.TASKS[suite]
-            if args.only in suite or args.only in names[suite][task]
-            if (missing := tuple(i for i in range(args.episodes) if (suite, task, i) not in there))
-        ]
-        measure = functools.partial(_measure, args.results, code)
-        done: Iterator[int]
-        with contextlib.ExitStack() as stack:
-            if args.processes > 1:
-                done = stack.enter_context(multiprocessing.get_context("spawn").Pool(args.processes)).imap_unordered(measure, work)
-            else:
-                done = map(measure, work)
-            for _ in console.track(0, len(work), "tasks"):
-                next(done)
-    rows = read(args.results)
-    print(table(rows, code))
-    successes = sum(row["steps"] is not None for row in rows)
-    print(json.dumps({"benchmark": "libero_experts", "expert": code, "episodes": len(rows), "successes": successes}))
-    return 0
+        code = version()
+        if not args.table:
+            there = {(row["suite"], row["task"], row["index"]) for row in read(args.results) if row["expert"] == code}
+            work = [
+                (suite, task, missing)
+                for suite in libero.SUITES
+                for task in expert.TASKS[suite]
+                if args.only in suite or args.only in names[suite][task]
+                if (missing := tuple(i for i in range(args.episodes) if (suite, task, i) not in there))
+            ]
+            measure = functools.partial(_measure, args.results, code)
+            done: Iterator[int]
+            with contextlib.ExitStack() as stack:
+                if args.processes > 1:
+                    done = stack.enter_context(multiprocessing.get_context("spawn").Pool(args.processes)).imap_unordered(measure, work)
+                else:
+                    done = map(measure, work)
+                for _ in console.track(0, len(work), "tasks"):
+                    next(done)
+        rows = read(args.results)
+        print(table(rows, code))
+        successes = sum(row["steps"] is not None for row in rows)
+        print(json.dumps({"benchmark": "libero_experts", "expert": code, "episodes": len(rows), "successes": successes}))
+    return ending.code
 
 
 if __name__ == "__main__":

@@ -119,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.replay is not None:
             found = replay(args.out, settings, args.replay)
             print(json.dumps(found, allow_nan=False))
-            ending.code = 0 if found["bit_equal"] else 1
-            return ending.code
+            return 0 if found["bit_equal"] else 1
         # --from would begin what it has finished anew
         ending.stopped = f"; {f'--resume {args.out}' if args.from_stage else 'the same command'} goes on from here"
         ending.no_room = _LESS_MEMORY.format(args.out)

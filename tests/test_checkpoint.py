@@ -154,7 +154,9 @@ def test_savepoint_keeps_the_last_tree(tmp_path):
     first.save({"step": 3})
     assert len(calls) == 2
     second = Savepoint(tmp_path / "s")
-    assert second.load() == {"step": 3}
+    assert second.load("step") == {"step": 3}
+    with pytest.raises(CheckpointError, match="s: of another version, which kept no losses, kl; delete it"):
+        second.load("step", "losses", "kl")
     assert not second.due()
     second.clear()
     assert second.load() is None

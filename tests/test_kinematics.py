@@ -411,6 +411,19 @@ def test_fit_finds_a_coupled_controller() -> None:
     np.testing.assert_allclose(little.coupling, PANDA.coupling, atol=0.1)
 
 
+def test_a_coupled_fit_that_never_comes_to_rest_says_that_it_is_none() -> None:
+    """Motion that grows by itself, 15 % a step, is no controller's."""
+    poses, commands = [], []
+    for number in range(30):
+        moved = 1e-3 * draw(number, 1, 3) * 1.15 ** np.arange(24)[:, None]
+        place = np.concatenate([np.zeros((1, 3)), np.cumsum(moved, axis=0)])
+        poses.append(np.concatenate([place, np.tile([1.0, 0, 0, 0], (25, 1))], axis=1))
+        commands.append(1e-3 * draw(100 + number, 24, 7))
+    got = kinematics.fit(poses, commands, PANDA)
+    assert (got.coupling, got.gain, got.decay) == (PANDA.coupling, PANDA.gain, PANDA.decay)
+    assert not any(got.fitted)
+
+
 def test_drift_knows_what_was_asked_before() -> None:
     """Of the model that made the path, no error: after holding a turn, with a gripper under way, from every state."""
     poses, commands = episodes(COUPLED, 6, 40)

@@ -309,9 +309,14 @@ class Savepoint:
         self._saved = saved
         self._last = time.monotonic()
 
-    def load(self) -> Any | None:
-        """The last tree that was saved, or None. Raises CheckpointError where it is damaged."""
-        return load(self._path) if self._path.exists() else None
+    def load(self, *names: str) -> dict[str, Any] | None:
+        """The last tree that was saved, which has `names`, or None. Raises CheckpointError where it is damaged, or another version's."""
+        if not self._path.exists():
+            return None
+        tree: dict[str, Any] = load(self._path)
+        if missing := [name for name in names if name not in tree]:
+            raise CheckpointError(f"{self._path}: of another version, which kept no {', '.join(missing)}; delete it, and this part is made anew")
+        return tree
 
     def due(self) -> bool:
         """Whether the last save is long enough ago."""

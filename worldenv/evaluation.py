@@ -111,7 +111,7 @@ def evaluate(
     """
     success: list[list[bool]] = []
     scores: list[NDArray[np.float32]] = []
-    if savepoint is not None and (kept := savepoint.load()) is not None:
+    if savepoint is not None and (kept := savepoint.load("success", "scores")) is not None:
         success, scores = kept["success"], kept["scores"]
 
     def acted() -> Iterator[list[Recorder]]:

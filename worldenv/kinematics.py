@@ -337,7 +337,7 @@ def fit(
     coupling = robot.coupling
     if coupling is not None:
         gain, decay, coupling = _fit_coupled(poses, commands, moved, robot)
-        fitted = [len(result) >= _ENOUGH] * 6
+        fitted = [len(result) >= _ENOUGH and coupling != robot.coupling] * 6
     for i in range(6) if coupling is None else ():
         causes = np.stack([asked[:, i], last[:, i]], axis=1)
         size = np.linalg.norm(causes, axis=0)

@@ -58,7 +58,7 @@ def train_vae(
     shape = (config.vae_batch, simulator.config.vae.z_channels, *simulator.config.latent)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.vae_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     begin, losses, divergence = 0, list[float](), 0.0
-    if (kept := savepoint.load()) is not None:
+    if (kept := savepoint.load("step", "losses", "kl", "network", "optimizer")) is not None:
         begin, losses, divergence = kept["step"], kept["losses"], kept["kl"]
         fill(network, kept["network"], "savepoint of the autoencoder")
         restore(optimizer, kept["optimizer"])

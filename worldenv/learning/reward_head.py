@@ -112,7 +112,7 @@ def descend(
     network.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01)
     first, losses = 0, []
-    if kept := savepoint.load():
+    if kept := savepoint.load("step", "weights", "optimizer", "losses"):
         network.load_state_dict(kept["weights"])
         optimizer.load_state_dict(kept["optimizer"])
         first, losses = kept["step"], kept["losses"]
@@ -171,7 +171,7 @@ def fit_head(
     """
     reflector.freeze()
     device = reflector.llava.device
-    kept = savepoint.load()
+    kept = savepoint.load("epoch", "embedding", "label", "head", "optimizer", "losses")
     if kept is None:
         moments = Labelled(episodes, drawn and drawn())
         chosen, label = moments.choose(seed, noise.Stream.EMBEDDING, config.embeddings, config.positives)

@@ -49,7 +49,7 @@ def fit_scale_head(
     head, limits = policy.network.scale_head, (policy.config.scale_floor, policy.config.scale_ceiling)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr)
     begin, first = 0, float("nan")
-    if (kept := savepoint.load()) is not None:
+    if (kept := savepoint.load("step", "first", "head", "optimizer")) is not None:
         begin, first = kept["step"], kept["first"]
         head.load_state_dict(kept["head"])
         optimizer.load_state_dict(kept["optimizer"])

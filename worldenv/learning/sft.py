@@ -158,7 +158,7 @@ def sft(
     )
     begin, epoch = 0, math.ceil(len(chunks) / config.batch)
     learned, errors = deque[float](maxlen=epoch), deque[float](maxlen=epoch)
-    if (kept := savepoint.load()) is not None:
+    if (kept := savepoint.load("step", "learned", "errors", "trained", "optimizer")) is not None:
         begin = kept["step"]
         learned.extend(kept["learned"])
         errors.extend(kept["errors"])

@@ -198,7 +198,8 @@ def train_simulator(simulator: Evac, clips: Clips, held_out: Clips, config: Worl
         objective = DistributedDataParallel(objective, broadcast_buffers=False)
     chunk, few = simulator.config.chunk, round(config.aligned_starts * config.batch)
     drawn = ((clips.windows(chunk, aligned=True), few), (clips.windows(chunk, aligned=False), config.batch - few))
-    begin = course.load_tree(kept) if (kept := savepoint.load()) is not None else 0
+    kept = savepoint.load("step", "losses", "checks", "best_loss", "averaged", "best", "trained", "optimizer")
+    begin = 0 if kept is None else course.load_tree(kept)
 
     def keep(step: int) -> None:
         if rank == 0:

@@ -85,6 +85,7 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         "Imagined return is the reflector's judgement of imagined frames. It is no evidence of success; the true environment alone is.",
         f"Outcome agreement rests on {counts['episodes']} replayed rollouts; between two runs a difference of a few of them is chance.",
         "PSNR averages over all pixels: a block that is missed or carried along hardly moves it. Read outcome agreement first.",
+        "Held-out exploration chose which of the simulator's weights are kept, by their loss: its PSNR there is a little better than elsewhere.",
         "The reflector's figures are for held-out episodes of the fine-tuned policy; on imagined frames, and on what the policy learns to do "
         "to please it, it errs more often.",
         "Seconds hold for this machine and for whatever else ran on it.",

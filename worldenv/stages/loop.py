@@ -174,8 +174,8 @@ def loop(desk: Desk, stage: Stage) -> None:
     groups: list[dict[str, list[float]]] = []
     seconds: list[float] = []
     collected: list[list[float]] = []  # rollouts that were made and seconds, by iteration; what a killed run had made of one is in neither
-    if (kept := savepoint.load()) is not None:
-        history, groups, seconds, collected = (kept[name] for name in ("history", "groups", "seconds", "collected"))
+    if (kept := savepoint.load("learner", "history", "groups", "seconds", "collected")) is not None:
+        history, groups, seconds, collected = kept["history"], kept["groups"], kept["seconds"], kept["collected"]
     for done in range(len(history)):  # left where the run was killed between a savepoint and this
         for log in logs(stage.folder, done):
             log.unlink()

@@ -63,7 +63,7 @@ def fitted_llava(desk: Desk, stage: Stage, training: Sequence[Episode], drawn: C
     """Backbone, then head; `drawn` is asked where one of them is still to be taught."""
     settings = desk.settings
     half_done = stage.savepoint("half-done")
-    if (kept := half_done.load()) is not None:
+    if (kept := half_done.load("reflector", "metrics")) is not None:
         reflector = reflectors.from_tree(kept["reflector"], "the half-done stage reward").to(desk.device)
         stage.metrics["backbone"] = kept["metrics"]
     elif settings.reward.start:

@@ -86,7 +86,7 @@ def stage_costs(settings: RunConfig, found: Counts) -> Iterator[StageCost]:
     yield StageCost("eval", f"{acted} episodes acted", acted * chunks * found.query)
     yield StageCost("eval", f"{held_out} held-out episodes imagined", _HELD_OUT_IMAGINED * held_out * imagined, shared=True)
     replays = _POLICIES * settings.report.replays
-    yield StageCost("eval", f"{replays} replays scored", replays * scored)
+    yield StageCost("eval", f"{replays} replays scored", replays * scored, shared=True)
     yield StageCost("eval", f"{replays} replays imagined", replays * (imagined + scored + chunks * found.query), shared=True)
 
 

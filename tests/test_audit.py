@@ -83,8 +83,9 @@ class _Moment:
     success: bool
 
 
-def test_the_same_commands_are_replayed_to_the_limit_and_compared_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ended first, and in whatever order the rollouts came."""
+@pytest.mark.parametrize("judges", [1, 2])
+def test_the_same_commands_are_replayed_to_the_limit_and_compared_step_by_step(judges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ended first, in whatever order the rollouts came, and however many score."""
     contexts = [Context("push", 1, index, np.full((2, 2, 3), 100 + index, np.uint8), POSE, 1.0) for index in (2, 5, 3)]
 
     class Query:
@@ -123,9 +124,7 @@ def test_the_same_commands_are_replayed_to_the_limit_and_compared_step_by_step(m
     monkeypatch.setattr(audit, "scored", scored)
     replica, schedule = dataclasses.make_dataclass("P", ["policy"])(dataclasses.make_dataclass("C", ["chunk"])(4)), audit.Schedule(slots=2)
     env: Any = _Env()
-    pairs = audit.replay(
-        [replica], env, None, contexts, seed=7, first_number=30, steps=8, schedule=schedule, device=torch.device("cpu")  # type: ignore[list-item,arg-type]
-    )  # fmt: skip
+    pairs = audit.replay([replica], env, [None] * judges, contexts, seed=7, first_number=30, steps=8, schedule=schedule)  # type: ignore[list-item]
     assert (asked["threshold"], asked["steps"], asked["seed"], asked["keep_frames"]) == (math.inf, 8, 7, True)
     assert asked["numbers"] == [30, 31, 32]
     for one, context in zip(pairs, contexts, strict=True):

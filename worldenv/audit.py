@@ -21,8 +21,8 @@ from worldenv.devices import dealt
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.learning.reward_head import score
 from worldenv.nouns import Context
-from worldenv.reflector.contract import Judge, Reflector, scored
-from worldenv.rollout.collect import Assignment, Flights, Replica, Schedule
+from worldenv.reflector.contract import Judge, scored
+from worldenv.rollout.collect import Assignment, Flight, Flights, Replica, Schedule
 from worldenv.world import World, advance, started
 
 
@@ -83,28 +83,51 @@ def psnr_by_chunk(imagined: Sequence[NDArray[np.uint8]], true: Sequence[NDArray[
 
 
 def replay(
-    replicas: Sequence[Replica], env: TrueEnvironment, reflector: Reflector, contexts: Sequence[Context], *,
-    seed: int, first_number: int, steps: int, schedule: Schedule, device: torch.device,
+    replicas: Sequence[Replica], env: TrueEnvironment, reflectors: Sequence[Judge], contexts: Sequence[Context], *,
+    seed: int, first_number: int, steps: int, schedule: Schedule,
 ) -> list[Pair]:  # fmt: skip
     """Roll a policy out with its noise from training states `contexts` in its imagined world, then the same commands in `env`; all `steps`.
 
-    Rollout numbers count up from `first_number`.
+    Rollout numbers count up from `first_number`. `reflectors` are one, on several devices: each scores true videos while the next ones are acted out.
     """
     jobs = [Assignment(first_number + i, i, context) for i, context in enumerate(contexts)]
     with Flights(replicas, seed=seed, steps=steps, threshold=math.inf, schedule=schedule, keep_frames=True) as flights:
         flown = {flight.job.group: flight for flight in flights.fly(jobs)}
-    pairs: list[Pair] = []
-    for start in range(0, len(contexts), schedule.slots):
-        some = [flown[i] for i in range(start, min(start + schedule.slots, len(contexts)))]
-        commands = [torch.cat([query.command for query in flight.queries]).cpu().numpy() for flight in some]
-        truth = [_true(env, flight.job.context, command) for flight, command in zip(some, commands, strict=True)]
-        watched = torch.from_numpy(np.stack([frames for frames, _ in truth])).to(device)
-        first = torch.from_numpy(np.stack([flight.job.context.frame for flight in some])).to(device)
-        true_scores = scored(reflector, [flight.job.context.instruction for flight in some], first, watched, replicas[0].policy.chunk)
-        for i, flight in enumerate(some):
-            frames, scores = flight.frames().numpy(), flight.rollout().score.flatten().numpy()
-            pairs.append(Pair(flight.job.context, commands[i], frames, scores, truth[i][0], true_scores[i].numpy(), truth[i][1]))
-    return pairs
+    acted = (
+        [_acted(env, flown[i]) for i in range(start, min(start + schedule.slots, len(contexts)))]
+        for start in range(0, len(contexts), schedule.slots)
+    )
+
+    def judged(reflector: Judge, some: list[_Acted]) -> list[Pair]:
+        true, first = (torch.from_numpy(np.stack(frames)) for frames in ([one.frames for one in some], [one.context.frame for one in some]))
+        scores = scored(reflector, [one.context.instruction for one in some], first, true, replicas[0].policy.chunk)
+        return [
+            Pair(one.context, one.command, one.flight.frames().numpy(), one.flight.rollout().score.flatten().numpy(), one.frames, score, one.success)
+            for one, score in zip(some, scores.numpy(), strict=True)
+        ]
+
+    return [pair for some in dealt(reflectors, acted, judged) for pair in some]
+
+
+@dataclass(frozen=True)
+class _Acted:
+    """An imagined rollout, and what its commands do in truth."""
+
+    flight: Flight
+    command: NDArray[np.float32]
+    frames: NDArray[np.uint8]
+    success: NDArray[np.bool_]
+
+    @property
+    def context(self) -> Context:
+        return self.flight.job.context
+
+
+def _acted(env: TrueEnvironment, flight: Flight) -> _Acted:
+    command = torch.cat([query.command for query in flight.queries]).cpu().numpy()
+    env.begin(flight.job.context.task, "train", flight.job.context.state_index)
+    moments = [env.advance(one) for one in command]
+    return _Acted(flight, command, np.stack([m.frame for m in moments]), np.array([m.success for m in moments]))
 
 
 def recorded(worlds: Sequence[World], reflectors: Sequence[Judge], episodes: Sequence[Episode], batch: int, chunk: int) -> list[Pair]:
@@ -115,12 +138,6 @@ def recorded(worlds: Sequence[World], reflectors: Sequence[Judge], episodes: Seq
         Pair(e.context, e.command, frames[1:], ours, e.frame[1:], theirs, e.success[1:])
         for e, frames, ours, theirs in zip(episodes, drawn, imagined, true, strict=True)
     ]
-
-
-def _true(env: TrueEnvironment, context: Context, command: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    env.begin(context.task, "train", context.state_index)
-    moments = [env.advance(one) for one in command]
-    return np.stack([m.frame for m in moments]), np.array([m.success for m in moments])
 
 
 def agreement(pairs: Sequence[Pair], tasks: Sequence[str], threshold: float) -> dict[str, Any]:

@@ -153,8 +153,7 @@ def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audi
     tasks, states = len(desk.env.tasks), desk.env.states("train")
     contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
     pairs = audit.replay(
-        fleet.replicas, desk.env, reflector, contexts, seed=desk.seed, first_number=first,
-        steps=desk.settings.env.steps, schedule=desk.schedule, device=desk.device,
+        fleet.replicas, desk.env, fleet.judges, contexts, seed=desk.seed, first_number=first, steps=desk.settings.env.steps, schedule=desk.schedule,
     )  # fmt: skip
     return pairs, fleet.engines
 

@@ -41,6 +41,8 @@ class Fleet:
     """Engines: those of the first device of each kind, where the first policy is; then of the others."""
     policies: list[OpenVLAOFT]
     """By device that has one; the first one is trained, the others are its copies."""
+    judges: list[Judge]
+    """The reflector, by device that has one; in the true environment none."""
 
     @property
     def engines(self) -> dict[str, dict[str, Any]]:
@@ -64,6 +66,7 @@ class _Member:
     policy: OpenVLAOFT | None
     networks: list[compiled.Network]
     simulator: Evac | None
+    judge: Judge | None
 
 
 @dataclass(frozen=True)
@@ -128,14 +131,15 @@ def assembled(desk: Desk, folder: Path, policy: OpenVLAOFT, reflector: Judge | N
         (member.replica.device, compiled.alike(fitted, member.networks, store, member.replica.device)) for member in members
         if member not in leads
     ]  # fmt: skip
-    return Fleet(replicas, least, [(desk.devices[0], fitted), *copies], [member.policy for member in members if member.policy is not None])
+    policies, judges = [one.policy for one in members if one.policy is not None], [one.judge for one in members if one.judge is not None]
+    return Fleet(replicas, least, [(desk.devices[0], fitted), *copies], policies, judges)
 
 
 def _in_truth(desk: Desk, policy: OpenVLAOFT) -> _Member:
     """It has a home, and so one device."""
     replica = Replica(policy, TrueWorld(desk.env, desk.device), desk.devices[0])
     networks = compiled.of_rollout(policy, None, None, _watching(desk, policy), _precision(desk), desk.settings.loop.bucket)
-    return _Member(replica, policy, networks, None)
+    return _Member(replica, policy, networks, None, None)
 
 
 def _in_imagination(desk: Desk, policy: OpenVLAOFT, reflector: Judge) -> list[_Member]:
@@ -150,7 +154,7 @@ def _in_imagination(desk: Desk, policy: OpenVLAOFT, reflector: Judge) -> list[_M
         if "reflector" in parts:
             judge = given.pop() if given else desk.reflector(device)
         networks = compiled.of_rollout(acts, simulator, judge, _watching(desk, policy), _precision(desk), loop.bucket)
-        members.append(_Member(Replica(acts or policy, desk.world(judge, simulator, device), device, parts), acts, networks, simulator))
+        members.append(_Member(Replica(acts or policy, desk.world(judge, simulator, device), device, parts), acts, networks, simulator, judge))
     return members
 
 

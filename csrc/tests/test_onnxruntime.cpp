@@ -106,9 +106,10 @@ void gated_gelus() {
       const Floats value = normal(count), gate = normal(count, 3.0F);
       Floats y = room(count);
       kernels(machine).gated_gelu({value.data(), gate.data(), y.data(), count});
-      std::vector<double> want(count);
-      for (std::size_t i = 0; i < count; ++i) want[i] = value[i] * gelu(gate[i]);
-      require_close(y, want, 1e-6);
+      // of a negative gate little is left, and that is known as well as the gate itself: whatever numbers are drawn
+      for (std::size_t i = 0; i < count; ++i)
+        REQUIRE(std::abs(y[i] - value[i] * gelu(gate[i])) <= 3e-7 * std::abs(value[i] * gate[i]));
+      for (std::size_t i = count; i < y.size(); ++i) REQUIRE(y[i] == kGuard);
     }
 }
 

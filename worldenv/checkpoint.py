@@ -62,6 +62,8 @@ def read_foreign(path: Path) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # of a version of pickle that damage makes up
             return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # of damaged bytes, torch's unpickler raises whatever they make it stumble over
         if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # Lightning puts hyper_parameters beside the weights
             raise CheckpointError(

@@ -227,7 +227,7 @@ class Run:
             with PeakMemory() as memory:
                 yield current
         except BaseException:
-            if [entry.name for entry in folder.iterdir()] == [BEGUN]:
+            if [entry.name for entry in folder.glob("*")] == [BEGUN]:
                 self.forget(stage)
             raise
         for kept in (*folder.glob(f"*{_SAVEPOINT}"), *checkpoint.left_behind(folder)):

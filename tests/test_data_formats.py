@@ -169,7 +169,7 @@ def test_hdf5_gives_back_what_was_written(tmp_path):
         with h5py.File(path) as opened:  # by LIBERO's rules, not ours
             demo = opened["data/demo_0"]
             assert demo["actions"].shape == (episode.steps + 1, 7)
-            assert not demo["actions"][0, :6].any()
+            assert demo["actions"][0].tolist() == [0] * 6 + [episode.command[0, 6]]  # no motion, and the gripper stays as it is asked to be
             flip = slice(None, None, -1 if episode.camera is None or episode.camera.mirrored else 1)
             np.testing.assert_array_equal(demo["obs/agentview_rgb"][()][:, ::-1][:, :, flip], episode.frame)
 
@@ -360,6 +360,7 @@ def test_the_layout_is_the_documented_one(tmp_path, version):
         frames = 28
     assert table.column("frame_index").to_pylist() == list(range(10))
     assert set(table.column("episode_index").to_pylist()) == {2}
+    np.testing.assert_allclose(table.column("timestamp").to_pylist(), np.arange(10) / 20, atol=1e-6)  # [s]
     np.testing.assert_array_equal(table.column("action").to_pylist(), [*EPISODES[2].command, [0] * 6 + [EPISODES[2].command[-1, 6]]])
     state = np.array(table.column("observation.state").to_pylist(), np.float32)
     np.testing.assert_array_equal(state, PANDA.proprio(EPISODES[2].pose, EPISODES[2].gripper))
@@ -380,6 +381,15 @@ def test_files_of_v3_roll_over(tmp_path, monkeypatch):
     assert len(list((tmp_path / "set/data/chunk-000").iterdir())) == 4
     assert len(list((tmp_path / "set/videos/observation.images.image/chunk-000").iterdir())) == 4
     assert [episode.content for _, episode in lerobot.read(tmp_path / "set")] == [episode.content for episode in EPISODES]
+
+
+def test_a_video_that_begins_a_rounding_early_begins_at_its_frame(tmp_path):  # LeRobot adds durations up
+    root = tmp_path / "set"
+    lerobot.write(root, EPISODES, "v3.0", "h264-lossless")
+    path, name = root / "meta/episodes/chunk-000/file-000.parquet", f"videos/{lerobot.VIEW}/from_timestamp"
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**row, name: max(0.0, row[name] - 1e-7)} for row in rows]), path)
+    assert [episode.content for _, episode in lerobot.read(root)] == [episode.content for episode in EPISODES]
 
 
 def strip_ours(root, version):
@@ -546,7 +556,8 @@ def test_nothing_but_unfit_episodes_is_an_error(tmp_path):
 
 
 def test_success_on_the_last_row_is_of_the_last_observation(tmp_path, capsys):
-    for name, after, want in (("end", [0] * 6 + [1], [6]), ("early", [0] * 3 + [1] * 4, [4, 5, 6]), ("never", [0] * 7, [])):
+    cases = (("end", [0] * 6 + [1], [6]), ("early", [0] * 3 + [1] * 4, [4, 5, 6]), ("before it", [0] * 5 + [1, 0], [6]), ("never", [0] * 7, []))
+    for name, after, want in cases:
         root = _foreign(tmp_path / name)
         _with_rows(root, lambda table, after=after: table.update({"next.success": list(map(bool, after))}))
         ((_, got),) = lerobot.read(root)
@@ -555,6 +566,19 @@ def test_success_on_the_last_row_is_of_the_last_observation(tmp_path, capsys):
         said = capsys.readouterr()
         assert json.loads(said.out)["successes"] == bool(want)
         assert said.err == ("" if want else f"convert: no episode of {root} shows success, and a run takes no demonstration without it\n")
+
+
+def test_rotations_that_are_wrapped_from_row_to_row_give_one_path(tmp_path):  # other recorders' angles stay below pi
+    root = _foreign(tmp_path / "set")
+    ((_, want),) = lerobot.read(root)
+
+    def wrap(table):
+        for row in table["observation.state"][1::2]:
+            row[3:6] = np.array(row[3:6]) * (1 - 2 * np.pi / np.linalg.norm(row[3:6]))
+
+    _with_rows(root, wrap)
+    ((_, got),) = lerobot.read(root)
+    np.testing.assert_allclose(got.pose, want.pose, atol=1e-5)
 
 
 def test_grippers_that_do_not_say_what_opens_are_asked_about(tmp_path):

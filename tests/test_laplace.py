@@ -81,6 +81,11 @@ def test_log_prob_sums_the_action_dimensions_alone() -> None:
     torch.testing.assert_close(laplace.nll(action, mu, beta), -want.mean(), rtol=1e-12, atol=1e-12)
 
 
+def test_the_likelihood_is_a_mean_over_all_dimensions() -> None:
+    action, mu = torch.full((2, 3, 7), 0.5), torch.full((2, 3, 7), 0.1)
+    assert float(laplace.nll(action, mu, torch.full((2, 3, 7), math.log(0.2)))) == pytest.approx(2.0 + math.log(0.4))
+
+
 def test_entropy_is_the_mean_of_minus_log_density() -> None:
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     mu, log_scale = torch.tensor(1.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)

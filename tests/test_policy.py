@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from worldenv import checkpoint
 from worldenv.nouns import Observation
 from worldenv.policy import laplace
 from worldenv.policy.contract import Policy
+from worldenv.policy.llama import LlamaModel
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
+from worldenv.policy.vision import VisionTower
 from worldenv.policy.weights import fill, from_published, load, never_read, save
 from worldenv.presets import TINY
 
@@ -173,6 +176,29 @@ def test_prompts_and_slots_stand_where_the_module_says() -> None:
             torch.zeros(56, SMALL.llama.width), embed(torch.tensor([2])),
         ]  # fmt: skip
         torch.testing.assert_close(x[order], torch.cat(want), rtol=0, atol=1e-6)
+
+
+def test_heads_that_share_keys_are_heads_with_equal_ones() -> None:
+    config = dataclasses.replace(SMALL.llama, width=32, heads=4, kv_heads=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shared, apart = LlamaModel(config), LlamaModel(dataclasses.replace(config, kv_heads=None))
+        x = torch.randn(2, 6, 32)
+    state = shared.state_dict()
+    for name in [name for name in state if name.endswith(("k_proj.weight", "v_proj.weight"))]:
+        state[name] = state[name].view(2, 8, 32).repeat_interleave(2, 0).flatten(0, 1)  # heads 0 and 1 ask the first
+    apart.load_state_dict(state)
+    places = torch.arange(6)[None]
+    torch.testing.assert_close(shared(x, places, None, 4), apart(x, places, None, 4))
+
+
+def test_positions_are_begun_as_waves_of_both_axes() -> None:
+    tower = VisionTower(SMALL.dino, 32)  # 4 x 4 patches, 16 channels
+    tower.begin()
+    rate = 4 * math.pi * 100.0 ** (-torch.arange(4) / 4)
+    for at, given in enumerate(tower.pos_embed[0].detach()):
+        angle = torch.cat([at % 4 / 4 * rate, at // 4 / 4 * rate])
+        torch.testing.assert_close(given, torch.cat([angle.sin(), angle.cos()]), atol=1e-5, rtol=0)
 
 
 def test_same_seed_gives_the_same_weights() -> None:

@@ -60,7 +60,9 @@ def test_batches_are_padded_on_the_right_to_a_length_of_their_own() -> None:
     ids, lengths = tokenizer.batch(INSTRUCTIONS[:2])
     assert lengths is not None
     longest = max(len(tokenizer.ids(i)) for i in INSTRUCTIONS)
-    assert ids.shape == (2, longest)  # not the longest of these two: an answer must not depend on who else asks
+    short = min(INSTRUCTIONS, key=lambda one: len(tokenizer.ids(one)))
+    assert ids.shape == (2, longest)
+    assert tokenizer.batch([short])[0].shape == (1, longest)  # not the longest of who asks: an answer must not depend on the others
     for row, length, instruction in zip(ids.tolist(), lengths.tolist(), INSTRUCTIONS, strict=False):
         assert tuple(row[:length]) == tokenizer.ids(instruction)
         assert set(row[length:]) <= {tokenizer.pad}
@@ -71,6 +73,7 @@ def test_tokenizer_comes_back_from_its_tree() -> None:
     tokenizer = PromptTokenizer.build(INSTRUCTIONS)
     again = PromptTokenizer.from_tree(json.loads(json.dumps(tokenizer.tree())))
     assert [again.ids(i) for i in INSTRUCTIONS] == [tokenizer.ids(i) for i in INSTRUCTIONS]
+    assert (again.empty, again.pad, again.width) == (tokenizer.empty, tokenizer.pad, tokenizer.width)
 
 
 def _llama_like(folder: Path, empty: int) -> Path:

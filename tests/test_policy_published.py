@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -22,7 +23,8 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.config import PolicyConfig
 from worldenv.policy import lora
 from worldenv.policy.openvla_oft import Network
-from worldenv.policy.published import open_directory
+from worldenv.policy.processing import Statistics
+from worldenv.policy.published import open_base, open_directory
 from worldenv.policy.weights import never_read
 from worldenv.presets import OPENVLA_OFT
 
@@ -106,6 +108,13 @@ def test_a_directory_comes_back(written: Path, dtype: torch.dtype) -> None:
     else:
         assert got.mu.dtype == got.log_prob.dtype == torch.float32
         assert float((got.mu - want.mu).norm() / want.mu.norm()) < 0.1  # 8 bits through some ten layers
+
+
+def test_a_start_is_of_the_demonstrations_proprio(written: Path) -> None:
+    draw = np.random.default_rng(0)
+    of_another = Statistics.of([draw.uniform(-1, 1, (50, 7)).astype(np.float32)], [draw.uniform(-1, 1, (50, 9)).astype(np.float32)], "another robot")
+    made = open_base(written, of_another, torch.float32)
+    assert (made.config.proprio, made.network.proprio_projector.fc1.in_features) == (9, 9)
 
 
 def test_the_same_directory_may_be_of_two_views(written: Path) -> None:
@@ -221,6 +230,13 @@ def test_unmerging_gives_the_base_back_to_rounding(dtype: torch.dtype) -> None:
         assert bool(((back[name].double() - tensor.double()).abs() <= bound).all()), name
     touched = {name for name in base if not torch.equal(merged[name], base[name])}
     assert touched == {f"{name}.weight" for name in adapted(LIKE)}
+
+
+def test_a_sum_with_lora_is_rounded_once() -> None:
+    """In float32, then to the weight's type: what is rounded before it is added moves a third of the weights by an ulp."""
+    base, made = {name: tensor.bfloat16() for name, tensor in whole().items()}, adapter()
+    want = merge(base, made)
+    assert all(torch.equal(tensor, want[name]) for name, tensor in lora.added(base, made).items())
 
 
 def test_twice_merged_is_once_merged_from_the_pristine_base() -> None:

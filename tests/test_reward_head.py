@@ -208,6 +208,20 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.head.state_dict().values(), cut.head.state_dict().values(), strict=True))
 
 
+def test_the_head_sees_its_embeddings_in_another_order_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    right = noise.integers
+
+    def seen(seed: int, stage: int, step: int, high: int, count: int) -> NDArray[np.int64]:
+        if stage == noise.Stream.REWARD:
+            drawn.append(step)
+        return right(seed, stage, step, high, count)
+
+    monkeypatch.setattr(noise, "integers", seen)
+    fit_head(reflector(), TRAIN, replace(QUICK, head_epochs=3, embeddings=20), 0, Savepoint(tmp_path / "head"))
+    assert drawn == [0, 1, 2]
+
+
 def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
     judge = reflector()
     judge.llava.model.model.image_newline.data.fill_(float("nan"))

@@ -83,6 +83,8 @@ def test_untrained_policy_has_the_demonstrations_statistics() -> None:
     made = policy_for(given).statistics
     command = np.concatenate([e.command for e in given])
     assert made.action.q99[:2].tolist() == pytest.approx(np.quantile(command[:, :2], 0.99, axis=0).tolist())
+    proprio = np.concatenate([TABLETOP.proprio(e.pose[:-1], e.gripper[:-1]) for e in given])  # nothing is asked after the last command
+    assert made.proprio.q99.tolist() == pytest.approx(np.quantile(proprio.astype(np.float64), 0.99, axis=0).tolist())
     assert made.source == "2 demonstrations"
 
 
@@ -239,6 +241,17 @@ def test_scale_head_finds_the_mean_error_and_nothing_else_moves(tmp_path: Path) 
     assert metrics["nll"] == pytest.approx(float(laplace.nll(target, chunk.mu, chunk.log_scale)), rel=1e-4)
 
 
+def test_the_scale_head_is_fitted_within_the_policys_limits(tmp_path: Path) -> None:
+    """The untrained head says 0.05 everywhere: all is at the floor, where the likelihood is known."""
+    given = episodes()
+    policy = untrained(dataclasses.replace(SMALL, scale_floor=0.5, scale_ceiling=0.6), given, INSTRUCTIONS, TABLETOP, 0, torch.device("cpu"))
+    seen, target = Chunks(given, TABLETOP, policy.statistics, 8).take(np.arange(7))
+    metrics = fit_scale_head(policy, given, TABLETOP, ScaleConfig(steps=1), 0, savepoint(tmp_path))
+    want = float((target - policy.act(seen).mu).abs().mean()) / 0.5 + math.log(2 * 0.5)  # mean of |a - mu| / b + log(2 b)
+    assert [metrics["nll_before"], metrics["nll"]] == pytest.approx([want, want], rel=1e-5)
+    assert metrics["scale_median"] == pytest.approx(0.5)
+
+
 def test_killed_scale_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, config = episodes(), ScaleConfig(steps=6)
     straight, again = policy_for(given), policy_for(given)
@@ -246,6 +259,7 @@ def test_killed_scale_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pyte
     right = noise.integers
 
     def die(seed: int, stage: int, step: int, high: int, count: int) -> np.ndarray:
+        assert stage == noise.Stream.SCALE
         if step == 3:
             raise _Killed
         return right(seed, stage, step, high, count)

@@ -295,6 +295,9 @@ def test_no_ops_are_those_of_the_published_regeneration():
     assert short.steps == 4
     np.testing.assert_array_equal(short.frame, episode.frame[[2, 4, 7, 8, 10]])
     np.testing.assert_array_equal(short.command, episode.command[[2, 4, 7, 8]])
+    turn = kinematics.continuous(kinematics.exp(np.radians(100) * np.outer(np.arange(11), [0.0, 0.0, 1.0])))  # half a turn and more where some go
+    short = libero_hdf5.without_noops(shown(0, 10, command=command.astype(np.float32), pose=np.concatenate([np.zeros((11, 3)), turn], axis=1)))
+    assert (np.sum(short.pose[1:, 3:] * short.pose[:-1, 3:], axis=1) > 0).all()
     with pytest.raises(ValueError, match="no command asks for motion"):
         libero_hdf5.without_noops(shown(0, 3, command=np.zeros((3, 7), np.float32)))
 

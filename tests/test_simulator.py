@@ -21,10 +21,11 @@ from worldenv.engines.recipe import relative_error
 from worldenv.kernels.group_norm import _as_graph, group_norm, group_norm_ref
 from worldenv.nouns import ActionMap
 from worldenv.presets import EVAC, EVAC_RLINF, PRESETS
-from worldenv.simulator import schedule, weights
+from worldenv.simulator import evac, schedule, weights
 from worldenv.simulator.conditioning import ClipTower, Resampler, clip_picture
 from worldenv.simulator.contract import Simulator
 from worldenv.simulator.evac import DELTA_DIM, Evac, chunk_deltas, memory_indices
+from worldenv.simulator.graphs import ENCODER
 from worldenv.simulator.layers import UpsampleConv, upsample
 from worldenv.simulator.unet import CausalConv, UNet
 from worldenv.simulator.vae import VAE
@@ -217,6 +218,19 @@ def test_frames_of_another_size_are_resized() -> None:
     torch.testing.assert_close(a[:, :, rows][..., columns], b[:, :, rows][..., columns])
     assert not torch.equal(a, b), "edges are blended: antialiased"
     assert len(simulator.begin(large)) == 1
+
+
+def test_whatever_is_encoded_the_autoencoder_is_given_few_pictures_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts that begin together too: there may be more than its engine takes, or than there is memory for."""
+    simulator, frames, counts = trained(), pictures(5, 16, 24), list[int]()
+    want, whole = simulator.begin(frames), simulator.encode(simulator.picture(frames))
+    right = simulator.runs[ENCODER]
+    monkeypatch.setattr(evac, "_MOST_PICTURES", 2)
+    simulator.runs[ENCODER] = lambda given: (counts.append(len(given)), right(given))[1]
+    torch.testing.assert_close(simulator.encode(simulator.picture(frames)), whole)
+    for one, other in zip(simulator.begin(frames), want, strict=True):
+        torch.testing.assert_close(one.history, other.history)
+    assert counts == [2, 2, 1] * 2
 
 
 def test_guidance_hides_the_chunk_and_the_picture_but_not_the_motion() -> None:

@@ -223,16 +223,14 @@ class Evac(nn.Module):
 
     def encode(self, pictures: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled latents (N, z, h, w) of `pictures` (N, 3, H, W) in [-1, 1]: the posterior's mean, or its sample at `noise` like the result."""
-        count = self._pictures_per_call(pictures.device)
-        posteriors = [self._posterior(some) for some in torch.split(pictures, count)]
-        if noise is None:
-            return torch.cat([posterior.mean for posterior in posteriors]) * self.latent_scale
-        drawn = [posterior.sample(some) for posterior, some in zip(posteriors, torch.split(noise, count), strict=True)]
-        return torch.cat(drawn) * self.latent_scale
+        posterior = self._posterior(pictures)
+        return (posterior.mean if noise is None else posterior.sample(noise)) * self.latent_scale
 
     def _posterior(self, pictures: torch.Tensor) -> Posterior:
-        mean, logvar = self.runs[ENCODER](pictures.to(self.dtype))
-        return Posterior(mean.to(self.latent_scale.dtype), logvar.to(self.latent_scale.dtype))
+        """Of `pictures` (N, 3, H, W) in [-1, 1], so many at once as the autoencoder takes."""
+        parts = [self.runs[ENCODER](some.to(self.dtype)) for some in torch.split(pictures, self._pictures_per_call(pictures.device))]
+        mean, logvar = (torch.cat(some).to(self.latent_scale.dtype) for some in zip(*parts, strict=True))
+        return Posterior(mean, logvar)
 
     def _pictures_per_call(self, device: torch.device) -> int:
         """How many pictures the autoencoder takes at once: what fits a CPU's cache, or is enough to fill a GPU."""

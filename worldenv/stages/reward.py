@@ -50,10 +50,11 @@ def reward(desk: Desk, stage: Stage) -> None:
         tree = reflectors.to_tree(reflector)
     checkpoint.save(stage.folder / "reflector.safetensors", tree)
     judges = [reflector, *(desk.reflector(device) for device, parts in desk.places if "reflector" in parts and device != desk.devices[0])]
-    scores, eta = reward_head.score(judges, held_out), reflector.config.threshold
+    chunk, eta = settings.policy.chunk, reflector.config.threshold
+    scores = reward_head.score(judges, held_out, chunk=chunk)
     stage.metrics |= reward_head.measure(scores, held_out, eta)
-    drawn_held_out = audit.imagine_episodes(imagined().worlds, held_out, settings.loop.slots, settings.policy.chunk, "imagine held-out")
-    stage.metrics["drawn"] = reward_head.measure(reward_head.score(judges, held_out, drawn_held_out), held_out, eta)
+    drawn_held_out = audit.imagine_episodes(imagined().worlds, held_out, settings.loop.slots, chunk, "imagine held-out")
+    stage.metrics["drawn"] = reward_head.measure(reward_head.score(judges, held_out, drawn_held_out, chunk), held_out, eta)
     stage.metrics["engines"] = imagined().engines
     success = np.concatenate([e.success[1:] for e in held_out])
     checkpoint.save(stage.folder / "held-out.safetensors", {"score": np.concatenate(scores), "success": success})

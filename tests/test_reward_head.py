@@ -21,7 +21,7 @@ from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ReflectorConfig, RewardConfig
 from worldenv.data.episode import Episode
-from worldenv.learning.reward_head import Labelled, auc, calibration_error, fit_head, measure, score, stops, train_backbone
+from worldenv.learning.reward_head import Labelled, auc, calibration_error, descend, fit_head, measure, score, stops, train_backbone
 from worldenv.presets import PRESETS
 from worldenv.reflector import weights
 from worldenv.reflector.frames import shown
@@ -127,6 +127,16 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     assert len(labelled.choose(0, noise.Stream.EMBEDDING, 10**5, 0.5)[0]) == len(labelled)
 
 
+def test_no_two_draws_of_a_stage_are_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of successes, failures and who is shown drawn, at any step: else what a success is compared with would follow from it."""
+    drawn: list[int] = []
+    monkeypatch.setattr(noise, "integers", lambda seed, stage, step, high, count: drawn.append(step) or np.zeros(count, np.int64))
+    labelled = Labelled(TRAIN)
+    for step in range(4):
+        labelled.draw(0, noise.Stream.BACKBONE, step, 4, 0.5)
+    assert len(set(drawn)) == len(drawn) == 12
+
+
 def test_nothing_to_learn_from_is_said() -> None:
     failures = [replace(one, success=np.zeros_like(one.success)) for one in TRAIN[:3]]
     with pytest.raises(ValueError, match="0 frames of success and 30 of failure in 3 episodes"):
@@ -208,6 +218,13 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.head.state_dict().values(), cut.head.state_dict().values(), strict=True))
 
 
+def test_gradients_of_the_backbone_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, norms = torch.nn.Linear(3, 1), list[float]()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda _: norms.append(float(torch.stack([p.grad.norm() for p in network.parameters()]).norm())))
+    descend(network, lambda step: 50.0 * network.weight.sum() + network.bias.sum(), 2, 0.1, "x", "x", Savepoint(tmp_path / "savepoint"))
+    assert norms == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
 def test_the_head_sees_its_embeddings_in_another_order_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     right = noise.integers
@@ -220,6 +237,12 @@ def test_the_head_sees_its_embeddings_in_another_order_every_epoch(tmp_path: Pat
     monkeypatch.setattr(noise, "integers", seen)
     fit_head(reflector(), TRAIN, replace(QUICK, head_epochs=3, embeddings=20), 0, Savepoint(tmp_path / "head"))
     assert drawn == [0, 1, 2]
+
+
+def test_the_heads_loss_is_a_mean_over_embeddings_whatever_the_batch(tmp_path: Path) -> None:
+    still = replace(QUICK, head_epochs=1, head_lr=1e-12, embeddings=20)
+    losses = [fit_head(reflector(), TRAIN, replace(still, head_batch=size), 0, Savepoint(tmp_path / str(size)))["head_loss"] for size in (8, 20)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
@@ -330,6 +353,15 @@ def test_an_episode_that_is_stopped_after_its_success_is_gone_is_no_failure() ->
     found = measure([late, late, late, 0 * late], [lost, lost, never, never], 0.5)
     assert found["stops"] == {"right": 0, "early": 2, "false": 1, "missed": 0, "left": 1}
     assert (found["failure_stop_rate"], found["false_stop_rate"], found["stop_recall"]) == (0.5, 0.75, 0.0)
+
+
+def test_precision_recall_and_the_best_threshold_of_a_known_table() -> None:
+    none, late = np.zeros(5, bool), np.array([0, 0, 0, 1, 1], bool)
+    episodes = [replace(episode(0, 4), success=late), *(replace(episode(i, 4), success=none) for i in (1, 2))]
+    scores = [np.array(row, np.float32) for row in ([0.1, 0.1, 0.55, 0.2], [0.1, 0.58, 0.1, 0.1], [0.1, 0.58, 0.1, 0.1])]
+    found = measure(scores, episodes, 0.5)
+    assert (found["precision"], found["recall"], found["success_frames"], found["frames"]) == (1 / 3, 1 / 2, 2, 12)
+    assert found["best_eta"] == 0.6  # two failures go on, where 0.5 would end one success
 
 
 def test_measure_reports_what_stops_say() -> None:

@@ -6,7 +6,7 @@ import colorsys
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from worldenv.learning import sft as sft_module
 from worldenv.learning.augment import crop, published, recolour, shift
 from worldenv.learning.chunks import Chunks
 from worldenv.learning.scale_head import fit_scale_head
-from worldenv.learning.sft import l1, one_cycle, pretrained, query_at, sft, untrained
+from worldenv.learning.sft import l1, moved, one_cycle, pretrained, query_at, sft, untrained
 from worldenv.nouns import Observation
 from worldenv.policy import laplace, lora
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
@@ -166,6 +166,52 @@ def test_published_colours_are_those_of_hsv() -> None:
                 want[i] = colorsys.hsv_to_rgb((h + 0.05 * change * (at == 5)) % 1.0, min(1.0, s * (1 + 0.2 * change * (at == 4))), v)
         got = published(frames, 1.0, given)[0].numpy()
         assert np.abs(got - np.clip(want, 0, 1) * 255).max() < 1.01, at
+
+
+def test_pictures_move_and_change_both_ways_alike() -> None:
+    frames = torch.randint(60, 180, (3, 12, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draw = torch.tensor([1e-6, 0.5, 1 - 1e-6], dtype=torch.float64)[:, None].expand(3, 5)
+    got = moved(Observation(frames, torch.zeros(3, 8), INSTRUCTIONS), dataclasses.replace(CONFIG, shift_px=3, colour=0.2), draw).frame
+    for row, way in enumerate((-1, 0, 1)):
+        want = recolour(shift(frames[row : row + 1], torch.tensor([[3 * way, 3 * way]])), 0.2 * way * torch.ones(1, 3))[0]
+        assert int((got[row].int() - want.int()).abs().max()) <= 1
+
+
+def test_proprio_gets_the_noise_that_is_asked_for() -> None:
+    policy = policy_for(episodes())
+    seen, _ = Chunks(episodes(), TABLETOP, policy.statistics, 8).take(np.arange(4))
+    noisy, clean = (query_at(policy, seen, dataclasses.replace(CONFIG, proprio_noise=size), 7, 3, np.arange(4)).proprio for size in (0.5, 0.0))
+    assert noisy is not None
+    assert clean is not None
+    want = torch.from_numpy(noise.normal(7, 0, 2, 3, noise.Stream.SFT, (4, 8)))
+    torch.testing.assert_close(noisy - clean, 0.5 * want, rtol=0, atol=1e-6)
+
+
+def test_settings_reach_the_optimizer_and_gradients_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, norms = [], []
+
+    class Seen(torch.optim.AdamW):
+        def __init__(self, groups: list[dict[str, Any]], **how: Any) -> None:
+            made.append((groups, how))
+            super().__init__(groups, **how)
+
+        def step(self, closure: Any = None) -> Any:
+            norms.append(math.sqrt(sum(float(p.grad.square().sum()) for group in self.param_groups for p in group["params"] if p.grad is not None)))
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Seen)
+    monkeypatch.setattr(sft_module, "_GRAD_CLIP", 1e-3)
+    given = episodes()
+    policy = policy_for(given)
+    config = dataclasses.replace(CONFIG, steps=2, weight_decay=0.3, beta2=0.8, gradient_checkpointing=True)
+    metrics = sft(policy, given, TABLETOP, config, 0, savepoint(tmp_path))
+    ((groups, how),) = made
+    assert [(group["weight_decay"], {p.dim() > 1 for p in group["params"]}) for group in groups] == [(0.3, {True}), (0.0, {False})]
+    assert how["betas"] == (0.9, 0.8)
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
+    assert policy.network.recompute
+    seen, target = Chunks(given, TABLETOP, policy.statistics, 8).take(np.arange(7))
+    assert metrics["l1"] == pytest.approx(float((policy.act(seen).mu - target).abs().mean()), rel=1e-5)
 
 
 def test_it_learns_and_leaves_the_scale_head_alone(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from worldenv import checkpoint, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig, WorldConfig
 from worldenv.data.episode import Episode, EpisodeSet, OnDisk
+from worldenv.learning import clips as clips_module
 from worldenv.learning import processes, world_model
 from worldenv.learning.autoencoder import picture_loss, train_vae
 from worldenv.learning.clips import (
@@ -193,6 +194,29 @@ def test_memory_noise_grows_toward_the_last_frame_and_spares_half() -> None:
     assert (level.diff(dim=1) >= 0).all(), "sorted within an example"
     assert float(spread.max()) < 1.0
     assert torch.equal(noisy, _noisy_memory(memory, 0, 3))
+
+
+@pytest.mark.parametrize(("last", "most"), [(False, 333), (True, 49)], ids=["a third", "a twentieth"])
+def test_memorys_noise_stays_below_a_third_to_a_twentieth_of_the_levels(last: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "integers", lambda seed, stage, step, high, count: np.array([high - 1 if last else 0]))
+    monkeypatch.setattr(clips_module, "_normal", lambda seed, draw, step, stream, like: torch.ones_like(like))
+    largest = float(_noisy_memory(torch.zeros(4000, 1, 4, 1, 1), 0, 3).max()) ** 2  # 1 - a of the highest level
+    rest = 1.0 - schedule.alphas_cumprod()
+    assert rest[most - most // 50] <= largest * (1 + 1e-6)
+    assert largest <= rest[most] * (1 + 1e-6)
+
+
+def test_every_number_of_an_example_is_of_its_own_step() -> None:
+    simulator = Evac.initialised(CONFIG, 0)
+    clips, windows = clips_of(simulator, EPISODES), np.tile([[1, 4]], (64, 1))
+    one, again, other = (example(simulator, clips, windows, dataclasses.replace(WORLD, dropout=0.25), 0, step) for step in (5, 5, 6))
+    for field in dataclasses.fields(one):
+        assert torch.equal(getattr(one, field.name), getattr(again, field.name))
+    for name in ("memory", "maps", "first", "deltas", "seen", "level", "noise"):
+        assert not torch.equal(getattr(one, name), getattr(other, name)), name
+    noised, later = (_noisy_memory(torch.zeros(64, 2, 4, 4, 4), 0, step) for step in (5, 6))
+    both = (noised != 0) & (later != 0)
+    assert abs(float((noised.sign() == later.sign())[both].float().mean()) - 0.5) < 0.05
 
 
 def test_conditions_are_dropped_by_one_number_as_published() -> None:

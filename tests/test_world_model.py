@@ -21,8 +21,8 @@ from worldenv import checkpoint, noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ClipConfig, ResamplerConfig, SimulatorConfig, UNetConfig, VAEConfig, WorldConfig
 from worldenv.data.episode import Episode, EpisodeSet, OnDisk
+from worldenv.learning import autoencoder, processes, world_model
 from worldenv.learning import clips as clips_module
-from worldenv.learning import processes, world_model
 from worldenv.learning.autoencoder import picture_loss, train_vae
 from worldenv.learning.clips import (
     ENCODED_TOGETHER,
@@ -260,6 +260,110 @@ def test_the_foreground_weighs_more() -> None:
         drawn[0, :, place[0], place[1]] += 0.5
         want = weight * (0.5 + 0.25) / 16
         assert float(picture_loss(drawn, true, still, 7.0)) == pytest.approx(want)
+
+
+def test_the_foreground_is_what_differs_by_more_than_a_seventh_of_full_range() -> None:
+    still = torch.zeros(1, 3, 4, 4)
+    for away, weight in ((0.29, 1.0), (0.31, 7.0)):  # of 2, from -1 to 1
+        assert float(picture_loss(still, torch.full_like(still, away), still, 7.0)) == pytest.approx(weight * (away + away**2))
+
+
+def gradient_norms(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Of what an optimizer is given, step by step; it changes nothing."""
+    norms: list[float] = []
+
+    def step(self: torch.optim.Optimizer) -> None:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return norms
+
+
+def test_what_the_autoencoder_is_given_and_what_it_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames against what stands still, maps against their background; noise of the step's own; KL for each latent value; clipped gradients."""
+    simulator, seen, steps = Evac.initialised(CONFIG, 0), [], []
+    draw = noise.normal
+
+    def loss(drawn: torch.Tensor, true: torch.Tensor, still: torch.Tensor, foreground: float) -> torch.Tensor:
+        seen.append((true, still, foreground))
+        return 0.0 * drawn.sum()
+
+    def normal(seed: int, rollout: int, chunk: int, step: int, stream: int, shape: Sequence[int]) -> Any:
+        steps.append((stream, step))
+        return draw(seed, rollout, chunk, step, stream, shape)
+
+    monkeypatch.setattr(autoencoder, "picture_loss", loss)
+    monkeypatch.setattr(noise, "normal", normal)
+    norms = gradient_norms(monkeypatch)
+    config = dataclasses.replace(WORLD, vae_steps=2, vae_batch=8, map_share=0.25, vae_kl=100.0, grad_clip=0.01)
+    metrics = train_vae(simulator, EPISODES, CAMERA, TABLETOP, config, 0, Never())
+    assert steps == [(noise.Stream.VAE_NOISE, 0), (noise.Stream.VAE_NOISE, 1)]
+    true, still, foreground = seen[-1]
+    assert foreground == config.foreground_weight
+    background = TABLETOP.background / 127.5 - 1.0
+    table = simulator.fit(autoencoder.median_picture(EPISODES).permute(2, 0, 1)[None])
+    assert torch.equal(still[:6], table.expand(6, -1, -1, -1))
+    assert (still[6:] == background).all()
+    assert ((true[6:] == background).float().mean((1, 2, 3)) > 0.5).all()  # maps
+    with torch.no_grad():
+        kl = float(simulator.vae.encode(true).kl().mean()) / int(np.prod([CONFIG.vae.z_channels, *CONFIG.latent]))
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-4)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_averages_follow_are_judged_and_leave_the_weights_alone() -> None:
+    simulator = Evac.initialised(CONFIG, 0)
+    course, weight = world_model._Course(simulator, dataclasses.replace(WORLD, lr=0.1, ema=0.9)), simulator.unet.out[2].bias
+    name = next(name for name, parameter in course.trained.items() if parameter is weight)
+    for step, decay in ((0, 0.1), (1000, 0.9)):  # soon after the start, random weights are forgotten
+        before = course.averaged[name].clone()
+        course.step(step, weight.sum())
+        torch.testing.assert_close(course.averaged[name], decay * before + (1 - decay) * weight.detach())
+        assert not torch.equal(course.averaged[name], weight)
+    now, judged = weight.detach().clone(), list[torch.Tensor]()
+
+    def held_out_loss() -> float:
+        judged.append(weight.detach().clone())
+        return 1.0
+
+    for _ in range(2):  # as where a killed stage goes on: once at a step
+        course.check(4, held_out_loss)
+    assert len(judged) == len(course.checks) == 1
+    assert torch.equal(judged[0], course.averaged[name])
+    assert torch.equal(weight, now)
+
+
+def test_what_the_simulator_is_given_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and dropout of the step's own, in training mode; held-out clips, each with noise of its own, in the other, and all alike."""
+    simulator, learned, judged, draws = Evac.initialised(CONFIG, 0), [], [], []
+    weight, right = simulator.unet.out[2].bias, world_model.draw_windows
+
+    def loss(simulator: Evac, batch: world_model.Batch, rays: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            learned.append((simulator.training, float(torch.rand(1))))
+            return 1000.0 * weight.sum()
+        judged.append((simulator.training, batch.noise))
+        return torch.tensor(float(len(batch.target)))
+
+    def windows(of: Any, chunk: int, config: WorldConfig, seed: int, draw: int, many: int, progress: float) -> Any:
+        draws.append(draw)
+        return right(of, chunk, config, seed, draw, many, progress)
+
+    monkeypatch.setattr(world_model, "v_loss", loss)
+    monkeypatch.setattr(world_model, "draw_windows", windows)
+    norms = gradient_norms(monkeypatch)
+    clips, held_out = clips_of(simulator, EPISODES[:1]), clips_of(simulator, HELD_OUT[:1])
+    config = dataclasses.replace(WORLD, steps=4, check_every=2, held_out_clips=5, batch=2, grad_clip=0.5, aligned_starts=0.5)
+    metrics = world_model.train_simulator(simulator, clips, held_out, config, 0, Never())
+    assert [training for training, _ in learned] == [True] * 4
+    assert len({drawn for _, drawn in learned}) == 4
+    assert len(set(draws)) == len(draws) == 8
+    assert norms == pytest.approx([0.5] * 4, rel=1e-3)
+    assert [training for training, _ in judged] == [False] * 6  # 3 batches, twice
+    assert not torch.equal(judged[0][1], judged[1][1])
+    assert torch.equal(judged[0][1], judged[3][1])
+    assert metrics["held_out"] == [[2, pytest.approx(1.8)], [4, pytest.approx(1.8)]]  # (2 * 2 + 2 * 2 + 1 * 1) / 5
 
 
 def trained_vae(path: Path, dies_at: int | None = None, device: torch.device = CPU) -> tuple[Evac, dict[str, Any]]:

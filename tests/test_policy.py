@@ -14,6 +14,7 @@ from worldenv import checkpoint
 from worldenv.nouns import Observation
 from worldenv.policy import laplace
 from worldenv.policy.contract import Policy
+from worldenv.policy.heads import begin
 from worldenv.policy.llama import LlamaModel
 from worldenv.policy.openvla_oft import Network, OpenVLAOFT
 from worldenv.policy.vision import VisionTower
@@ -199,6 +200,20 @@ def test_positions_are_begun_as_waves_of_both_axes() -> None:
     for at, given in enumerate(tower.pos_embed[0].detach()):
         angle = torch.cat([at % 4 / 4 * rate, at // 4 / 4 * rate])
         torch.testing.assert_close(given, torch.cat([angle.sin(), angle.cos()]), atol=1e-5, rtol=0)
+
+
+def test_what_the_eyes_do_not_remember_they_see_again() -> None:
+    tower, calls = VisionTower(SMALL.dino, 16), []
+    begin(tower, torch.Generator().manual_seed(0))
+    pixels, gradients = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), []
+    tower.blocks[0].register_forward_pre_hook(lambda *_: calls.append(tower.recompute))
+    for again in (False, True):
+        tower.recompute = again
+        tower.zero_grad(set_to_none=True)
+        tower(pixels).square().sum().backward()
+        gradients.append([p.grad for p in tower.parameters() if p.grad is not None])
+    assert calls == [False, True, True]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_same_seed_gives_the_same_weights() -> None:

@@ -232,6 +232,16 @@ def test_unmerging_gives_the_base_back_to_rounding(dtype: torch.dtype) -> None:
     assert touched == {f"{name}.weight" for name in adapted(LIKE)}
 
 
+def test_fresh_lora_is_a_function_of_its_seed_alone() -> None:
+    made = []
+    for drawn_before, seed in ((0, 5), (9, 5), (0, 6)):
+        torch.manual_seed(drawn_before)
+        made.append(lora.attach(policy().network, 4, 8, seed))
+    one, again, other = ({name: p.detach() for name, p in found.items() if ".lora_A" in name} for found in made)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in one.items())
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_a_sum_with_lora_is_rounded_once() -> None:
     """In float32, then to the weight's type: what is rounded before it is added moves a third of the weights by an ulp."""
     base, made = {name: tensor.bfloat16() for name, tensor in whole().items()}, adapter()

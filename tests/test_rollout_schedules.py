@@ -211,15 +211,28 @@ def test_threads_are_joined_where_a_consumer_stops_early() -> None:
     assert threading.active_count() <= before
 
 
+def test_workers_of_one_device_share_its_slots() -> None:
+    def replicas(*devices: str) -> list[Replica]:
+        return [Replica(ToyPolicy(), ToyWorld(), torch.device(device)) for device in devices]
+
+    alone = dataclasses.replace(replicas("cuda:2")[0], parts=frozenset({"reflector"}))
+    assert [Schedule(16).each(replicas(*["cpu"] * count)) for count in (1, 2, 3)] == [16, 8, 6]
+    assert [Schedule(16).each(some) for some in (replicas("cuda:0", "cuda:1"), [*replicas("cuda:0", "cuda:1"), alone])] == [16, 16]
+
+
 def test_threads_of_the_caller_are_as_they_were() -> None:
-    before = torch.get_num_threads()
+    own = torch.get_num_threads()
+    before = own + 1  # of one thread nothing could be seen
+    torch.set_num_threads(before)
     with Flights([Replica(ToyPolicy(), ToyWorld())], seed=SEED, steps=K * CHUNKS, threshold=THRESHOLD, schedule=Schedule(4, 2)) as flights:
         list(flights.fly(jobs()))
     started: list[int] = []
     thread = threading.Thread(target=lambda: started.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert [torch.get_num_threads(), *started] == [before] * 2
+    found = [torch.get_num_threads(), *started]
+    torch.set_num_threads(own)
+    assert found == [before] * 2
 
 
 def test_what_cannot_be_rolled_out_is_refused() -> None:

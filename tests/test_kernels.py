@@ -586,6 +586,13 @@ def test_bad_input_is_named(call: Callable[[], Any], words: str) -> None:
         call()
 
 
+def test_draws_of_other_seeds_and_streams_are_each_their_own() -> None:
+    draws = [philox.Draw.of(seed, 2, 3, 4, stream) for seed, stream in ((1, noise.Stream.SFT), (1, noise.Stream.WORLD), (9, noise.Stream.SFT))]
+    got = philox.fill_ref("normal", philox.Draw(torch.cat([one.words for one in draws])), (5,))
+    assert torch.equal(got, torch.cat([philox.fill_ref("normal", one, (5,)) for one in draws]))
+    assert len({*got[:, 0].tolist()}) == 3
+
+
 def test_operations_are_known_to_autograd_and_compilers(where: torch.device) -> None:
     """What LOOP does with them, in one graph, through torch.compile's own tracing; and torch's own check of a custom operation."""
     action, mu, log_scale = density(torch.float32, where)

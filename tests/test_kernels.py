@@ -587,10 +587,11 @@ def test_bad_input_is_named(call: Callable[[], Any], words: str) -> None:
 
 
 def test_draws_of_other_seeds_and_streams_are_each_their_own() -> None:
-    draws = [philox.Draw.of(seed, 2, 3, 4, stream) for seed, stream in ((1, noise.Stream.SFT), (1, noise.Stream.WORLD), (9, noise.Stream.SFT))]
-    got = philox.fill_ref("normal", philox.Draw(torch.cat([one.words for one in draws])), (5,))
-    assert torch.equal(got, torch.cat([philox.fill_ref("normal", one, (5,)) for one in draws]))
-    assert len({*got[:, 0].tolist()}) == 3
+    for seed, stream in ((1, noise.Stream.WORLD), (9, noise.Stream.SFT)):
+        draws = [philox.Draw.of(1, 2, 3, 4, noise.Stream.SFT), philox.Draw.of(seed, 2, 3, 4, stream)]
+        got = philox.fill_ref("normal", philox.Draw(torch.cat([one.words for one in draws])), (5,))
+        assert torch.equal(got, torch.cat([philox.fill_ref("normal", one, (5,)) for one in draws]))
+        assert not torch.equal(got[0], got[1])
 
 
 def test_operations_are_known_to_autograd_and_compilers(where: torch.device) -> None:

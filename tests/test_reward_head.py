@@ -24,6 +24,7 @@ from worldenv.data.episode import Episode
 from worldenv.learning.reward_head import Labelled, auc, calibration_error, descend, fit_head, measure, score, stops, train_backbone
 from worldenv.presets import PRESETS
 from worldenv.reflector import weights
+from worldenv.reflector.contract import scored
 from worldenv.reflector.frames import shown
 from worldenv.reflector.judge import LlavaReflector
 from worldenv.stages import reward
@@ -325,6 +326,19 @@ def test_scores_are_of_the_episodes_own_frames_and_drawings_whatever_their_lengt
         found = score([Meter()], some, given_drawn, chunk=2, batch=2)  # type: ignore[list-item]
         for e, (row, n) in enumerate(zip(found, lengths, strict=True)):
             np.testing.assert_allclose(row * 255, [more + e + 10 * t for t in range(1, n)], rtol=1e-5)
+
+
+def test_a_video_is_judged_until_a_score_is_above_and_not_at_the_threshold() -> None:
+    frames = torch.zeros(2, 4, 2, 2, 3, dtype=torch.uint8)
+    frames[1, 1] = 1
+    judge: Any = SimpleNamespace(
+        begin=lambda instruction, first: list(instruction),
+        judge=lambda watch, later: (0.5 + 0.25 * later[:, :, 0, 0, 0].float(), watch),
+    )
+    found = scored(judge, ["a", "b"], frames[:, 0], frames, 2, until=0.5)
+    assert found[0].tolist() == [0.5] * 4
+    assert found[1, :2].tolist() == [0.5, 0.75]
+    assert found[1, 2:].isnan().all()
 
 
 def test_calibration_error() -> None:

@@ -253,6 +253,14 @@ def test_an_engine_does_not_pass_where_eager_is_not_a_number() -> None:
     assert parity.compare(recipe, "another", lambda x: x, lambda x: x, given).passed
 
 
+def test_the_worst_of_all_inputs_and_outputs_counts() -> None:
+    recipe = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}),), ("y", "z"), 1e-5)
+    calls = [(torch.full((1, 3), size),) for size in (1.0, 2.0, 3.0)]
+    found = parity.compare(recipe, "toy", lambda x: (x * (1.1 if float(x[0, 0]) == 1.0 else 1.0), x), lambda x: (x, x), calls)
+    assert found.max_rel_error == pytest.approx(0.1, rel=1e-4)  # of the first input's first output
+    assert not found.passed
+
+
 def test_back_ends_are_named_and_what_they_lack_too() -> None:
     with pytest.raises(ValueError, match="did you mean 'onnxruntime'"):
         backend.back_end("onnxruntim")

@@ -69,6 +69,9 @@ def test_nothing_is_learned_from_what_judges(desk: Desk) -> None:
     other = Desk(desk.run)
     other.seed += 1
     assert other.held_out != desk.held_out  # who is held out is a matter of the seed
+    greedy = Desk(desk.run)
+    greedy.settings = dataclasses.replace(SETTINGS, explore=dataclasses.replace(SETTINGS.explore, held_out=0.99))
+    assert len(greedy.explored[0]) == 1  # something is left to learn from
 
 
 def test_rollouts_of_different_purposes_have_different_numbers() -> None:
@@ -80,8 +83,11 @@ def test_rollouts_of_different_purposes_have_different_numbers() -> None:
 def test_both_policies_are_replayed_with_loops_noise_and_numbers_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policies = {stage: SimpleNamespace(scale_factor=1.0) for stage in ("scale", "loop")}
     given: list[Any] = []
-    monkeypatch.setattr(evaluate, "assembled", lambda desk, folder, policy, _: SimpleNamespace(replicas=[policy], engines={"of": folder.name}))
-    monkeypatch.setattr(audit, "replay", lambda replicas, env, reflector, contexts, **how: given.append((replicas, contexts, how)) or [])
+    made = {"judges": ["one on each", "of two GPUs"]}
+    monkeypatch.setattr(
+        evaluate, "assembled", lambda desk, folder, policy, _: SimpleNamespace(replicas=[policy], engines={"of": folder.name}, **made)
+    )
+    monkeypatch.setattr(audit, "replay", lambda replicas, env, judges, contexts, **how: given.append((replicas, contexts, {**how, "by": judges})) or [])
     env = SimpleNamespace(tasks=("a", "b", "c"), states=lambda split: {"train": 2}[split])
     here: Any = SimpleNamespace(
         settings=SETTINGS, env=env, policy=policies.get, reflector=lambda device: None, judging=None, seed=3, schedule="schedule", device="cpu",
@@ -93,6 +99,7 @@ def test_both_policies_are_replayed_with_loops_noise_and_numbers_of_their_own(tm
         assert replicas == [policies[stage]]
         assert policies[stage].scale_factor == 2.5
         assert contexts == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 0)]  # all tasks, then their next states
+        assert how["by"] == made["judges"]
         assert (how["first_number"], how["seed"], how["steps"], how["schedule"]) == (first, 3, SETTINGS.env.steps, "schedule")
 
 

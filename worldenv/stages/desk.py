@@ -113,7 +113,7 @@ class Desk:
         )
 
     def _to_hold(self, episodes: int) -> int:
-        return max(1, round(self.settings.explore.held_out * episodes))
+        return min(max(1, round(self.settings.explore.held_out * episodes)), max(1, episodes - 1))  # something is left to learn from
 
     @functools.cached_property
     def explored(self) -> tuple[list[Episode], list[Episode]]:

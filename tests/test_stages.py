@@ -87,7 +87,7 @@ def test_both_policies_are_replayed_with_loops_noise_and_numbers_of_their_own(tm
     monkeypatch.setattr(
         evaluate, "assembled", lambda desk, folder, policy, _: SimpleNamespace(replicas=[policy], engines={"of": folder.name}, **made)
     )
-    monkeypatch.setattr(audit, "replay", lambda replicas, env, judges, contexts, **how: given.append((replicas, contexts, {**how, "by": judges})) or [])
+    monkeypatch.setattr(audit, "replay", lambda replicas, env, by, contexts, **how: given.append((replicas, contexts, {**how, "by": by})) or [])
     env = SimpleNamespace(tasks=("a", "b", "c"), states=lambda split: {"train": 2}[split])
     here: Any = SimpleNamespace(
         settings=SETTINGS, env=env, policy=policies.get, reflector=lambda device: None, judging=None, seed=3, schedule="schedule", device="cpu",

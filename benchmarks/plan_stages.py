@@ -128,7 +128,8 @@ def host_memory_gb(settings: RunConfig, processes: int) -> dict[str, float]:
     everything = _episodes(settings) * each
     return {
         "sft": processes * _demonstrations(settings) * each,
-        "world": processes * 2 * ENCODED_TOGETHER * each + (0 if settings.world.initial else everything),  # an autoencoder learns from all
+        # an autoencoder learns from all, put together
+        "world": processes * 2 * ENCODED_TOGETHER * each + (0 if settings.world.initial else 3 * everything),
         "reward": 2 * everything,  # true and imagined
         "eval": settings.explore.episodes * each,
     }

@@ -157,6 +157,9 @@ def test_savepoint_keeps_the_last_tree(tmp_path):
     assert second.load("step") == {"step": 3}
     with pytest.raises(CheckpointError, match="s: of another version, which kept no losses, kl; delete it"):
         second.load("step", "losses", "kl")
+    (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="s: truncated or damaged; delete it, and this part is made anew"):
+        second.load("step")
     assert not second.due()
     second.clear()
     assert second.load() is None
@@ -179,3 +182,14 @@ def test_a_save_that_takes_long_is_made_seldom(tmp_path, monkeypatch):
     for later, due in ((30.0, False), (1000.0, False), (110.0, True)):  # 19 minutes of work to one of writing
         now += later
         assert savepoint.due() == due
+
+
+def test_a_file_for_which_there_is_no_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "large.pt").write_bytes(b"x")
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 16 GB")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError, match=r"large.pt: 0.0 GB, for which this machine has no memory"):
+        checkpoint.read_foreign(tmp_path / "large.pt")

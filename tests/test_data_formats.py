@@ -144,14 +144,21 @@ def test_openvlas_regeneration_is_read_by_its_own_rules(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_that_are_paired_the_other_way_are_refused_by_their_motion(seed, tmp_path):
+def test_rows_that_are_paired_the_other_way_are_known_by_their_motion(seed, tmp_path, capsys):
+    """Refused where they are said to be of a regeneration; said, once for a file, where a robot that lags by a step may look so."""
     path = tmp_path / "pick_up_the_bowl_demo.hdf5"
-    for before, cure in ((True, "before its action, .*: delete that"), (False, "after its action, .*: give it that")):
+    for before in (True, False):
         moved(path, before, told=not before, seed=seed)
         next(libero_hdf5.read(path))
-        moved(path, before, told=before, seed=seed)
-        with pytest.raises(CheckpointError, match=rf"bowl_demo\.hdf5: data/demo_0: moves as its actions ask .* observation {cure}"):
-            next(libero_hdf5.read(path))
+    assert not capsys.readouterr().err
+    moved(path, before=False, told=False, seed=seed)
+    with pytest.raises(CheckpointError, match=r"bowl_demo\.hdf5: data/demo_0: moves as its actions ask .* after its action, .*: give it that"):
+        next(libero_hdf5.read(path))
+    moved(path, before=True, told=True, seed=seed)
+    for _ in range(2):
+        next(libero_hdf5.read(path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: moves as its actions ask where each row holds the observation before its action")
 
 
 def test_hdf5_gives_back_what_was_written(tmp_path):
@@ -808,3 +815,14 @@ def test_python_m_runs(tmp_path):
     argv = [sys.executable, "-m", "worldenv.cli.convert", str(tmp_path), "--to", "lerobot-v3.0", "--out", str(tmp_path / "out")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["episodes"] == 3
+
+
+def test_names_that_tell_nothing_are_believed_and_others_are_not():
+    like, layout = lerobot._LAYOUTS["observation.state"]
+    ours = [f"ee_pos_{i}" for i in range(3)] + [f"ee_ori_{i}" for i in range(3)] + ["gripper_0", "gripper_1"]
+    turns = ["x", "y", "z", "rotvec_x", "rot_vec_y", "rotvec_z", "gripper", "gripper"]
+    for names in ([f"motor_{i}" for i in range(8)], ["motors"], [*"01234567"], [f"dim_{i}" for i in range(8)], ours, turns):
+        lerobot._want_names(Path("info.json"), "state", names, like, layout)
+    for names in ([*"xyz", "roll", "pitch", "yaw", "pad", "gripper"], [*(f"joint_{i}" for i in range(7)), "gripper"]):
+        with pytest.raises(CheckpointError, match=r"info.json: state holds .*want LIBERO's"):
+            lerobot._want_names(Path("info.json"), "state", names, like, layout)

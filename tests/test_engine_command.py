@@ -104,9 +104,9 @@ def test_mistakes_are_one_line(
     [
         (["--back-end", "onnx"], "did you mean 'onnxruntime'"),
         (["--back-end", ","], "back end ','"),
-        (["--arch", "hopper"], "--arch hopper: there are sm_80, sm_86"),
-        (["--arch", "sm_90,sm_33", "--back-end", "tensorrt_rtx"], "--arch sm_33: there are sm_80"),
-        (["--arch", ","], "--arch ,: there are sm_80"),
+        (["--arch", "hopper"], "--arch hopper: want here alone, or those of GPUs, sm_75 and later, such as sm_80"),
+        (["--arch", "sm_90,sm_33", "--back-end", "tensorrt_rtx"], "--arch sm_33: want here alone"),
+        (["--arch", ","], "--arch ,: want here alone"),
         (["--limit-gb", "0"], "--limit-gb 0.0: want a size above 0"),
     ],
 )

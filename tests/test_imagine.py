@@ -177,7 +177,8 @@ def test_an_episode_brings_everything(call: Any, files: Path, tmp_path: Path) ->
     nothing = dict.fromkeys(("frame", "actions", "intrinsics", "extrinsics"))
     stored = episodes.load(files / "000000.npz")
     level = np.arange(20, 230, 30, dtype=np.uint8)  # of each frame another grey
-    plain = dataclasses.replace(stored, frame=np.broadcast_to(level[:, None, None, None], stored.frame.shape).copy())
+    small = (7, HEIGHT // 2, WIDTH // 2, 3)  # of pictures that were made smaller than their camera's
+    plain = dataclasses.replace(stored, frame=np.broadcast_to(level[:, None, None, None], small).copy())
     episodes.save(tmp_path / "grey.npz", plain)
     code, out, _ = call(**nothing, episode=str(tmp_path / "grey.npz"), robot="tabletop")
     assert code == 0

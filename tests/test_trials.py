@@ -42,7 +42,7 @@ from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.policy.processing import PromptTokenizer
 from worldenv.presets import preset
 from worldenv.robots.tabletop import TABLETOP
-from worldenv.run import RunError
+from worldenv.run import Run, RunError
 from worldenv.trials import actors, runner
 from worldenv.trials.actors import Bench, PolicyActor
 from worldenv.trials.episode import Answer, Question, Trial, play
@@ -584,7 +584,7 @@ def test_a_published_directory_of_several_suites_is_evaluated_and_its_content_is
     (stated,) = json.loads((oft / "dataset_statistics.json").read_text()).values()
     suites = dict.fromkeys(("libero_goal_no_noops", "libero_spatial_no_noops"), stated)
     (oft / "dataset_statistics.json").write_text(json.dumps(suites))
-    assert command_line._directory(command_line.RunArgs(str(oft), "libero_goal")).dataset == "libero_goal_no_noops"
+    assert command_line._directory(command_line.RunArgs(str(oft)), "libero_goal").dataset == "libero_goal_no_noops"
     run = ["run", "--policy", str(oft), "--suite", "tabletop", "--views", "1", "--tasks", "0", "--episodes", "1", "--out", str(tmp_path / "e")]
     assert command_line.main(run) == 2
     assert "say which data set (--dataset" in capsys.readouterr().err
@@ -612,6 +612,7 @@ def test_a_published_directory_of_several_suites_is_evaluated_and_its_content_is
 
 def test_every_point_of_a_curve_is_run_as_asked(tmp_path, capsys, monkeypatch):
     """The policy that LOOP starts from, then its copies, each in a folder of its own."""
+    Run(tmp_path, preset("tiny"))
     (tmp_path / "stages" / "loop").mkdir(parents=True)
     for name in ("policy-0005", "policy-0010", "policy"):
         (tmp_path / "stages" / "loop" / f"{name}.safetensors").touch()
@@ -718,7 +719,9 @@ INSPECT = ["inspect", "--suite", "tabletop", "--task", "0", "--out", "x.npz"]
         (["run", "--policy", "expert", "--suite", "tabletop", "--image", "-3"], "--image -3: want at least 1 px"),
         (["curve", "nowhere"], "nowhere: no run there (no run.json); start one: worldenv-train --out nowhere"),
         (["audit", "nowhere"], "nowhere: no run there (no run.json); start one: worldenv-train --out nowhere"),
-        ([*EXPERT, "--device", "nonsense"], "--device nonsense: want auto, cpu, cuda"),
+        ([*EXPERT, "--device", "cpu"], "an expert runs no network; leave them out"),
+        ([*EXPERT, "--gpus", "2"], "an expert runs no network; leave them out"),
+        ([*EXPERT, "--gpus", "-1"], "--gpus -1: want a count"),
         ([*EXPERT, "--seed", "-4"], "--seed -4: want 0 .. 4294967295"),
         (["run", "--policy", "bad.json", "--suite", "tabletop"], "bad.json: truncated or damaged"),
         (["curve"], "run"),

@@ -65,6 +65,10 @@ def read_foreign(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # of damaged bytes, torch's unpickler raises whatever they make it stumble over
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):  # what torch says of a host without room
+            raise MemoryError(f"{path}: {path.stat().st_size / 1e9:.1f} GB, for which this machine has no memory") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+            raise
         if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # Lightning puts hyper_parameters beside the weights
             raise CheckpointError(
                 f"{path}: holds more than tensors ({found[1]}), and nothing of that is run here; where you trust the file, keep its weights alone, "
@@ -315,7 +319,10 @@ class Savepoint:
         """The last tree that was saved, which has `names`, or None. Raises CheckpointError where it is damaged, or another version's."""
         if not self._path.exists():
             return None
-        tree: dict[str, Any] = load(self._path)
+        try:
+            tree: dict[str, Any] = load(self._path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._path}: truncated or damaged; delete it, and this part is made anew") from error
         if missing := [name for name in names if name not in tree]:
             raise CheckpointError(f"{self._path}: of another version, which kept no {', '.join(missing)}; delete it, and this part is made anew")
         return tree

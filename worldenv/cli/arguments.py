@@ -49,7 +49,8 @@ def _line(box: str, program: str, argv: Sequence[str]) -> str:
     type, with the type that is wanted."""
     words = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]+|-{5,}", " ", box)).strip()
     if unknown := re.search(r"Unrecognized options: ([^\s,=]+)", words):
-        if valued := [word for word in argv if word.startswith("--") and word.endswith(f"={unknown.group(1)}")]:
+        stray = unknown.group(1) in argv
+        if not stray and (valued := [word for word in argv if word.startswith("--") and word.endswith(f"={unknown.group(1)}")]):
             return f"{valued[0]}: this flag takes no value; want {valued[0].partition('=')[0]} alone"
         meant = re.search(r"Perhaps you meant: (--[^\s,]+)", words)
         cure = f"; did you mean {meant.group(1)!r}?" if meant else "."

@@ -60,7 +60,7 @@ class Ending:
         """Errors are raised, for their traceback."""
 
     def __enter__(self) -> Ending:
-        self._out = contextlib.redirect_stdout(_Left(sys.stdout))
+        self._out = contextlib.redirect_stdout(_Left(sys.stdout or open(os.devnull, "w", encoding="utf-8")))
         self._out.__enter__()
         return self
 
@@ -68,6 +68,8 @@ class Ending:
         try:
             sys.stdout.flush()
         except OSError as refused:
+            if self.debug and error is None:
+                raise
             error = error or refused
         self._out.__exit__(kind, error, trace)
         if isinstance(error, KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from worldenv.benchmarks import engine_rows
 from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.cli.ending import Ending
-from worldenv.devices import architectures
+from worldenv.devices import ARCHITECTURES
 from worldenv.engines import backend, parity
 from worldenv.engines.recipe import EngineError
 from worldenv.engines.store import DEFAULT_STORE, Store
 
 NEVER_RUN = "built, never run"
+_OLDEST = 75
+"""Turing: the oldest architecture that TensorRT builds for."""
 """Of a plan for another machine: nothing is known of what it computes."""
 
 
@@ -95,10 +98,18 @@ def _names(args: BuildArgs, here: bool) -> list[str]:
     return list(backend.AUTOMATIC["cuda" if torch.cuda.is_available() else "cpu"]) if here else ["tensorrt_rtx"]
 
 
+def _architectures(names: str) -> list[str]:
+    """ValueError for one that no back end builds for."""
+    found = [name for name in names.split(",") if name]
+    if odd := [name for name in found or [names] if not re.fullmatch(r"sm_\d{2,3}", name) or int(name[3:]) < _OLDEST]:
+        raise ValueError(f"--arch {odd[0]}: want here alone, or those of GPUs, sm_{_OLDEST} and later, such as {', '.join(ARCHITECTURES)}")
+    return found
+
+
 def build(args: BuildArgs) -> int:
     """See BuildArgs."""
     here = args.arch == "here"
-    store, archs, names = args.open(), ["here"] if here else architectures(args.arch), _names(args, here)  # said before networks are made
+    store, archs, names = args.open(), ["here"] if here else _architectures(args.arch), _names(args, here)  # said before networks are made
     device = torch.device("cuda" if torch.cuda.is_available() and here else "cpu")
     precision = args.precision if args.precision != "auto" else "bf16" if not here or device.type == "cuda" else "fp32"
     words = [word for word in args.only.split(",") if word]

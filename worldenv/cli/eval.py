@@ -183,6 +183,8 @@ def _mean_something(args: RunArgs, who: actors.Description) -> None:
             raise ValueError(f"--{flag} {given}: is for an OpenVLA-OFT directory; {args.policy} knows its own, leave it out")
     if args.views not in (None, 1, 2):
         raise ValueError(f"--views {args.views}: want 1, or 2 with the camera on the hand")
+    if args.policy == "expert" and (args.gpus != 1 or args.device != "auto"):
+        raise ValueError("--device, --gpus: an expert runs no network; leave them out")
     if args.demonstrations is not None and (args.policy == "expert" or who.env is not None):
         known = "an expert is trained on none" if args.policy == "expert" else f"the run of {args.policy} knows its own"
         raise ValueError(f"--demonstrations {args.demonstrations}: {known}; leave it out")
@@ -219,7 +221,8 @@ def _evaluation(args: RunArgs) -> tuple[Evaluation, Path | None]:
         raise ValueError(f"--gpus {args.gpus}: want a count, or 0 for all")
     _image(args.image)
     files.seeded(args.seed)
-    device_of(args.device)
+    if args.policy != "expert":
+        device_of(args.device)
     suite = _suite(args.suite, args.policy)
     who = actors.describe(args.policy, args.demonstrations, _directory(args, suite))
     _mean_something(args, who)

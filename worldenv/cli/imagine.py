@@ -200,8 +200,9 @@ def motion(args: ImagineArgs) -> Motion:
             raise ValueError(f"--episode {args.episode}: does not say where its camera stood; give frame, actions and camera by themselves")
         frame, camera, actions, name = episode.frame[0], episode.camera, episode.command.astype(np.float64), f"--episode {args.episode}"
         state = np.concatenate([episode.pose[0], episode.gripper[:1]])
-        arms = robot.arms_at(camera.height)[-1:]
-        recorded = action_map.drawn_over(episode.frame, episode.pose[:, None], episode.gripper[:, None], camera, robot, arms).numpy()
+        shown = action_map.resized(camera, *frame.shape[:2])
+        arms = robot.arms_at(shown.height)[-1:]
+        recorded = action_map.drawn_over(episode.frame, episode.pose[:, None], episode.gripper[:, None], shown, robot, arms).numpy()
     else:
         if args.frame is None or args.actions is None or args.intrinsics is None or args.extrinsics is None:
             missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)

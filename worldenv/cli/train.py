@@ -119,17 +119,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.replay is not None:
             found = replay(args.out, settings, args.replay)
             print(json.dumps(found, allow_nan=False))
-            return 0 if found["bit_equal"] else 1
-        # --from would begin what it has finished anew
-        ending.stopped = f"; {f'--resume {args.out}' if args.from_stage else 'the same command'} goes on from here"
-        ending.no_room = _LESS_MEMORY.format(args.out)
-        board = console.board(args.out / "tensorboard") if args.tensorboard else contextlib.nullcontext()
-        with files.written(args.out, ", then give the same command again"), distributed.joined(), board:
-            train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
-            speaks = processes.rank() == 0
-        if speaks and args.only in (None, "report") and args.until in (None, "report"):
-            print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))
+            ending.code = 0 if found["bit_equal"] else 1
+        else:
+            _train(args, settings, ending)
     return ending.code
+
+
+def _train(args: TrainArgs, settings: RunConfig, ending: Ending) -> None:
+    # --from would begin what it has finished anew
+    ending.stopped = f"; {f'--resume {args.out}' if args.from_stage else 'the same command'} goes on from here"
+    ending.no_room = _LESS_MEMORY.format(args.out)
+    board = console.board(args.out / "tensorboard") if args.tensorboard else contextlib.nullcontext()
+    with files.written(args.out, ", then give the same command again"), distributed.joined(), board:
+        train.train(args.out, settings, first=args.from_stage, only=args.only, reuse=args.reuse, until=args.until)
+        speaks = processes.rank() == 0
+    if speaks and args.only in (None, "report") and args.until in (None, "report"):
+        print(json.dumps({"out": str(args.out), "report": str(args.out / "report.html"), "record": str(args.out / "report.json")}))
 
 
 if __name__ == "__main__":

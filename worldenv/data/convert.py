@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from worldenv import console
 from worldenv.checkpoint import CheckpointError, atomic_folder
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.episode import GIVEN, Episode, EpisodeSet, fitting, read_camera
@@ -82,6 +83,11 @@ def read(source: Path, choices: Choices, left_out: list[str] | None = None) -> I
     """
     camera = None if choices.camera is None else read_camera(choices.camera)
     mirrored = choices.mirrored and (camera is None or camera.mirrored)
+    if camera is not None and not camera.mirrored and choices.mirrored and is_lerobot(source):
+        console.say(
+            f"--camera {choices.camera} is not mirrored, and neither are the pictures of {source} then, unless it was written here: of a set whose "
+            'pictures are (OpenVLA-OFT\'s), say "mirrored": true there'
+        )
     for place, episode in _read(source, choices, mirrored, left_out):
         seen = episode if camera is None else _seen_by(camera, episode, place, choices.camera)
         kept = fitting(functools.partial(libero_hdf5.without_noops, seen), left_out) if choices.no_noops else seen
@@ -149,8 +155,8 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
     return {"source": str(source), "out": str(out), "format": to, **vars(count), "left_out": left_out}
 
 
-_NAME_BYTES = 200
-"""Of a file, before "_demo.hdf5": disks take 255."""
+_NAME_BYTES = 150
+"""Of a file, before "_demo.hdf5": disks take 255, and while it is written process and machine are in its name too."""
 
 
 def _write_hdf5(out: Path, episodes: Iterable[Episode], robot: Robot) -> None:

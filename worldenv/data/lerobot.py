@@ -51,9 +51,9 @@ _AXES = ("x", "y", "z", "rx", "ry", "rz")
 _STATE_NAMES = (*_AXES, "finger_left", "finger_right")
 # What LIBERO's values may be called, by place, letters and digits alone: of rotation vectors "roll", "rx", "rot_x" and "axis_angle1" are all found.
 _OF = r"(?:robot0|eef?|pos|d|delta)*"
-_TURN = r"(?:r|a|rot|axisangle|ori)"
+_TURN = r"(?:r|a|rot|rotvec|axisangle|ori)"
 _LIKE_POSE = (
-    *(rf"{_OF}{axis}" for axis in "xyz"),
+    *(rf"{_OF}{axis}|.*pos{i}" for i, axis in enumerate("xyz")),
     *(rf"{_OF}(?:{_TURN}[{axis}{i}{i + 1}]|{word})" for i, (axis, word) in enumerate(zip("xyz", ("roll", "pitch", "yaw"), strict=True))),
 )
 _LIKE_FINGER = r".*(?:grip|finger).*"
@@ -61,7 +61,7 @@ _LAYOUTS = {
     _STATE: ((*_LIKE_POSE, _LIKE_FINGER, _LIKE_FINGER), "x y z [m], rotation vector [rad], two fingers [m]"),
     _ACTION: ((*_LIKE_POSE, _LIKE_FINGER), "x y z, rotation vector, gripper"),
 }
-_UNTOLD = r"(?:state|action)s?(?:dim)?\d*"  # of one value, or of the whole: says nothing
+_UNTOLD = r"(?:state|action|motor|value)?s?(?:dim)?\d*"  # of one value, or of the whole: says nothing
 _UNIT = 1e-3  # quaternions have a norm of 1 but for this in every row; LIBERO's rotation vectors turn by about pi
 _MISNOMER = ["x", "y", "z", "rx", "ry", "rz", "rw", "gripper"]
 """LeRobot's own LIBERO sets say this of rotation vectors and two fingers (huggingface/lerobot#940), others of quaternions: the values tell."""

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from worldenv import kinematics
+from worldenv import console, kinematics
 from worldenv.checkpoint import CheckpointError, atomic
 from worldenv.data.episode import Episode, UnfitError, camera_from_plain, camera_to_plain, fitting, want_values
 from worldenv.robots.contract import Robot
@@ -136,20 +136,31 @@ def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, 
 
 
 def _want_paired(pose: NDArray[np.float64], action: NDArray[np.float64], robot: Robot, before: bool, where: str) -> None:
-    """CheckpointError, from `where`, if `pose` (N, 7) moves as `action` (N, 7) asks where it was seen after each action, not `before`, or so."""
+    """CheckpointError, from `where`, if `pose` (N, 7), said to be seen `before` each `action` (N, 7), moves as they ask where it was seen after; a
+    line if it is the other way round, since a robot that lags by a control step looks like that.
+    """
     if len(action) < _ENOUGH:
         return
     model, pose = kinematics.ControllerModel.of(robot), pose[1:]  # the first may be another file's
     after_it, before_it = (float(np.sum(kinematics.drift(model, [pose], [asked], 1).position ** 2)) for asked in (action[2:], action[1:-1]))
     this, other = (before_it, after_it) if before else (after_it, before_it)
     if other < _CLEARLY * this and other < _EXPLAINED * np.sum(np.diff(pose[:, :3], axis=0) ** 2):
-        how = (
-            f"after its action, as in LIBERO's files, which have the attribute {_TOLD} on data, with the instruction: give it that"
-            if before
-            else f"before its action, as OpenVLA-OFT's regeneration writes them, with no attribute {_TOLD} on data: delete that, and name the file "
-            "INSTRUCTION_demo.hdf5, by which it is told then"
+        if not before:
+            _doubt(where.partition(": ")[0])
+            return
+        raise CheckpointError(
+            f"{where}: moves as its actions ask where each row holds the observation after its action, as in LIBERO's files, which have the "
+            f"attribute {_TOLD} on data, with the instruction: give it that"
         )
-        raise CheckpointError(f"{where}: moves as its actions ask where each row holds the observation {how}")
+
+
+@functools.cache
+def _doubt(path: str) -> None:
+    """Once for a file."""
+    console.say(
+        f"{path}: moves as its actions ask where each row holds the observation before its action, as OpenVLA-OFT's regeneration writes them: if "
+        f"that made it, delete the attribute {_TOLD} of data and name it INSTRUCTION_demo.hdf5; if its robot lags by a step, it is read rightly"
+    )
 
 
 def _state(demo: Any, rows: int, before: bool, where: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

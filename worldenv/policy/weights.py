@@ -96,7 +96,8 @@ def save(path: Path, policy: OpenVLAOFT, weights: Mapping[str, torch.Tensor] | N
 def save_change(path: Path, base: Path, adapter: lora.Adapter, whole: Mapping[str, torch.Tensor]) -> None:
     """Write the policy that file `base` becomes with `adapter` and with the tensors of `whole` in the place of its own, atomically.
 
-    Of the published size 1.7 GB, where all of it is 16. `base` must stay where it is, seen from `path`. Raises what `checkpoint.checksum` does.
+    Of the published size 1.6 GB, where all of it is 16. `base` must stay where it is, seen from `path`. LoRA is added when it is read, on the CPU:
+    what acted on a GPU may differ by a rounding of the weights' type. Raises what `checkpoint.checksum` does.
     """
     tree = {
         "kind": _CHANGE,

@@ -18,12 +18,13 @@ import json
 import multiprocessing
 import os
 import platform
+import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -256,38 +257,48 @@ class _Answering:
     """Those who answer, each on a thread of its own; every process asks one of them, always the same."""
 
     def __init__(self, benches: Sequence[Bench], pipes: Sequence[Connection]) -> None:
-        self._of = {pipe: benches[i % len(benches)] for i, pipe in enumerate(pipes) if benches}
-        self._threads = {id(bench): ThreadPoolExecutor(1) for bench in benches}
+        self._asked = [SimpleQueue[tuple[Connection, Any] | None]() for _ in benches]
+        self._of = {pipe: self._asked[i % len(benches)] for i, pipe in enumerate(pipes) if benches}
+        self._threads = [
+            threading.Thread(target=self._answer, args=both, daemon=True) for both in zip(benches, self._asked, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
         self.failed, self._fail = multiprocessing.Pipe(duplex=False)
         """Has an error where one could not answer: its process would wait for ever."""
         self._error: BaseException | None = None
 
     def ask(self, pipe: Connection, question: Any) -> None:
         """Have `question`, which came by `pipe`, answered there."""
-        self._threads[id(self._of[pipe])].submit(self._answer, self._of[pipe], pipe, question)
+        self._of[pipe].put((pipe, question))
 
-    def _answer(self, bench: Bench, pipe: Connection, question: Any) -> None:
-        try:
-            with on(bench.device):
-                answer = bench.answer(question)
-        except BaseException as error:
-            self._error = error
-            self._fail.send(None)
-            return
-        with contextlib.suppress(OSError):  # its process has died: whoever waits for it is told
-            pipe.send(answer)
+    def _answer(self, bench: Bench, asked: SimpleQueue[tuple[Connection, Any] | None]) -> None:
+        while (one := asked.get()) is not None:
+            pipe, question = one
+            try:
+                with on(bench.device):
+                    answer = bench.answer(question)
+            except BaseException as error:
+                self._error = error
+                self._fail.send(None)
+                return
+            with contextlib.suppress(OSError):  # its process has died: whoever waits for it is told
+                pipe.send(answer)
 
     def check(self) -> None:
         """Raises what kept one from answering."""
         if self._error is not None:
             raise self._error
 
-    def close(self) -> None:
-        """When what is being answered has been."""
-        for thread in self._threads.values():
-            thread.shutdown(cancel_futures=True)
-        self.failed.close()
-        self._fail.close()
+    def close(self, stopped: bool) -> None:
+        """When what is being answered has been; at once where a person has `stopped` it, since an answer may never come."""
+        for asked in self._asked:
+            asked.put(None)
+        if not stopped:
+            for thread in self._threads:
+                thread.join()
+            self.failed.close()
+            self._fail.close()
 
 
 def _together(
@@ -295,7 +306,7 @@ def _together(
 ) -> Generator[tuple[Trial, dict[str, str]], None, None]:
     """Episodes in `count` processes, each preferring the task that it has a scene of. Raises TrialError where one fails or dies."""
     workers, waiting = _Workers(asked, count), list(missing)
-    answering = _Answering(benches, list(workers.processes))
+    answering, stopped = _Answering(benches, list(workers.processes)), False
     at: dict[Connection, Start | None] = {}
 
     def next_for(pipe: Connection) -> Start | None:
@@ -344,8 +355,11 @@ def _together(
                 except OSError as error:
                     raise died(pipe) from error
                 yield content
+    except KeyboardInterrupt:
+        stopped = True
+        raise
     finally:
-        answering.close()
+        answering.close(stopped)
         workers.close()
 
 

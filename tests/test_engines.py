@@ -33,7 +33,7 @@ from worldenv.engines.eager import Eager
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe, Precision, relative_error
 from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store, Wanted
-from worldenv.learning.loop.update import RATIO_TOLERANCE, Learner
+from worldenv.learning.loop.update import RATIO_TOLERANCE, Learner, RatioError
 from worldenv.policy import lora
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.reflector.judge import Watching
@@ -165,7 +165,7 @@ def test_loop_learns_from_rollouts_by_engines_that_follow_its_weights(eager: Pla
         assert learner.check_ratio(rollouts) < RATIO_TOLERANCE / 4  # measured: 1.1e-4
         learner.update(rollouts, iteration)
     made, _ = fly(ours, Schedule(7, 2), [replica])  # still by the weights of before the last update
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(RatioError, match="other weights"):
         learner.check_ratio([flight.rollout() for flight in made.values()])
 
 
@@ -184,7 +184,7 @@ def test_a_float32_policy_acts_by_float32_engines_on_a_gpu_too(eager: Plant) -> 
     replica = networks(POLICY, trained(SMALL_SIMULATOR), SMALL_REFLECTOR, small_policy)
     learner = Learner(replica.policy, LoopConfig(group=GROUP, contexts=3, batch=4), SEED)
     for made, ends in (
-        (compiled.of_policy(replica.policy, "bf16"), pytest.raises(ValueError, match="other weights")),
+        (compiled.of_policy(replica.policy, "bf16"), pytest.raises(RatioError, match="other weights")),
         (compiled.of_rollout(replica.policy, None, None, watching, "bf16"), contextlib.nullcontext()),
     ):
         ready = [compiled.Choice(one, Eager(export.prepared(one.plain(), one.recipe), one.recipe), None, None) for one in made]

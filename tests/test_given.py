@@ -105,7 +105,7 @@ def test_the_source_is_not_read_again_and_another_content_is_another_output(show
     shutil.rmtree(source)
     assert run(tmp_path / "a", *words, until="sft") == 0  # nothing is there any more, and nothing is wanted
     assert json.loads((tmp_path / "a/stages/demos/stage.json").read_text()) == first
-    assert run(tmp_path / "a", *words, "--from", "demos") == 1
+    assert run(tmp_path / "a", *words, "--from", "demos") == 2
 
 
 def test_a_killed_stage_goes_on_unless_the_source_has_changed(env: ChosenTasks, shown: Path, tmp_path: Path) -> None:
@@ -233,12 +233,12 @@ def test_too_few_is_one_line_that_names_what_comes_near(shown: Path, tmp_path: P
     failed = dataclasses.replace(episodes[2], success=np.zeros_like(episodes[2].success))
     near = dataclasses.replace(episodes[2], instruction="push the azure puck")
     source = written(tmp_path / "source", *episodes[:3], failed, near, *episodes[4:])
-    assert run(tmp_path / "run", "--demos.source", source) == 1
+    assert run(tmp_path / "run", "--demos.source", source) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"demos.source='{source}': 1 demonstrations of {episodes[2].instruction!r} and 1 without success, demos.per_task=2" in said
     assert "instructions there that come near: 'push the azure puck'" in said
     (tmp_path / "empty").mkdir()
-    assert run(tmp_path / "other", "--demos.source", tmp_path / "empty") == 1
+    assert run(tmp_path / "other", "--demos.source", tmp_path / "empty") == 2
     assert f"demos.source: {tmp_path / 'empty'}: no episodes" in capsys.readouterr().err.splitlines()[-1]
 
 

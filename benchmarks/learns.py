@@ -385,13 +385,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.table:
             rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
             print("\n\n".join(made(rows) for made in (table, table_against, table_of_runs, table_of_ends, table_of_verdicts)))
-            return 0
-        row = measure(args)
-        if not args.fast:
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        print(table([row]))
-        print(json.dumps(row))
+        else:
+            row = measure(args)
+            if not args.fast:
+                with args.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            print(table([row]))
+            print(json.dumps(row))
     return ending.code
 
 

@@ -368,6 +368,9 @@ class OnDisk(Sequence[Episode]):
     def __len__(self) -> int:
         return len(self._chosen)
 
+    def __add__(self, more: OnDisk) -> OnDisk:
+        return OnDisk([*self._chosen, *more._chosen])
+
     @overload
     def __getitem__(self, at: int) -> Episode: ...
     @overload

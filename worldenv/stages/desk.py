@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from worldenv import checkpoint, config, noise
-from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.episode import Episode, EpisodeSet, OnDisk
 from worldenv.data.given import same_view
 from worldenv.data.recorded import Recorded
 from worldenv.devices import device_of, gpus_of
@@ -116,13 +116,19 @@ class Desk:
         return min(max(1, round(self.settings.explore.held_out * episodes)), max(1, episodes - 1))  # something is left to learn from
 
     @functools.cached_property
-    def explored(self) -> tuple[list[Episode], list[Episode]]:
-        """Exploration for training, and held out."""
+    def explored_on_disk(self) -> tuple[OnDisk, OnDisk]:
+        """Exploration for training, and held out; read when it is asked for."""
         episodes = self.episodes("explore")
-        parts: tuple[list[Episode], list[Episode]] = [], []
+        parts: tuple[list[tuple[EpisodeSet, int]], list[tuple[EpisodeSet, int]]] = [], []
         for entry in episodes.entries:
-            parts[entry.number in self.held_out].append(episodes.load(entry.number))
-        return parts
+            parts[entry.number in self.held_out].append((episodes, entry.number))
+        return OnDisk(parts[0]), OnDisk(parts[1])
+
+    @functools.cached_property
+    def explored(self) -> tuple[list[Episode], list[Episode]]:
+        """The same, in memory."""
+        training, held_out = self.explored_on_disk
+        return list(training), list(held_out)
 
     def policy(self, stage: Literal["sft", "scale", "loop"]) -> OpenVLAOFT:
         return policies.load(self.policy_file(stage), self.device)

@@ -25,10 +25,9 @@ commands exchanged 0.2 to 0.4, whatever controller is fitted."""
 
 def _world_episodes(desk: Desk) -> tuple[Sequence[Episode], Sequence[Episode]]:
     """What the world model learns from, and what it is judged by."""
-    demos, explored = desk.episodes("demos"), desk.episodes("explore")
-    training, held_out = ([(explored, e.number) for e in explored.entries if (e.number in desk.held_out) is held] for held in (False, True))
-    shown = [(demos, e.number) for e in demos.entries]
-    return OnDisk(shown + training if desk.settings.world.extra_data else shown), OnDisk(held_out)
+    demos, (training, held_out) = desk.episodes("demos"), desk.explored_on_disk
+    shown = OnDisk([(demos, e.number) for e in demos.entries])
+    return shown + training if desk.settings.world.extra_data else shown, held_out
 
 
 def fit_world(desk: Desk, savepoint: Callable[[str], Savepoint]) -> tuple[Evac, dict[str, Any]]:

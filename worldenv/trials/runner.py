@@ -20,7 +20,7 @@ import os
 import platform
 import threading
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -324,37 +324,37 @@ def _together(
         at[pipe] = next_for(pipe)
         pipe.send(at[pipe])
 
-    def died(pipe: Connection) -> TrialError:
-        workers.processes[pipe].join(timeout=5)
-        code, start = workers.processes[pipe].exitcode, at.get(pipe)
-        where = f"task {start.task}, state {start.index}: " if start else ""
-        return TrialError(f"{where}its process died (exit code {code}); the same command goes on from here")
+    def where(pipe: Connection) -> str:
+        return "" if (start := at.get(pipe)) is None else f"task {start.task}, state {start.index}: "
+
+    @contextlib.contextmanager
+    def alive(pipe: Connection) -> Iterator[None]:
+        """TrialError where its process turns out to be gone."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            workers.processes[pipe].join(timeout=5)
+            code = workers.processes[pipe].exitcode
+            raise TrialError(f"{where(pipe)}its process died (exit code {code}); the same command goes on from here") from error
 
     try:
         for pipe in workers.processes:
-            try:
+            with alive(pipe):
                 give(pipe)
-            except OSError as error:
-                raise died(pipe) from error
         while any(start is not None for start in at.values()):
             ready = wait([answering.failed, *(pipe for pipe, start in at.items() if start is not None)])
             answering.check()
             for pipe in [pipe for pipe in at if pipe in ready]:
-                start = at[pipe]
-                try:
+                with alive(pipe):
                     kind, content = pipe.recv()
-                except (EOFError, OSError) as error:
-                    raise died(pipe) from error
                 if kind == "failed":
-                    raise TrialError(f"task {start.task}, state {start.index}: {content}" if start else content)
+                    raise TrialError(f"{where(pipe)}{content}")
                 if kind == "question":
                     answering.ask(pipe, content)
-                    continue
-                try:
-                    give(pipe)
-                except OSError as error:
-                    raise died(pipe) from error
-                yield content
+                else:
+                    with alive(pipe):
+                        give(pipe)
+                    yield content
     except KeyboardInterrupt:
         stopped = True
         raise

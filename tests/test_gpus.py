@@ -219,7 +219,7 @@ def test_an_update_is_there_what_it_is_on_the_cpu(one: Plant, gpus: int) -> None
         return learner.update(rollouts, 0), learner.tree()["trained"]
 
     (want, weights), (got, there) = learned(CPU), learned(GPU)
-    assert got == pytest.approx(want, abs=1e-3)
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-3)  # the heads' gradient has a norm of 70 here
     off = torch.cat([(there[name].cpu() - tensor).abs().flatten() for name, tensor in weights.items()])
     # Adam makes a step of its full length, 1e-4, also of what rounding leaves of a gradient of zero
     assert float((off > 2e-5).float().mean()) < 0.05

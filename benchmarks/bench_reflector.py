@@ -23,7 +23,7 @@ from worldenv.reflector import flops
 from worldenv.reflector.flops import INSTRUCTION
 from worldenv.reflector.frames import Sampler
 from worldenv.reflector.judge import LlavaReflector
-from worldenv.reflector.llava import Llava, architecture, cast
+from worldenv.reflector.llava import Llava, architecture, backbone, cast
 from worldenv.reflector.prompt import Prompt, word_tokenizer
 from worldenv.reflector.weights import fresh_head
 
@@ -47,12 +47,10 @@ def _extent(setting: Setting) -> tuple[int, int]:
 
 def made(config: ReflectorConfig, vocab: int, setting: Setting) -> LlavaReflector:
     """A reflector with random weights whose scores spread, on the setting's device in its type."""
-    from transformers import LlavaOnevisionForConditionalGeneration
-
     prompt = Prompt(word_tokenizer([INSTRUCTION]))
     with torch.random.fork_rng(devices=[]), torch.device(setting.device):
         torch.manual_seed(_SEED)
-        model = cast(LlavaOnevisionForConditionalGeneration(architecture(config, vocab, prompt.image, prompt.video)), setting.dtype)
+        model = cast(backbone(architecture(config, vocab, prompt.image, prompt.video)), setting.dtype)
         found = LlavaReflector(config, Llava(model, prompt), fresh_head(config, _SEED).to(setting.device)).freeze()
     assert found.head is not None
     video = _videos(config, 1, 12, setting)[0]

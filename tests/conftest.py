@@ -6,12 +6,14 @@ import os
 
 import pytest
 
-import worldenv.cli  # noqa: F401  first: how threads wait is read when torch is loaded
+# A worker's share of the cores, for what it starts as well: on two cores, two workers with two threads each took more than twice as long as with one.
+# More than two make no test faster.
+_SHARE = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(min(max(1, _SHARE), 2)))
 
-import torch  # isort: skip
+import worldenv.cli  # noqa: E402, F401  first: how threads wait is read when torch is loaded
 
-# Two threads are what the smallest machine has; more make no test faster, and several test runs may share a machine.
-torch.set_num_threads(int(os.environ.get("WORLDENV_TEST_THREADS", "2")))
+import torch  # noqa: E402  isort: skip
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before worldenv.kernels is imported

@@ -23,8 +23,9 @@ from worldenv.stages.desk import REPLAY_NUMBERS
 from worldenv.stages.evaluate import replayed_pairs
 
 FAST = [
-    "--preset", "tiny", "--fast", "--sft.prior-steps", "6", "--sft.steps", "16", "--world.vae-steps", "12", "--world.steps", "12",
-    "--world.check-every", "6", "--reward.backbone-steps", "8", "--reward.embeddings", "100",
+    "--preset", "tiny", "--fast", "--sft.prior-steps", "4", "--sft.steps", "8", "--explore.episodes", "18", "--world.vae-steps", "8",
+    "--world.vae-batch", "8", "--world.steps", "8", "--world.batch", "2", "--world.held-out-clips", "4", "--world.check-every", "4",
+    "--reward.backbone-steps", "8", "--reward.embeddings", "100", "--loop.contexts", "2", "--loop.batch", "8",
 ]  # fmt: skip
 STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 

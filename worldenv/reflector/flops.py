@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaOnevisionForConditionalGeneration
 
 from worldenv.config import ReflectorConfig
 from worldenv.reflector.frames import shown
 from worldenv.reflector.judge import LlavaReflector
-from worldenv.reflector.llava import Llava, architecture
+from worldenv.reflector.llava import Llava, architecture, backbone
 from worldenv.reflector.prompt import Prompt, word_tokenizer
 from worldenv.reflector.weights import fresh_head
 
@@ -45,7 +44,7 @@ def on_meta(config: ReflectorConfig, vocab: int) -> LlavaReflector:
     """A reflector of any size that takes no memory: shapes without data."""
     prompt = Prompt(word_tokenizer([INSTRUCTION]))
     with torch.device("meta"):
-        model = LlavaOnevisionForConditionalGeneration(architecture(config, vocab, prompt.image, prompt.video))
+        model = backbone(architecture(config, vocab, prompt.image, prompt.video))
         head = fresh_head(config, 0)
     return LlavaReflector(config, Llava(model, prompt), head).freeze()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlavaOnevisionForConditionalGeneration
+
+if TYPE_CHECKING:  # see llava.py
+    from transformers import LlavaOnevisionForConditionalGeneration
 
 VISION, LLM = "reflector_vision", "reflector_llm"
 
@@ -31,8 +33,10 @@ class Prefill(nn.Module):
     """The language model over new tokens that follow old ones."""
 
     def __init__(self, model: LlavaOnevisionForConditionalGeneration) -> None:
+        from transformers import DynamicCache
+
         super().__init__()
-        self.model = model.model.language_model
+        self.model, self._memory = model.model.language_model, DynamicCache
 
     def forward(
         self, embedding: torch.Tensor, sees_old: torch.Tensor, sees_new: torch.Tensor, position: torch.Tensor, past: torch.Tensor
@@ -41,7 +45,7 @@ class Prefill(nn.Module):
         allowed = torch.cat((sees_old, sees_new), dim=-1)
         mask = torch.zeros(allowed.shape, dtype=embedding.dtype, device=embedding.device)
         mask = mask.masked_fill(~allowed, torch.finfo(embedding.dtype).min)
-        memory: Any = DynamicCache([(past[layer, 0], past[layer, 1]) for layer in range(past.shape[0])])
+        memory: Any = self._memory([(past[layer, 0], past[layer, 1]) for layer in range(past.shape[0])])
         answer = self.model(inputs_embeds=embedding, attention_mask=mask[:, None], position_ids=position, past_key_values=memory, use_cache=True)
         old = past.shape[-2]
         fresh = torch.stack([torch.stack((layer.keys[..., old:, :], layer.values[..., old:, :])) for layer in memory.layers])

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv.config import ReflectorConfig
 from worldenv.kernels.frames import for_reflector
 from worldenv.reflector.graphs import LLM, VISION, graphs
 from worldenv.reflector.prompt import Prompt
+
+if TYPE_CHECKING:  # it takes longer to import than torch: a command that judges nothing does without
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 VISION_BATCH = 32
 """Frames per pass of the vision tower: more only pushes activations out of the cache (CPU) or fills memory (GPU)."""
@@ -29,6 +31,8 @@ VISION_BATCH = 32
 
 def architecture(config: ReflectorConfig, vocab: int, image: int, video: int) -> LlavaOnevisionConfig:
     """transformers' config of a backbone of this size; `vocab` rows, `image` and `video` the numbers of these tokens."""
+    from transformers import LlavaOnevisionConfig
+
     return LlavaOnevisionConfig(
         vision_config={
             "model_type": "siglip_vision_model", "image_size": config.image, "patch_size": config.patch, "hidden_size": config.vision_width,
@@ -43,6 +47,13 @@ def architecture(config: ReflectorConfig, vocab: int, image: int, video: int) ->
         },
         image_token_index=image, video_token_index=video, vision_feature_layer=-1, vision_feature_select_strategy="full",
     )  # fmt: skip
+
+
+def backbone(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
+    """transformers' model of `config`: weights are drawn by torch's generator, on its default device."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    return LlavaOnevisionForConditionalGeneration(config)
 
 
 def cast(model: LlavaOnevisionForConditionalGeneration, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:

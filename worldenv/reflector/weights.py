@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from worldenv import checkpoint, noise
 from worldenv.config import ReflectorConfig, to_dict
@@ -18,8 +17,11 @@ from worldenv.reflector import classifier
 from worldenv.reflector.classifier import ClassifierReflector
 from worldenv.reflector.head import RewardHead
 from worldenv.reflector.judge import LlavaReflector
-from worldenv.reflector.llava import Llava, architecture, described
+from worldenv.reflector.llava import Llava, architecture, backbone, described
 from worldenv.reflector.prompt import Prompt, word_tokenizer
+
+if TYPE_CHECKING:  # see llava.py
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 KIND = "llava reflector 1"
 _BACKBONE, _HEAD = 100, 101  # numbers of these networks in Stream.WEIGHTS
@@ -42,7 +44,7 @@ def initialise(config: ReflectorConfig, instructions: Sequence[str], seed: int) 
     hf = architecture(config, prompt.tokenizer.get_vocab_size(), prompt.image, prompt.video)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(noise.torch_seed(seed, noise.Stream.WEIGHTS, _BACKBONE))
-        model = LlavaOnevisionForConditionalGeneration(hf)
+        model = backbone(hf)
     with torch.no_grad():  # by default much weaker than what a patch shows, and then some seeds do not learn for hundreds of steps where things are
         model.model.vision_tower.embeddings.position_embedding.weight.mul_(config.vision_width**0.5)
     return LlavaReflector(config, Llava(model, prompt), None)
@@ -70,6 +72,8 @@ def to_tree(reflector: LlavaReflector) -> dict[str, Any]:
 
 def from_tree(tree: Any, name: str) -> LlavaReflector:
     """The inverse of `to_tree`; `name` says in errors where the tree came from."""
+    from transformers import LlavaOnevisionConfig
+
     if not isinstance(tree, dict) or tree.get("kind") != KIND:
         raise ReflectorError(f"{name}: no reflector ({KIND}); was it written by the stage reward?")
     config = ReflectorConfig(**tree["config"])
@@ -90,7 +94,7 @@ def _unfilled(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGener
     What is in no file is computed: places, and rotary frequencies, in float32 whatever the weights are.
     """
     with torch.device("meta"):
-        model = LlavaOnevisionForConditionalGeneration(config)
+        model = backbone(config)
     language, places = model.model.language_model, model.model.vision_tower.embeddings
     language.rotary_emb = type(language.rotary_emb)(config.text_config)
     places.position_ids = torch.arange(places.num_positions).expand((1, -1))
@@ -130,6 +134,8 @@ def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = 
     downloaded and no code of the directory runs. Raises ReflectorError, one line, for a missing or damaged file, another kind of model, weights that
     are missing, unknown or of another shape, a tokenizer of another model, or pixels normalised otherwise than with mean = std = 0.5.
     """
+    from transformers import LlavaOnevisionForConditionalGeneration
+
     stated, pixels = (_json(directory / name) for name in ("config.json", "preprocessor_config.json"))
     if stated.get("model_type") != "llava_onevision":
         raise ReflectorError(f"{directory}/config.json: model_type {stated.get('model_type')!r}, want 'llava_onevision'")

@@ -19,7 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.hpp' -o -name '*.cpp')
 RUN := runs/tiny
 RTX := build/tensorrt-rtx
-# a process for each core, up to four; files in their order, which begins with the longest
+# a process for each core, up to four; files in their order, which begins with the longest. Each has one thread, as has what it starts: on two
+# cores, two processes of two threads took more than twice as long
 APART := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # where there is no .venv, the machine's own: a GPU machine brings its torch
 GPU_PYTHON := $(firstword $(wildcard $(BIN)/python) python3)
@@ -65,6 +66,8 @@ test-cpp: env
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 
+test-python check: export OMP_NUM_THREADS ?= 1
+
 test-python: env
 	$(BIN)/python -m pytest -q $(APART) -m "not slow and not gpu"
 
@@ -77,7 +80,7 @@ check: env $(RTX)/stamp
 	.ci/sanitize thread
 	.ci/sanitize undefined
 	[ -z "$${WORLDENV_LIBERO_ASSETS:-}" ] || $(MAKE) libero
-	PYTHONPATH=$(RTX) $(BIN)/python -m pytest -q -m "slow and not gpu"
+	PYTHONPATH=$(RTX) $(BIN)/python -m pytest -q $(APART) -m "slow and not gpu"
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

@@ -6,14 +6,12 @@ import os
 
 import pytest
 
-# A worker's share of the cores, for what it starts as well: on two cores, two workers with two threads each took more than twice as long as with one.
-# More than two make no test faster.
-_SHARE = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(min(max(1, _SHARE), 2)))
+import worldenv.cli  # noqa: F401  first: how threads wait is read when torch is loaded
 
-import worldenv.cli  # noqa: E402, F401  first: how threads wait is read when torch is loaded
+import torch  # isort: skip
 
-import torch  # noqa: E402  isort: skip
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)  # are what the smallest machine has; more make no test faster, and several test runs may share a machine
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before worldenv.kernels is imported

@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(shell find csrc -name '*.hpp' -o -name '*.cpp')
 RUN := runs/tiny
 RTX := build/tensorrt-rtx
-# a process for each core, up to four; files in their order, which begins with the longest. Each has one thread, as has what it starts: on two
+# a process for each core, up to four; files in the order of tests/conftest.py, the longest first. Each has one thread, as has what it starts: on two
 # cores, two processes of two threads took more than twice as long
 APART := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # where there is no .venv, the machine's own: a GPU machine brings its torch

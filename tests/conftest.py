@@ -23,8 +23,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+_LONGEST = ("test_whole.py", "test_pretend_gpu.py", "test_learns.py", "test_world_model.py", "test_engines.py", "test_recorded.py")
+"""Begun first: of processes side by side, none is to begin a long file when the others have ended."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu or libero are skipped, and counted as skipped, where what they need is not there."""
+    """The longest files first. Tests marked gpu or libero are skipped, and counted as skipped, where what they need is not there."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
     gpu, assets = torch.cuda.is_available(), bool(os.environ.get("WORLDENV_LIBERO_ASSETS"))
     for item in items:
         if item.get_closest_marker("gpu") and not gpu:

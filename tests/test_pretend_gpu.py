@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)
 SHORTER = [
     "--sft.prior-steps", "4", "--sft.steps", "8", "--explore.episodes", "18", "--world.vae-steps", "4", "--world.vae-batch", "8",
     "--world.steps", "4", "--world.batch", "2", "--world.held-out-clips", "4", "--world.check-every", "2", "--reward.backbone-steps", "4",
-    "--reward.embeddings", "100", "--loop.contexts", "2", "--loop.batch", "8",
+    "--reward.embeddings", "100", "--loop.contexts", "2", "--loop.group", "4", "--loop.batch", "4",
 ]  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def passed(*arguments: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_policy_learner_and_rollouts_on_pretended_gpus() -> None:
     assert passed("tests/test_gpus.py") >= 39
 

@@ -470,7 +470,7 @@ def test_training_stops_when_nothing_gets_better(tmp_path: Path) -> None:
 def test_training_learns(tmp_path: Path) -> None:
     simulator = Evac.initialised(CONFIG, 0)
     config = dataclasses.replace(
-        WORLD, vae_steps=120, vae_batch=12, vae_lr=4e-3, steps=60, batch=8, lr=2e-3, check_every=20, held_out_clips=9, dropout=0.0
+        WORLD, vae_steps=120, vae_batch=8, vae_lr=4e-3, steps=24, batch=4, lr=2e-3, check_every=8, held_out_clips=9, dropout=0.0
     )
     metrics = train_vae(simulator, EPISODES, CAMERA, TABLETOP, config, 0, Never())
     frames = torch.from_numpy(np.concatenate([e.frame for e in HELD_OUT]))

@@ -25,7 +25,7 @@ from worldenv.stages.evaluate import replayed_pairs
 FAST = [
     "--preset", "tiny", "--fast", "--sft.prior-steps", "4", "--sft.steps", "8", "--explore.episodes", "18", "--world.vae-steps", "8",
     "--world.vae-batch", "8", "--world.steps", "8", "--world.batch", "2", "--world.held-out-clips", "4", "--world.check-every", "4",
-    "--reward.backbone-steps", "8", "--reward.embeddings", "100", "--loop.contexts", "2", "--loop.batch", "8",
+    "--reward.backbone-steps", "8", "--reward.embeddings", "100", "--loop.contexts", "2", "--loop.group", "4", "--loop.batch", "4",
 ]  # fmt: skip
 STAGES = ["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 

@@ -2,7 +2,7 @@
 #   make env    .venv with everything pinned, and the C++ extension
 #   make demo   post-train a policy inside a learned world, and say where the report is
 #   make libero LIBERO beside it: packages, assets, one frame of each suite as proof (docs/libero.md)
-#   make test   lint, types, C++ tests, Python tests: at most 20 minutes on two cores
+#   make test   lint, types, C++ tests, Python tests: 15 to 30 minutes on two cores, by how fast these are
 #   make check  what takes longer: sanitizers, slow tests, plans for GPUs by TensorRT for RTX (which it installs into build/);
 #               LIBERO's tests where WORLDENV_LIBERO_ASSETS is set
 #   make gpu    on a machine with an NVIDIA GPU and its own torch: build, test, measure. It stops after 9 minutes, with exit code 1

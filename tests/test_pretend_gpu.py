@@ -12,15 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.flow.test_whole import FAST
 from tests.pretend_gpu import NOT_HERE, ROOT
 from worldenv import report
 
 pytestmark = pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)
-SHORTER = [
-    "--sft.prior-steps", "4", "--sft.steps", "8", "--explore.episodes", "18", "--world.vae-steps", "4", "--world.vae-batch", "8",
-    "--world.steps", "4", "--world.batch", "2", "--world.held-out-clips", "4", "--world.check-every", "2", "--reward.backbone-steps", "4",
-    "--reward.embeddings", "100", "--loop.contexts", "2", "--loop.group", "4", "--loop.batch", "4",
-]  # fmt: skip
 
 
 def pretended(*arguments: str, limit_s: float = 900.0) -> str:
@@ -90,7 +86,7 @@ def test_a_whole_run_on_one_and_on_two_pretended_gpus(tmp_path: Path) -> None:
             shutil.copytree(folders[0], out)
         if out == folders[2]:
             again += ["--loop.apart", "reflector", "--loop.apart-gpus", "1"]
-        flags = ["--preset", "tiny", "--fast", *SHORTER, "--device", "cuda", "--gpus", gpus, "--out", str(out), *again]
+        flags = [*FAST, "--device", "cuda", "--gpus", gpus, "--out", str(out), *again]
         assert json.loads(pretended("worldenv.cli.train", *flags, limit_s=700.0).splitlines()[-1])["out"] == str(out)
         iterations = json.loads((out / "stages" / "loop" / "stage.json").read_text())["metrics"]
         records.append(report.comparable({**report.read(out / "report.json"), "iterations": iterations}))

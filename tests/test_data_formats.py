@@ -28,6 +28,7 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.cli import convert as command_line
 from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.convert import Choices, convert
+from worldenv.data.convert import read as read_any
 from worldenv.data.episode import EpisodeSet, UnfitError, save
 from worldenv.nouns import Camera
 from worldenv.robots.panda import PANDA
@@ -752,6 +753,41 @@ def test_another_robots_fingers_are_written_as_they_are_read(to, tmp_path, capsy
     np.testing.assert_allclose(again.gripper, np.linspace(0, 1, 7), atol=1e-6)
     assert command_line.main([str(tmp_path / "a"), "--out", str(tmp_path / "d"), "--robot", "agibot_g1"]) == 2
     assert "ours hold openings; leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"])
+def test_whose_commands_they_are_is_kept_and_no_other_robots(to, tmp_path, capsys):
+    for number, robot in enumerate(("agibot_g1", "panda")):
+        EpisodeSet(tmp_path / "mixed").add(number, shown(number, robot=robot))
+    EpisodeSet(tmp_path / "a").add(0, shown(0, 6, gripper=np.linspace(0, 1, 7), robot="agibot_g1"))
+    for source, robot in (("a", "panda"), ("mixed", "agibot_g1"), ("mixed", "panda"), ("mixed", None)):
+        flags = ["--robot", robot] if robot else []
+        assert command_line.main([str(tmp_path / source), "--to", to, "--out", str(tmp_path / "b"), *flags]) == 2
+        wrong = ("agibot_g1", "panda") if robot == "panda" else ("panda", "agibot_g1")
+        assert f"its commands are those of robot '{wrong[0]}', not of '{wrong[1]}': give the one whose they are" in capsys.readouterr().err
+        assert not (tmp_path / "b").exists()
+    convert(tmp_path / "a", to, tmp_path / "b")
+    convert(tmp_path / "b", "episodes", tmp_path / "c")
+    (again,) = EpisodeSet(tmp_path / "c")
+    assert again.robot == "agibot_g1"
+    np.testing.assert_allclose(again.gripper, np.linspace(0, 1, 7), atol=1e-6)
+    if to == "libero-hdf5":
+        (file,) = (tmp_path / "b").glob("*.hdf5")
+        with h5py.File(file, "r") as opened:
+            assert json.loads(opened["data"].attrs["env_args"])["env_name"] == "agibot_g1"
+    else:
+        assert json.loads((tmp_path / "b" / "meta" / "info.json").read_text())["robot_type"] == "agibot_g1"
+
+
+def test_a_set_made_elsewhere_is_of_the_robot_that_is_said(tmp_path):
+    published(tmp_path / "bowl_demo.hdf5")
+    lerobot.write(tmp_path / "set", [shown(0)])
+    ((_, ours),) = read_any(tmp_path / "set", Choices())
+    assert ours.robot == ""  # written here, by somebody who did not say it
+    strip_ours(tmp_path / "set", "v3.0")
+    for source in ("set", "bowl_demo.hdf5"):
+        for choices, robot in ((Choices(), ""), (Choices(robot="agibot_g1"), "agibot_g1")):
+            assert {episode.robot for _, episode in read_any(tmp_path / source, choices)} == {robot}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def make(seed=0, steps=6, **changes):
 
 
 def equal(a, b):
-    words = all(getattr(a, n) == getattr(b, n) for n in ("instruction", "task", "split", "state_index", "source", "versions"))
+    words = all(getattr(a, n) == getattr(b, n) for n in ("instruction", "task", "split", "state_index", "source", "versions", "robot"))
     arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype for n in ARRAYS)
     matrices = all(np.array_equal(getattr(a.camera, n), getattr(b.camera, n)) for n in ("intrinsics", "camera_to_world"))
     return words and arrays and matrices and all(getattr(a.camera, n) == getattr(b.camera, n) for n in ("height", "width", "mirrored"))
@@ -71,6 +71,16 @@ def test_what_is_written_is_read(tmp_path):
     assert load(tmp_path / "f.npz").camera is None
     with np.load(tmp_path / "e.npz", allow_pickle=False) as opened:  # numpy alone can read it
         assert np.array_equal(opened["command"], episode.command)
+
+
+def test_whose_commands_they_are_is_part_of_an_episode_where_it_is_known(tmp_path):
+    """Where it is not, an episode is what it was before they said it: the content of those on disk stays."""
+    unsaid, said = make(), make(robot="arm")
+    save(tmp_path / "unsaid.npz", unsaid)
+    save(tmp_path / "said.npz", said)
+    assert "robot" not in json.loads(zipfile.ZipFile(tmp_path / "unsaid.npz").read("episode.json"))
+    assert (load(tmp_path / "unsaid.npz").robot, load(tmp_path / "said.npz").robot) == ("", "arm")
+    assert len({unsaid.content, said.content, make(robot="hand").content}) == 3
 
 
 def test_equal_episodes_give_equal_bytes(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from worldenv.data.convert import Format, convert
 from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.envs.chosen import ChosenTasks
 from worldenv.kernels.frames import resize_lanczos3
+from worldenv.robots.tabletop import TABLETOP
 from worldenv.run import Run
 from worldenv.stages import record
 from worldenv.stages.desk import Desk, open_env
@@ -246,7 +247,7 @@ def test_a_set_that_takes_a_flag_says_where_to_give_it(env: ChosenTasks, shown: 
     episodes = list(EpisodeSet(shown))
     for episode in episodes:
         episode.command[:, 6] = np.arange(episode.steps) % 2
-    lerobot.write(tmp_path / "set", episodes, "v2.1")
+    lerobot.write(tmp_path / "set", episodes, "v2.1", robot=TABLETOP)
     strip_ours(tmp_path / "set", "v2.1")
     with pytest.raises(ValueError, match=r"demos\.source: .*--gripper open\+1.*convert it first \(python -m worldenv\.cli\.convert\)"):
         taken(env, tmp_path / "set", tmp_path / "out")

@@ -193,6 +193,17 @@ def test_an_episode_brings_everything(call: Any, files: Path, tmp_path: Path) ->
     assert (np.abs(recorded[:, at[0], at[1]] - level[1:, None]).max(axis=1) > 20).all()
 
 
+def test_an_episode_says_whose_it_is(call: Any, files: Path, tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("frame", "actions", "intrinsics", "extrinsics"))
+    episodes.save(tmp_path / "said.npz", dataclasses.replace(episodes.load(files / "000000.npz"), robot="tabletop"))
+    code, out, _ = call(**nothing, episode=str(tmp_path / "said.npz"))
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["robot"] == "tabletop"
+    code, _, said = call(**nothing, episode=str(tmp_path / "said.npz"), robot="panda", force="")
+    assert code == 2
+    assert "said.npz: its commands are those of robot 'tabletop', not of 'panda': give the one whose they are (--robot)" in said
+
+
 def test_evacs_json_cameras_are_its_matrices(files: Path) -> None:
     np.testing.assert_array_equal(imagine.intrinsics(files / "k.json"), imagine.intrinsics(files / "k.npy"))
     np.testing.assert_array_equal(imagine.extrinsics(files / "e.json"), imagine.extrinsics(files / "e.npy"))

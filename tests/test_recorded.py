@@ -247,6 +247,20 @@ def test_what_was_recorded_decides_and_not_where_it_lies(acted: Path, ragged: Pa
     )["seconds"], "taken over"
 
 
+def test_recordings_of_another_robot_are_refused(acted: Path, ragged: Path, tmp_path: Path) -> None:
+    assert {episode.robot for stage in ("demos", "explore") for episode in EpisodeSet(acted / "stages" / stage)} == {"tabletop"}
+    asked = dataclasses.replace(short(EnvConfig()).demos, source=str(acted / "stages/demos"))
+    site = Recorded(recordings(acted / "stages/demos", "panda"))
+    with pytest.raises(ValueError, match=r"demonstration 0: its commands are those of robot 'tabletop', not of 'panda': .*--env\.robot"):
+        given.take(site, asked, tmp_path / "taken", "env.recordings")
+    of_another = written(tmp_path / "explored", *(dataclasses.replace(episode, robot="arm") for episode in EpisodeSet(ragged)))
+    ours = Recorded(recordings(acted / "stages/demos"))
+    with pytest.raises(ValueError, match=r"explored: .*, episode 0: its commands are those of robot 'arm', not of 'tabletop'"):
+        given.take_exploration(ours, EpisodeSet(of_another), EpisodeSet(acted / "stages/demos"), tmp_path / "acts")
+    unsaid = written(tmp_path / "unsaid", *(dataclasses.replace(episode, robot="") for episode in EpisodeSet(ragged)))
+    assert given.take_exploration(ours, EpisodeSet(unsaid), EpisodeSet(acted / "stages/demos"), tmp_path / "kept")["episodes"] == 9
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -455,7 +469,7 @@ def test_a_file_that_describes_no_robot_is_one_line(text: str, why: str, tmp_pat
 def test_a_set_without_a_camera_is_given_one(acted: Path, tmp_path: Path) -> None:
     episode = EpisodeSet(acted / "stages/demos").load(0)
     assert episode.camera is not None
-    lerobot.write(tmp_path / "set", [dataclasses.replace(episode, camera=None)])
+    lerobot.write(tmp_path / "set", [dataclasses.replace(episode, camera=None)], robot=TABLETOP)
     for mirrored in (False, True):
         file = tmp_path / f"camera-{mirrored}.json"
         file.write_text(json.dumps(camera_to_plain(dataclasses.replace(episode.camera, mirrored=mirrored))))
@@ -494,7 +508,7 @@ def test_pictures_of_somebody_elses_set_are_as_their_camera_says(acted: Path, tm
     """Without a camera they are taken for mirrored, as OpenVLA-OFT's are; of a camera that is not, they are not."""
     episode = EpisodeSet(acted / "stages/demos").load(0)
     assert episode.camera is not None
-    lerobot.write(tmp_path / "set", [dataclasses.replace(episode, camera=None)], "v2.1")
+    lerobot.write(tmp_path / "set", [dataclasses.replace(episode, camera=None)], "v2.1", robot=TABLETOP)
     strip_ours(tmp_path / "set", "v2.1")
     ((_, kept),) = convert.read(tmp_path / "set", convert.Choices(gripper="open-1"))
     as_stored, file = kept.frame, tmp_path / "camera.json"

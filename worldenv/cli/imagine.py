@@ -66,8 +66,9 @@ class ImagineArgs:
     """Imagine with random weights: shows that everything runs, and nothing else. The video says so."""
     model: Literal["evac", "evac-rlinf", "tiny"] = "evac"
     """Sizes of the networks, where the file does not hold them: released files and random weights."""
-    robot: str = "agibot_g1"
-    """Whose arms move: agibot_g1 (poses), panda as in LIBERO, tabletop (commands), or a .json file that describes a robot (docs/own-robot.md)."""
+    robot: str | None = None
+    """Whose arms move: agibot_g1 (poses), panda as in LIBERO, tabletop (commands), or a .json file that describes a robot (docs/own-robot.md). None:
+    the robot that --episode says it is of; agibot_g1."""
     mirrored: bool = False
     """The frame is flipped left-right after projection, as OpenVLA-OFT's LIBERO frames are."""
     controller: Path | None = None
@@ -189,7 +190,7 @@ def _follow(command: Doubles, state: Doubles, model: kinematics.ControllerModel)
 
 def motion(args: ImagineArgs) -> Motion:
     """What the arguments say of frame, arms and camera. Raises ValueError with one line that names the argument."""
-    robot, given = named(args.robot), {"frame": args.frame, "actions": args.actions, "intrinsics": args.intrinsics, "extrinsics": args.extrinsics}
+    given = {"frame": args.frame, "actions": args.actions, "intrinsics": args.intrinsics, "extrinsics": args.extrinsics}
     state: Doubles | None
     recorded: NDArray[np.uint8] | None = None
     if args.episode is not None:
@@ -198,6 +199,8 @@ def motion(args: ImagineArgs) -> Motion:
         episode = episodes.load(args.episode)
         if episode.camera is None:
             raise ValueError(f"--episode {args.episode}: does not say where its camera stood; give frame, actions and camera by themselves")
+        robot = named(args.robot or episode.robot or AGIBOT_G1.name)
+        episodes.want_robot(episode, robot.name, f"--episode {args.episode}")
         frame, camera, actions, name = episode.frame[0], episode.camera, episode.command.astype(np.float64), f"--episode {args.episode}"
         state = np.concatenate([episode.pose[0], episode.gripper[:1]])
         shown = action_map.resized(camera, *frame.shape[:2])
@@ -207,6 +210,7 @@ def motion(args: ImagineArgs) -> Motion:
         if args.frame is None or args.actions is None or args.intrinsics is None or args.extrinsics is None:
             missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
             raise ValueError(f"give {missing}; or --episode, which holds them all")
+        robot = named(args.robot or AGIBOT_G1.name)
         frame, actions, name = _picture(args.frame), _array(args.actions, "--actions"), f"--actions {args.actions}"
         height, width = frame.shape[:2]
         camera = Camera(intrinsics(args.intrinsics), extrinsics(args.extrinsics), height, width, args.mirrored)
@@ -223,7 +227,7 @@ def motion(args: ImagineArgs) -> Motion:
         raise ValueError(f"{name}: {actions.shape}, want poses (T, 16) of agibot_g1 or commands (T, 7) of panda or tabletop")
     if actions.shape[1] == 16 or robot is AGIBOT_G1:
         kind, fits = ("poses (T, 16)", "agibot_g1") if actions.shape[1] == 16 else ("commands (T, 7)", "panda or tabletop")
-        raise ValueError(f"{name}: {kind} are no actions of --robot {args.robot}; give --robot {fits}")
+        raise ValueError(f"{name}: {kind} are no actions of --robot {robot.name}; give --robot {fits}")
     files.in_range(actions, name)
     if state is None:
         raise ValueError("commands (T, 7) start somewhere: give --state, .npy (8,) of x y z, quaternion x y z w, gripper 0 .. 1")
@@ -338,7 +342,7 @@ def imagine(args: ImagineArgs) -> dict[str, Any]:
         "size": [width, height],
         "weights": "random" if args.random_weights else "checkpoint",
         "checkpoint": None if args.checkpoint is None else str(args.checkpoint),
-        "robot": args.robot,
+        "robot": seen.robot.name,
         "arms": names,
         "delta_statistics": statistics,
         "sampler": {name: getattr(settings, name) for name in ("denoise_steps", "eta", "guidance")},

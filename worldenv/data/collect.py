@@ -57,6 +57,7 @@ class Recorder:
             frame=np.stack([m.frame for m in self.moments]), pose=np.stack([m.pose for m in self.moments]),
             gripper=np.array([m.gripper for m in self.moments], np.float64), command=np.stack(self.commands).astype(np.float32),
             success=np.array([m.success for m in self.moments]), camera=env.camera, versions=env.versions(),
+            robot=env.robot.name,
         )  # fmt: skip
 
 

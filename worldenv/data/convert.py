@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from worldenv.data.in_view import InView
 from worldenv.nouns import Camera
 from worldenv.robots.contract import Robot
 from worldenv.robots.named import named
+from worldenv.robots.panda import PANDA
 
 Format = Literal["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"]
 """The formats that are written."""
@@ -40,9 +42,10 @@ class Choices:
     not mirrored are not."""
     frames: lerobot.Frames = "h264-lossless"
     """LeRobot sets that are written: how pictures are kept."""
-    robot: str = "panda"
-    """LeRobot sets and LIBERO's files, read or written: whose gripper it is, by whose width fingers become an opening, and back: agibot_g1, panda,
-    tabletop, or a .json file."""
+    robot: str | None = None
+    """LeRobot sets and LIBERO's files, read or written: whose commands these are, and by whose width fingers become an opening, and back: agibot_g1,
+    panda, tabletop, or a .json file. None: whose the episodes say they are; of those that do not say it, panda's
+    fingers."""
     camera: Path | None = None
     """Where the pictures were taken from, for episodes that do not say it: .json with intrinsics (3, 3) [px], camera_to_world (4, 4) [m], both in
     OpenCV's axes, height and width [px] of the pictures, and mirrored, where pictures are to stay as OpenVLA-OFT's (docs/own-robot.md)."""
@@ -64,7 +67,7 @@ def _mean_something(source: Path, to: Format, choices: Choices) -> None:
     reading = {"--view": choices.view is not None, "--gripper": choices.gripper is not None, "--no-mirrored": not choices.mirrored}
     changed = [flag for flag, given in reading.items() if given]
     ours = source.is_dir() and not is_lerobot(source) and not list(source.glob("*.hdf5"))
-    if choices.robot != usual.robot and to == "episodes" and ours:
+    if choices.robot is not None and to == "episodes" and ours:
         raise ValueError(f"--robot {choices.robot}: says whose fingers LeRobot's and LIBERO's data hold, ours hold openings; leave it out")
     if choices.leave_out_unfit and ours and not choices.no_noops:
         raise ValueError(f"--leave-out-unfit: episodes in our format fit, and {source} holds such; leave it out")
@@ -90,6 +93,8 @@ def read(source: Path, choices: Choices, left_out: list[str] | None = None) -> I
         )
     for place, episode in _read(source, choices, mirrored, left_out):
         seen = episode if camera is None else _seen_by(camera, episode, place, choices.camera)
+        if choices.robot is not None and not seen.robot:
+            seen = dataclasses.replace(seen, robot=named(choices.robot).name)
         kept = fitting(functools.partial(libero_hdf5.without_noops, seen), left_out) if choices.no_noops else seen
         if kept is not None:
             yield place, kept
@@ -107,7 +112,7 @@ def _seen_by(camera: Camera, episode: Episode, place: Path, path: Path | None) -
 
 
 def _read(source: Path, choices: Choices, mirrored: bool, left_out: list[str] | None) -> Iterator[tuple[Path, Episode]]:
-    files, robot = sorted(source.glob("*.hdf5")), named(choices.robot)
+    files, robot = sorted(source.glob("*.hdf5")), named(choices.robot or PANDA.name)
     if source.is_file():
         yield from ((source, episode) for _, episode in libero_hdf5.read(source, robot, left_out=left_out))
     elif is_lerobot(source):
@@ -134,9 +139,11 @@ def convert(source: Path, to: Format, out: Path, choices: Choices | None = None)
     if out.exists():
         raise ValueError(f"{out}: there already; nothing is overwritten: move it, or choose another --out")
     _mean_something(source, to, choices)
-    count, robot = _Count(), named(choices.robot)
+    count = _Count()
     left_out: list[str] = []
     episodes = count.of(source, (episode for _, episode in read(source, choices, left_out if choices.leave_out_unfit else None)), left_out)
+    first = next(episodes)
+    robot, episodes = named(choices.robot or first.robot or PANDA.name), itertools.chain([first], episodes)
     if choices.camera is not None:
         episodes = InView(robot, f"--camera {choices.camera}").of(episodes)
     if to == "lerobot-v2.1":

@@ -103,6 +103,8 @@ class Episode:
     """Where the frames were taken from, where that is known."""
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What made the pixels: packages and renderer."""
+    robot: str = ""
+    """Name of the robot whose commands these are (robots/), or nothing where that is not known."""
 
     def __post_init__(self) -> None:
         steps = self.command.shape[0] if self.command.ndim else 0
@@ -150,7 +152,7 @@ class Episode:
     @functools.cached_property
     def content(self) -> str:
         """SHA-256 (64 hex digits) of everything that the episode holds."""
-        digest = hashlib.sha256(json.dumps(_words(self), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(_json(self), sort_keys=True).encode())
         for name in _DTYPES:
             array = np.ascontiguousarray(getattr(self, name))
             digest.update(f"{name} {array.shape}".encode())
@@ -199,21 +201,31 @@ def _no_camera(camera: Camera) -> str:
     return "" if isinstance(camera.mirrored, bool) else f"mirrored {camera.mirrored!r}: want true or false"
 
 
-def _words(episode: Episode) -> dict[str, Any]:
-    """What is no array, as JSON."""
+def words(episode: Episode) -> dict[str, Any]:
+    """What is no array, as JSON has it; its robot only where that is known, so that what was written before episodes said so has the same content."""
     return {
-        "format": FORMAT,
         **{name: getattr(episode, name) for name in ("instruction", "task", "split", "state_index", "source")},
         "camera": camera_to_plain(episode.camera),
         "versions": dict(episode.versions),
+        **({"robot": episode.robot} if episode.robot else {}),
     }
+
+
+def _json(episode: Episode) -> dict[str, Any]:
+    return {"format": FORMAT, **words(episode)}
+
+
+def want_robot(episode: Episode, robot: str, where: str, cure: str = "give the one whose they are (--robot)") -> None:
+    """ValueError, from `where`, with `cure`, if the commands of `episode` are known to be another robot's than `robot`'s."""
+    if episode.robot and episode.robot != robot:
+        raise ValueError(f"{where}: its commands are those of robot {episode.robot!r}, not of {robot!r}: {cure}")
 
 
 def save(path: Path, episode: Episode) -> None:
     """Write `episode` to `path`, whole or not at all. Raises OSError as the disk does."""
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        words = json.dumps({**_words(episode), "content": episode.content}, indent=1).encode()
-        members = {_JSON: words, **{f"{name}.npy": _npy(getattr(episode, name)) for name in _DTYPES}}
+        told = json.dumps({**_json(episode), "content": episode.content}, indent=1).encode()
+        members = {_JSON: told, **{f"{name}.npy": _npy(getattr(episode, name)) for name in _DTYPES}}
         for name, data in members.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
@@ -232,13 +244,13 @@ def load(path: Path, cure: str = _CURE) -> Episode:
         raise CheckpointError(f"{path}: no such episode; {'restore it' if cure == GIVEN else 'run the stage that writes it'}")
     try:
         with zipfile.ZipFile(path) as archive:
-            words = json.loads(archive.read(_JSON))
-            if words.pop("format") != FORMAT:
+            told = json.loads(archive.read(_JSON))
+            if told.pop("format") != FORMAT:
                 raise ValueError(f"not in format {FORMAT}")
             for name in _DTYPES:
-                words[name] = np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
-        content, camera = words.pop("content"), camera_from_plain(words.pop("camera"))
-        episode = Episode(**words, camera=camera)
+                told[name] = np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+        content, camera = told.pop("content"), camera_from_plain(told.pop("camera"))
+        episode = Episode(**told, camera=camera)
         if episode.content != content:
             raise ValueError("its content does not match its checksum")
     except _DAMAGE as error:

@@ -18,7 +18,7 @@ from worldenv import console
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import DemosConfig
 from worldenv.data import convert, libero_hdf5
-from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.episode import Episode, EpisodeSet, want_robot
 from worldenv.data.in_view import InView
 from worldenv.envs.contract import Site, Snapshot
 from worldenv.kernels.frames import resize_lanczos3
@@ -216,7 +216,8 @@ class _Looks:
         return self._beginnings[task]
 
     def as_in_env(self, episode: Episode, task: int, index: int, where: str) -> Episode:
-        """`episode` as demonstration `index` of `task`. ValueError, from `where`, if it is seen from elsewhere or turned."""
+        """`episode` as demonstration `index` of `task`. ValueError, from `where`, if it is another robot's, seen from elsewhere or turned."""
+        want_robot(episode, self._env.robot.name, where, "what a command of 1 asks for is each robot's own; --env.robot says whose recordings are")
         view, (height, width) = self.view(task), episode.frame.shape[1:3]
         if height != width:
             raise ValueError(f"{where}: pictures of {width} x {height} px, where the environment's are square: cut them to squares first")

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from worldenv import kinematics
 from worldenv.checkpoint import CheckpointError, atomic_folder, read_published
-from worldenv.data.episode import Episode, UnfitError, camera_from_plain, camera_to_plain, fitting, want_values
+from worldenv.data.episode import Episode, UnfitError, camera_from_plain, fitting, want_robot, want_values, words
 from worldenv.robots.contract import Robot
 from worldenv.robots.panda import PANDA
 
@@ -351,15 +351,15 @@ def _video(path: Path, began: float, count: int, fps: float) -> NDArray[np.uint8
     return np.stack([frames[i] for i in range(count)])
 
 
-def _ours(source: Source, table: pa.Table, frame: NDArray[np.uint8], words: Mapping[str, Any]) -> Episode:
+def _ours(source: Source, table: pa.Table, frame: NDArray[np.uint8], told: Mapping[str, Any]) -> Episode:
     return Episode(
-        **{name: words[name] for name in ("instruction", "task", "split", "state_index", "source", "versions")},
+        **{name: value for name, value in told.items() if name != "camera"},
         frame=frame,
         pose=_column(table, "worldenv.pose", 7).astype(np.float64),
         gripper=_column(table, "worldenv.gripper").astype(np.float64),
         command=_column(table, source.action, 7).astype(np.float32)[:-1],
         success=_column(table, "worldenv.success").astype(bool),
-        camera=camera_from_plain(words["camera"]),
+        camera=camera_from_plain(told["camera"]),
     )
 
 
@@ -409,7 +409,7 @@ def write(folder: Path, episodes: Iterable[Episode], version: Version = "v3.0", 
     """Write `episodes`, one after another, as a data set in `folder`, whole or not at all; returns how many there were.
 
     Task indices are by instruction in the order in which they come. Raises ValueError where `folder` is there already, where there is no
-    episode, where sizes of pictures differ, and for 4:2:0 video of an odd size.
+    episode, where sizes of pictures differ, for an episode of another robot, and for 4:2:0 video of an odd size.
     """
     if version not in _PATHS or frames not in get_args(Frames):
         raise ValueError(f"version={version!r}, frames={frames!r}: want {' or '.join(_PATHS)}, and {' or '.join(get_args(Frames))}")
@@ -528,6 +528,7 @@ class _Writer:
     def add(self, episode: Episode) -> None:
         """One more episode."""
         height, width = episode.frame.shape[1:3]
+        want_robot(episode, self.robot.name, f"episode {len(self.rows)}")
         if self.size is None:
             if self.frames == "h264" and (height % 2 or width % 2):
                 raise ValueError(f"pictures of {height} x {width} px: 4:2:0 video needs even sides; use frames='png' or 'h264-lossless'")
@@ -542,8 +543,7 @@ class _Writer:
             row |= self._write_video(episode.frame)
         stats = {name: self._stats(name, array) for name, array in columns.items()}
         stats[VIEW] = _as_pictures(self._stats(VIEW, _some_pixels(episode.frame)))
-        words = {name: getattr(episode, name) for name in ("instruction", "task", "split", "state_index", "source")}
-        row[_WORDS] = json.dumps({**words, "camera": camera_to_plain(episode.camera), "versions": dict(episode.versions)})
+        row[_WORDS] = json.dumps(words(episode))
         row["stats"] = stats
         self.rows.append(row)
         self.total += table.num_rows

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from worldenv import console, kinematics
 from worldenv.checkpoint import CheckpointError, atomic
-from worldenv.data.episode import Episode, UnfitError, camera_from_plain, camera_to_plain, fitting, want_values
+from worldenv.data.episode import Episode, UnfitError, camera_from_plain, fitting, want_robot, want_values, words
 from worldenv.robots.contract import Robot
 from worldenv.robots.panda import PANDA
 
@@ -107,8 +107,8 @@ def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, 
     if rows < 2:
         raise UnfitError(where, f"rows: {rows}, want 2 at least: an observation, a command and what was seen after it")
     want_values(where, "actions", action.astype(np.float32), -1.0, 1.0)
-    words = json.loads(_text(demo.attrs[_WORDS])) if _WORDS in demo.attrs else {}
-    camera = camera_from_plain(words.get("camera"))
+    ours = json.loads(_text(demo.attrs[_WORDS])) if _WORDS in demo.attrs else {}
+    camera = camera_from_plain(ours.get("camera"))
     picture = _array(demo["obs"], _VIEW, rows, None, None, 3)[:, :: -1 if upside_down else 1]
     if camera is None or camera.mirrored:
         picture = picture[:, :, ::-1]
@@ -118,19 +118,20 @@ def _episode(demo: Any, number: int, instruction: str, robot: Robot, task: int, 
         success = np.append(False, np.append(success[:-2], success[-2:].any()))  # the last reward is of an observation that is not there
     episode = Episode(
         instruction=instruction,
-        task=words.get("task", task),
-        split=words.get("split", "train"),
-        state_index=words.get("state_index", number),
-        source=words.get("source", f"LIBERO demonstration: {path.name}, demo_{number}"),
+        task=ours.get("task", task),
+        split=ours.get("split", "train"),
+        state_index=ours.get("state_index", number),
+        source=ours.get("source", f"LIBERO demonstration: {path.name}, demo_{number}"),
         frame=np.ascontiguousarray(picture),
         pose=pose,
-        gripper=np.clip((finger[:, 0] - finger[:, 1]) / robot.finger_m, 0.0, 1.0),
+        gripper=np.clip((finger[:, 0] - finger[:, 1]) / ours.get("finger_m", robot.finger_m), 0.0, 1.0),
         command=(action[:-1] if before else action[1:]).astype(np.float32),
         success=success,
         camera=camera,
-        versions=words.get("versions", {}),
+        versions=ours.get("versions", {}),
+        robot=ours.get("robot", ""),
     )
-    if not words:
+    if not ours:
         _want_paired(episode.pose, action.astype(np.float64), robot, before, where)
     return episode
 
@@ -185,7 +186,7 @@ def writing(path: Path, instruction: str, robot: Robot = PANDA) -> Iterator[Call
     A demonstration has a row more than there are commands: action 0, which led to the first observation and is not known, is a command for no
     motion. What the format has no place for (camera, split, versions) is an attribute of each demonstration, so that `read` gives the same
     episode; the opening of the gripper alone may differ, by float64's last bit. MuJoCo's states, the wrist's view and joint states are not
-    written: episodes have none. Raises ValueError where `path` is there already, for an episode of another instruction, and where none came.
+    written: episodes have none. Raises ValueError where `path` is there already, for an episode of another instruction or robot, and where none came.
     """
     if path.exists():
         raise ValueError(f"{path}: there already; nothing is overwritten: move it, or write elsewhere")
@@ -199,6 +200,7 @@ def writing(path: Path, instruction: str, robot: Robot = PANDA) -> Iterator[Call
         def add(episode: Episode) -> None:
             if episode.instruction != instruction:
                 raise ValueError(f"{path}: of {instruction!r}, not of {episode.instruction!r}: this format has one instruction in each file")
+            want_robot(episode, robot.name, f"{path}: demo_{len(steps)}")
             _write_demo(data.create_group(f"demo_{len(steps)}"), episode, robot)
             steps.append(episode.steps)
 
@@ -235,8 +237,7 @@ def _write_demo(demo: Any, episode: Episode, robot: Robot) -> None:
         # the checksum is what lets a reader notice damage
         demo.create_dataset(name, data=array, fletcher32=True, compression="gzip" if name.startswith("obs/a") else None, chunks=True)
     demo.attrs["num_samples"] = rows
-    words = {name: getattr(episode, name) for name in ("task", "split", "state_index", "source")}
-    demo.attrs[_WORDS] = json.dumps({**words, "camera": camera_to_plain(episode.camera), "versions": dict(episode.versions)})
+    demo.attrs[_WORDS] = json.dumps({**words(episode), "finger_m": robot.finger_m})
 
 
 def kept(command: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:

@@ -37,6 +37,22 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
+// Draws as a CPU's, and is refused where one of a CPU is wanted, as a GPU's is.
+struct Generator final : c10::GeneratorImpl {
+  explicit Generator(c10::DeviceIndex index, at::Generator draws = at::detail::createCPUGenerator())
+      : GeneratorImpl({c10::kCUDA, index}, c10::DispatchKeySet(c10::DispatchKey::CUDA)), host(std::move(draws)) {}
+  void set_current_seed(uint64_t seed) override { host.set_current_seed(seed); }
+  void set_offset(uint64_t offset) override { host.set_offset(offset); }
+  uint64_t get_offset() const override { return host.get_offset(); }
+  uint64_t current_seed() const override { return host.current_seed(); }
+  uint64_t seed() override { return host.unsafeGetGeneratorImpl()->seed(); }
+  void set_state(const c10::TensorImpl& state) override { host.unsafeGetGeneratorImpl()->set_state(state); }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return host.unsafeGetGeneratorImpl()->get_state(); }
+  Generator* clone_impl() const override { return new Generator(device().index(), host.clone()); }
+
+  at::Generator host;
+};
+
 struct CUDAHooks final : at::CUDAHooksInterface {
   explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
@@ -58,7 +74,9 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
     return at::detail::getDefaultCPUGenerator();
   }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  at::Generator getNewGenerator(c10::DeviceIndex index) const override {
+    return at::make_generator<Generator>(index < 0 ? current : index);
+  }
   c10::DeviceIndex current_device() const override { return current; }
 };
 
@@ -184,9 +202,19 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       return one;
     });
   }
+  const bool drawn_there = home.has_value();  // an operator comes here by its generator's device too
   if (!home) home = c10::Device(c10::kCUDA, current);
   std::vector<c10::IValue> plain;
-  for (const c10::IValue& one : arguments) plain.push_back(mapped(one, host));
+  for (const c10::IValue& one : arguments) {
+    if (one.isGenerator()) {
+      auto* drawing = dynamic_cast<Generator*>(one.toGenerator().unsafeGetGeneratorImpl());
+      TORCH_CHECK(drawing != nullptr, "Expected a 'cuda' device type for generator but found 'cpu'");
+      TORCH_CHECK(drawn_there, "Expected a 'cpu' device type for generator but found 'cuda'");
+      plain.push_back(drawing->host);
+    } else {
+      plain.push_back(mapped(one, host));
+    }
+  }
   torch::jit::Stack inner = plain;
   op.callBoxed(&inner);
   torch::jit::pop(*stack, count);

@@ -81,6 +81,8 @@ REFUSED: dict[str, Callable[[torch.Tensor], object]] = {
     "linear": lambda there: torch.nn.Linear(3, 2)(there),
     "other GPU": lambda there: there + torch.ones(3, device="cuda:1"),
     "no such GPU": lambda there: torch.ones(3, device="cuda:9"),
+    "generator of a GPU": lambda there: torch.zeros(3).normal_(generator=torch.Generator(GPU)),
+    "generator of a CPU": lambda there: there.normal_(generator=torch.Generator()),
     "numpy": lambda there: there.numpy(),
     "asarray": lambda there: np.asarray(there),
     "from_numpy": lambda there: torch.from_numpy(np.ones(3, np.float32)) - there,
@@ -102,6 +104,8 @@ def test_pretended_gpus_allow_what_real_ones_allow() -> None:
     assert torch.zeros(3).copy_(there).tolist() == there.to("cuda:1").tolist() == [0, 1, 2]
     there[1:] *= 5
     assert float(there.sum()) == 15.0
+    drawn = [torch.randn(3, device=GPU, generator=torch.Generator(GPU).manual_seed(seed)).tolist() for seed in (5, 5, 6)]
+    assert drawn[0] == drawn[1] != drawn[2]
     layer = torch.nn.Conv2d(1, 2, 3, padding=1).to(GPU)
     picture = torch.ones(1, 1, 4, 4, device=GPU)
     want = torch.nn.functional.conv2d(picture.cpu(), layer.weight.cpu(), layer.bias.cpu(), padding=1)  # type: ignore[union-attr]

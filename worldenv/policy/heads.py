@@ -31,7 +31,8 @@ def begin(module: nn.Module, generator: torch.Generator) -> None:
         else:
             token = name.endswith(("pos_embed", "cls_token", "reg_token", "embed_tokens.weight"))
             std = 0.02 if token else parameter[0].numel() ** -0.5
-            parameter.copy_(nn.init.trunc_normal_(torch.empty(parameter.shape), std=std, a=-2 * std, b=2 * std, generator=generator))
+            drawn = torch.empty(parameter.shape, device=generator.device)
+            parameter.copy_(nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator))
 
 
 class _ResidualBlock(nn.Module):

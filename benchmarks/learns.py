@@ -36,6 +36,7 @@ from worldenv.cli.arguments import parse
 from worldenv.cli.ending import Ending
 from worldenv.config import RunConfig
 from worldenv.data.episode import Episode
+from worldenv.data.scenes import OneScene
 from worldenv.evaluation import Outcomes
 from worldenv.learning import sft
 from worldenv.policy import weights as policies
@@ -142,7 +143,7 @@ def _alternative(args: LearnsArgs, base: Path) -> dict[str, Any]:
     seconds = time.monotonic() - began
     policies.save(folder / "policy.safetensors", policy)
     reflector = desk.reflector()
-    after = evaluation.evaluate(policy, desk.env, before.start, settings.env.steps, [reflector], reflector.config.threshold, desk.device)
+    after = evaluation.evaluate(policy, OneScene(desk.env), before.start, settings.env.steps, [reflector], reflector.config.threshold, desk.device)
     return {
         "episodes_used": len(episodes),
         "fit": fitted,
@@ -157,9 +158,9 @@ def _true_simulator(args: LearnsArgs, out: Path) -> dict[str, Any]:
     """LOOP where nothing is imagined: stages up to loop without a world model, then both policies by the predicate on stage eval's test states."""
     desk = Desk(Run(out, settings_for(args)))
     chosen, steps = evaluation.starts(desk.env, desk.settings.eval.episodes), desk.settings.env.steps
-    policies_by = {"sft": desk.policy("scale"), "loop": desk.policy("loop")}
+    policies_by, scenes = {"sft": desk.policy("scale"), "loop": desk.policy("loop")}, OneScene(desk.env)
     outcomes = {
-        name: evaluation.evaluate(policy, desk.env, chosen, steps, (), 1.0, desk.device, f"eval {name}") for name, policy in policies_by.items()
+        name: evaluation.evaluate(policy, scenes, chosen, steps, (), 1.0, desk.device, f"eval {name}") for name, policy in policies_by.items()
     }
     record = desk.run.record("loop")
     return {

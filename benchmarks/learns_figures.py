@@ -26,6 +26,7 @@ from worldenv import audit, checkpoint, report
 from worldenv.cli.arguments import parse
 from worldenv.cli.ending import Ending
 from worldenv.data.collect import act_out
+from worldenv.data.scenes import OneScene
 from worldenv.evaluation import Outcomes
 from worldenv.policy import weights as policies
 from worldenv.run import Run, settings_of
@@ -147,7 +148,7 @@ def after_success(run: Path, path: Path) -> str:
         if len(saved):
             start, end = outcomes.start[saved[0]], int(outcomes.ends()[saved[0]])
             policy = policies.load(run / "stages" / stage / "policy.safetensors", desk.device)
-            (recorder,) = act_out(desk.env, policy, [start], desk.settings.env.steps, None, render=True, device=desk.device)
+            (recorder,) = act_out(OneScene(desk.env), policy, [start], desk.settings.env.steps, None, render=True, device=desk.device)
             video = np.stack([m.frame for m in recorder.moments[1:]])
             success = np.array([m.success for m in recorder.moments[1:]])
             assert outcomes.score is not None

@@ -30,6 +30,7 @@ from worldenv.checkpoint import CheckpointError
 from worldenv.config import DemosConfig, EnvConfig, ExploreConfig
 from worldenv.data import collect
 from worldenv.data.episode import Episode, EpisodeSet, load, save
+from worldenv.data.scenes import OneScene, Start
 from worldenv.envs.experts import tabletop as expert
 from worldenv.envs.tabletop import Tabletop
 from worldenv.nouns import Camera
@@ -365,7 +366,7 @@ def test_exploration_of_nothing_is_refused(env):
     with pytest.raises(ValueError, match=r"explore\.episodes=0"):
         ExploreConfig(episodes=0)
     with pytest.raises(ValueError, match="multiple of the policy's chunk"):
-        collect.act_out(env, Pusher(), [collect.Start(0, 0, "train", 0)], 12, None, render=False, device=CPU)
+        collect.act_out(OneScene(env), Pusher(), [Start(0, 0, "train", 0)], 12, None, render=False, device=CPU)
 
 
 class Killed(Exception):

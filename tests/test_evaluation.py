@@ -7,8 +7,11 @@ stop; a one-sided McNemar; Wald instead of Wilson; wins and losses exchanged; Ne
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,8 @@ from pusher import THRESHOLD, Onlooker, Pusher
 from worldenv import checkpoint, evaluation
 from worldenv.checkpoint import Savepoint
 from worldenv.config import EnvConfig
+from worldenv.data.collect import act_out
+from worldenv.data.scenes import OneScene, ScenesApart
 from worldenv.envs.tabletop import Tabletop
 from worldenv.evaluation import Outcomes, evaluate, mcnemar, paired, wilson
 from worldenv.nouns import Observation
@@ -141,7 +146,7 @@ def really_stopped(env, start, protocol):
 
 def test_one_pass_answers_what_three_stopped_runs_do(env):
     chosen = evaluation.starts(env, 45)
-    found = evaluate(Pusher(), env, chosen, STEPS, [Onlooker()], THRESHOLD, CPU, batch=7)
+    found = evaluate(Pusher(), OneScene(env), chosen, STEPS, [Onlooker()], THRESHOLD, CPU, batch=7)
     for protocol in ("oracle", "limit", "reflector"):
         stopped = [really_stopped(env, start, protocol) for start in chosen]
         assert found.by(protocol).tolist() == [success for success, _ in stopped]
@@ -155,8 +160,8 @@ def test_one_pass_answers_what_three_stopped_runs_do(env):
 
 def test_without_a_reflector_the_outcomes_are_the_same(env):
     chosen = evaluation.starts(env, 12)
-    seen = evaluate(Pusher(), env, chosen, STEPS, [Onlooker()], THRESHOLD, CPU)
-    blind = evaluate(Pusher(), env, chosen, STEPS, (), THRESHOLD, CPU, batch=5)
+    seen = evaluate(Pusher(), OneScene(env), chosen, STEPS, [Onlooker()], THRESHOLD, CPU)
+    blind = evaluate(Pusher(), OneScene(env), chosen, STEPS, (), THRESHOLD, CPU, batch=5)
     assert np.array_equal(seen.success, blind.success)
     assert list(blind.tally(env.tasks)) == ["oracle", "limit"]
     with pytest.raises(ValueError, match="no reflector"):
@@ -176,9 +181,9 @@ class Barrier(Onlooker):
 
 def test_several_reflectors_judge_side_by_side_until_each_episode_ends(env):
     chosen = evaluation.starts(env, 42)
-    one = evaluate(Pusher(), env, chosen, STEPS, [Onlooker()], THRESHOLD, CPU, batch=7)
+    one = evaluate(Pusher(), OneScene(env), chosen, STEPS, [Onlooker()], THRESHOLD, CPU, batch=7)
     both = threading.Barrier(2)
-    two = evaluate(Pusher(), env, chosen, STEPS, [Barrier(both), Barrier(both)], THRESHOLD, CPU, batch=7)
+    two = evaluate(Pusher(), OneScene(env), chosen, STEPS, [Barrier(both), Barrier(both)], THRESHOLD, CPU, batch=7)
     assert np.array_equal(one.score, two.score, equal_nan=True)
     assert np.array_equal(one.success, two.success)
     last = -(-one.ends() // Pusher.chunk) * Pusher.chunk  # the chunk of the end is judged whole
@@ -192,7 +197,7 @@ def test_several_reflectors_judge_side_by_side_until_each_episode_ends(env):
 @pytest.mark.parametrize("judges", [0, 1, 2])
 def test_a_killed_evaluation_goes_on(judges, env, tmp_path):
     chosen = evaluation.starts(env, 20)
-    asked = {"policy": Pusher(), "env": env, "chosen": chosen, "steps": STEPS, "threshold": THRESHOLD, "device": CPU, "batch": 6}
+    asked = {"policy": Pusher(), "scenes": OneScene(env), "chosen": chosen, "steps": STEPS, "threshold": THRESHOLD, "device": CPU, "batch": 6}
     want = evaluate(**asked, reflectors=[Onlooker()] * judges)
 
     class Killed(Savepoint):
@@ -210,6 +215,60 @@ def test_a_killed_evaluation_goes_on(judges, env, tmp_path):
         assert np.array_equal(again.success, want.success)
         assert again.score is None if not judges else np.array_equal(again.score, want.score, equal_nan=True)
         assert policy.batches[:: STEPS // Pusher.chunk] == batches
+
+
+def _small():
+    return Tabletop(EnvConfig(image=16))
+
+
+class _Fails(Tabletop):
+    def advance(self, command, render=True):
+        raise ValueError(f"process {os.getpid()} does not move")
+
+
+def _failing():
+    return _Fails(EnvConfig(image=16))
+
+
+def _pid():
+    return os.getpid()
+
+
+def _end(code):
+    os._exit(code)
+
+
+def test_scenes_in_processes_play_what_one_scene_plays():
+    """Three processes and seven episodes: some have more than others; then fewer episodes than processes."""
+    env = _small()
+    apart = ScenesApart(env, _small, 3)
+    try:
+        for count, render in ((7, True), (2, False)):
+            starts = evaluation.starts(env, count)
+            made = [act_out(scenes, Pusher(), starts, 16, None, render, CPU) for scenes in (OneScene(env), apart)]
+            for one, other in zip(*made, strict=True):
+                assert (one.task, one.index) == (other.task, other.index)
+                assert np.array_equal(one.commands, other.commands)
+                for mine, theirs in zip(one.moments, other.moments, strict=True):
+                    assert all(np.array_equal(getattr(mine, name), getattr(theirs, name)) for name in ("frame", "pose", "gripper", "success"))
+        pids = [pool.submit(_pid).result() for pool in apart._pools]
+        assert len({*pids, os.getpid()}) == 4
+    finally:
+        apart.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_what_fails_in_a_scenes_process_is_said():
+    env = _small()
+    apart = ScenesApart(env, _failing, 2)
+    try:
+        with pytest.raises(ValueError, match="does not move"):
+            act_out(apart, Pusher(), evaluation.starts(env, 4), 16, None, False, CPU)
+        apart._pools[1].submit(_end, 3)
+        with pytest.raises(BrokenProcessPool):
+            apart.begin(evaluation.starts(env, 4))
+    finally:
+        apart.close()
 
 
 def test_outcomes_of_known_tables():

@@ -21,7 +21,8 @@ from worldenv import compiled, noise, train
 from worldenv.checkpoint import CheckpointError
 from worldenv.cli import train as command_line
 from worldenv.config import EnvConfig, LoopConfig, ScaleConfig, SftConfig
-from worldenv.data.collect import Start, act_out
+from worldenv.data.collect import act_out
+from worldenv.data.scenes import OneScene, Start
 from worldenv.envs.tabletop import Tabletop
 from worldenv.learning.chunks import Chunks
 from worldenv.learning.loop.update import Learner
@@ -191,7 +192,8 @@ def test_it_acts_in_the_true_environment() -> None:
     settings = dataclasses.replace(TOKENS, llama=dataclasses.replace(TOKENS.llama, vocab=64))
     policy = OpenVLAOFT.create(settings, PromptTokenizer.build(env.tasks), statistics(), noise.torch_seed(0, 9), CPU)
     starts = [Start(3, 0, "train", 1), Start(4, 1, "train", 2)]
-    drawn, again, greedy = (act_out(env, policy, some, 8, seed, False, CPU) for some, seed in ((starts, 5), (starts[1:], 5), (starts, None)))
+    scenes = OneScene(env)
+    drawn, again, greedy = (act_out(scenes, policy, some, 8, seed, False, CPU) for some, seed in ((starts, 5), (starts[1:], 5), (starts, None)))
     env.close()
     assert np.array_equal(drawn[1].commands, again[0].commands)
     assert not np.array_equal(drawn[1].commands, greedy[1].commands)

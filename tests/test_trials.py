@@ -31,7 +31,7 @@ from worldenv import checkpoint, evaluation, noise
 from worldenv.cli import eval as command_line
 from worldenv.cli import files
 from worldenv.config import EnvConfig, to_dict
-from worldenv.data.collect import Start
+from worldenv.data.scenes import OneScene, Start
 from worldenv.envs.contract import Snapshot
 from worldenv.envs.offscreen import NoOpenGL
 from worldenv.envs.tabletop import Tabletop
@@ -201,7 +201,7 @@ def test_agrees_with_the_pipelines_own_evaluation(mode, tmp_path):
     want = asked(policy="pusher", mode=mode, episodes=9, views=1)
     runner.evaluate(want, tmp_path / "e", 1, [bench])
     env = Tabletop(EnvConfig(image=64))
-    outcomes = evaluation.evaluate(pusher, env, want.starts(), 32, [judge] if judge else (), THRESHOLD, CPU)  # type: ignore[list-item]
+    outcomes = evaluation.evaluate(pusher, OneScene(env), want.starts(), 32, [judge] if judge else (), THRESHOLD, CPU)  # type: ignore[list-item]
     found = runner.read_trials(tmp_path / "e")
     made = {trial.number: trial for trial in found}
     assert [made[n].success for n in range(9)] == outcomes.by(mode).tolist()

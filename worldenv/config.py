@@ -814,6 +814,8 @@ class EvalConfig:
     """Paired test episodes per policy, spread over the tasks' test states."""
     curve_episodes: Count = 150
     """Test episodes for each kept copy of the policy: success by iteration."""
+    processes: Count = 1
+    """Processes with a scene each, among which the episodes of a batch are dealt. What comes out does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -904,7 +906,7 @@ class RunConfig:
         return replace(
             self, gpus=other.gpus, loop=loop,
             sft=replace(self.sft, microbatch=other.sft.microbatch, gradient_checkpointing=other.sft.gradient_checkpointing),
-            explore=replace(self.explore, processes=other.explore.processes),
+            explore=replace(self.explore, processes=other.explore.processes), eval=replace(self.eval, processes=other.eval.processes),
             world=replace(self.world, gradient_checkpointing=other.world.gradient_checkpointing),
             engines=replace(self.engines, limit_gb=other.engines.limit_gb),
         )  # fmt: skip

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from worldenv import console
 from worldenv.checkpoint import Savepoint
-from worldenv.data.collect import Recorder, Start, act_out
+from worldenv.data.collect import Recorder, act_out
+from worldenv.data.scenes import Scenes, Start
 from worldenv.devices import dealt
 from worldenv.envs.contract import TrueEnvironment
 from worldenv.policy.contract import Policy
@@ -100,7 +101,7 @@ def starts(env: TrueEnvironment, episodes: int) -> list[Start]:
 
 
 def evaluate(
-    policy: Policy, env: TrueEnvironment, chosen: Sequence[Start], steps: int, reflectors: Sequence[Reflector], threshold: float,
+    policy: Policy, scenes: Scenes, chosen: Sequence[Start], steps: int, reflectors: Sequence[Reflector], threshold: float,
     device: torch.device, label: str = "eval", batch: int = 30, savepoint: Savepoint | None = None,
 ) -> Outcomes:  # fmt: skip
     """Greedy episodes of `policy` from `chosen`, all to the step limit `steps`. With reflectors every frame is drawn, and scored until a score is
@@ -116,14 +117,14 @@ def evaluate(
 
     def acted() -> Iterator[list[Recorder]]:
         for i in console.track(-(-len(success) // batch), -(-len(chosen) // batch), label):
-            yield act_out(env, policy, chosen[i * batch : (i + 1) * batch], steps, None, render=bool(reflectors), device=device)
+            yield act_out(scenes, policy, chosen[i * batch : (i + 1) * batch], steps, None, render=bool(reflectors), device=device)
 
     def judged(reflector: Reflector | None, recorders: list[Recorder]) -> tuple[list[list[bool]], NDArray[np.float32] | None]:
         held = [[m.success for m in r.moments] for r in recorders]
         if reflector is None:
             return held, None
         frames = torch.from_numpy(np.stack([np.stack([m.frame for m in r.moments]) for r in recorders]))
-        asked = [env.tasks[r.task] for r in recorders]
+        asked = [scenes.tasks[r.task] for r in recorders]
         return held, scored(reflector, asked, frames[:, 0], frames[:, 1:], policy.chunk, threshold).numpy()
 
     judges: Sequence[Reflector | None] = reflectors or [None]

@@ -120,7 +120,7 @@ LIBERO = dataclasses.replace(
     sft=dataclasses.replace(TINY.sft, steps=2000, prior_per_task=0, prior_steps=0),
     explore=ExploreConfig(episodes=60, factors=(1.0, 4.0), batch=8, processes=2),
     loop=dataclasses.replace(TINY.loop, contexts=6, iterations=10, batch=12, warmup=8, snapshot_every=5),
-    eval=EvalConfig(episodes=60, curve_episodes=20),
+    eval=EvalConfig(episodes=60, curve_episodes=20, processes=2),
     report=ReportConfig(replays=12),
 )
 """The tiny networks on two tasks of LIBERO-Spatial, whose limit of 220 steps is no multiple of the chunk: 216, which is the stricter."""
@@ -147,7 +147,7 @@ PAPER = RunConfig(
     reward=RewardConfig(start="weights/llava-onevision-qwen2-7b-ov-hf"),
     loop=LoopConfig(gradient_checkpointing=True, microbatch=8),  # a step has about eight: GPUs share them
     engines=EnginesConfig(limit_gb=70.0),  # seven plans of 35 GB, and those of the policy's next weights
-    eval=EvalConfig(episodes=500, curve_episodes=100),
+    eval=EvalConfig(episodes=500, curve_episodes=100, processes=8),
     report=ReportConfig(replays=20),
 )  # fmt: skip
 """The paper's networks and settings (section 4.4, appendices B and C) on LIBERO-Spatial, from published weights that the user has. What the paper

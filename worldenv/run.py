@@ -140,7 +140,10 @@ class Run:
             if differing := list(_differences(theirs, ours)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 what = f"{'; '.join(differing[:3])}{more}"
-                raise RunError(f"{out} holds a run with other settings ({what}); choose another --out, or go on with it: --resume {out}")
+                raise RunError(
+                    f"{out} holds a run with other settings ({what}); choose another --out, to which --reuse {out} takes over what these do "
+                    f"not decide, or go on with it as it is: --resume {out}"
+                )
         elif not known.is_file() and out.exists() and (not out.is_dir() or any(not _begun(entry.name) for entry in out.iterdir())):
             raise RunError(f"{out} exists and is no run of ours; choose another --out")
         out.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,10 @@ Both are restartable: an episode that is on disk is not made again, and every ra
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from worldenv import console, noise
 from worldenv.config import DemosConfig, ExploreConfig
 from worldenv.data.episode import Episode, EpisodeSet
+from worldenv.data.scenes import OneScene, Scenes, Start, end_with_parent
 from worldenv.envs.contract import Snapshot, Split, TrueEnvironment
 from worldenv.nouns import ActionChunk, Observation
 from worldenv.policy.contract import Policy
@@ -105,52 +104,34 @@ def _shown(env: TrueEnvironment, expert: Expert, recorder: Recorder, manner: NDA
     return recorder
 
 
-@dataclass(frozen=True)
-class Start:
-    """An episode that is to be made."""
-
-    number: int
-    task: int
-    split: Split
-    index: int
-
-
 def act_out(
-    env: TrueEnvironment, policy: Policy, starts: Sequence[Start], steps: int, seed: int | None, render: bool, device: torch.device
+    scenes: Scenes, policy: Policy, starts: Sequence[Start], steps: int, seed: int | None, render: bool, device: torch.device
 ) -> list[Recorder]:
-    """Episodes of `policy` from `starts`, side by side in one scene: queries are batched, the K commands of each are executed open loop.
+    """Episodes of `policy` from `starts`, side by side: queries are batched, the K commands of each are executed open loop.
 
     With `seed`, actions are drawn by the uniforms of (seed, number, chunk); without, they are greedy. Without `render`, only the frames that the
     policy sees are drawn, and the others repeat the last. ValueError where `steps` is no multiple of the chunk.
     """
     if steps % policy.chunk:
         raise ValueError(f"steps={steps} is not a multiple of the policy's chunk of {policy.chunk}")
-    recorders = [Recorder(s.task, s.split, s.index) for s in starts]
-    captured = []
-    for recorder in recorders:
-        recorder.moments.append(env.begin(recorder.task, recorder.split, recorder.index))
-        captured.append(env.capture())
+    recorders = [Recorder(s.task, s.split, s.index, [first]) for s, first in zip(starts, scenes.begin(starts), strict=True)]
     for chunk in range(steps // policy.chunk):
-        answer = _ask(env, policy, recorders, [s.number for s in starts], chunk, seed, device)
-        command = answer.command.cpu().numpy()
-        for i, recorder in enumerate(recorders):
-            env.restore(captured[i])
-            for k in range(policy.chunk):
-                recorder.commands.append(command[i, k])
-                recorder.moments.append(env.advance(command[i, k], render=render or k == policy.chunk - 1))
-            captured[i] = env.capture()
+        command = _ask(scenes, policy, recorders, [s.number for s in starts], chunk, seed, device).command.cpu().numpy()
+        for recorder, commands, moments in zip(recorders, command, scenes.play(command, render), strict=True):
+            recorder.commands += list(commands)
+            recorder.moments += moments
     return recorders
 
 
 def _ask(
-    env: TrueEnvironment, policy: Policy, recorders: Sequence[Recorder], numbers: Sequence[int], chunk: int, seed: int | None, device: torch.device
+    scenes: Scenes, policy: Policy, recorders: Sequence[Recorder], numbers: Sequence[int], chunk: int, seed: int | None, device: torch.device
 ) -> ActionChunk:
     last = [recorder.moments[-1] for recorder in recorders]
-    proprio = env.robot.proprio(np.stack([m.pose for m in last]), np.array([m.gripper for m in last]))
+    proprio = scenes.robot.proprio(np.stack([m.pose for m in last]), np.array([m.gripper for m in last]))
     observation = Observation(
         torch.from_numpy(np.stack([m.frame for m in last])).to(device),
         torch.from_numpy(proprio).to(device),
-        tuple(env.tasks[r.task] for r in recorders),
+        tuple(scenes.tasks[r.task] for r in recorders),
     )
     if seed is None:
         return policy.act(observation)
@@ -185,7 +166,7 @@ def explore(
             if not missing or i % part[1] != part[0]:
                 continue
             # a batch that was cut short is made again whole: rounding depends on the batch
-            recorders = act_out(env, policy, some, steps, seed, render=True, device=device)
+            recorders = act_out(OneScene(env), policy, some, steps, seed, render=True, device=device)
             for start, recorder in zip(some, recorders, strict=True):
                 if start.number in missing:
                     episodes.add(start.number, recorder.episode(env, f"policy, scale x{policy.scale_factor:g}"))
@@ -221,22 +202,10 @@ def explore_apart(explorer: Callable[[tuple[int, int]], None], processes: int) -
 
     Raises what the first one that fails raises, after all have ended.
     """
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=end_with_parent) as pool:
         waiting = [pool.submit(_with_share_of_cores, explorer, (i, processes)) for i in range(processes)]
     for one in waiting:
         one.result()
-
-
-def _end_with_parent() -> None:
-    """End this process once the one that began it is gone, by whatever signal: nobody may write into a folder whose lock is free again."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _with_share_of_cores(explorer: Callable[[tuple[int, int]], None], part: tuple[int, int]) -> None:

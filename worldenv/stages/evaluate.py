@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from worldenv import audit, checkpoint, evaluation
 from worldenv.config import EnginesConfig
 from worldenv.data.episode import Episode
+from worldenv.data.scenes import OneScene, Scenes, ScenesApart
 from worldenv.nouns import Context
 from worldenv.policy import weights as policies
 from worldenv.policy.openvla_oft import OpenVLAOFT
@@ -23,7 +26,7 @@ from worldenv.reflector.contract import Judge
 from worldenv.report.fields import POLICIES
 from worldenv.rollout.collect import Assignment
 from worldenv.run import Run, Stage, settings_of, snapshots
-from worldenv.stages.desk import AUDIT_NUMBERS, REPLAY_NUMBERS, Desk
+from worldenv.stages.desk import AUDIT_NUMBERS, REPLAY_NUMBERS, Desk, open_env
 from worldenv.stages.fleet import Fleet, Imagining, assembled, imagining
 
 
@@ -38,12 +41,13 @@ def evaluate(desk: Desk, stage: Stage) -> None:
 def _in_truth(desk: Desk, stage: Stage) -> None:
     """Greedy success in the true environment, of both policies on the same test states; their imagined rollouts, replayed there."""
     settings = desk.settings
-    outcomes = _outcomes(desk, stage)
-    eta = outcomes["sft"].threshold
-    checkpoint.save(stage.folder / "outcomes.safetensors", {name: one.tree() for name, one in outcomes.items()})
-    stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
-    stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
-    stage.metrics["curve"] = _curve(desk, stage, outcomes)
+    with _scenes(desk) as scenes:
+        outcomes = _outcomes(desk, stage, scenes)
+        eta = outcomes["sft"].threshold
+        checkpoint.save(stage.folder / "outcomes.safetensors", {name: one.tree() for name, one in outcomes.items()})
+        stage.metrics |= {name: one.tally(desk.env.tasks) for name, one in outcomes.items()}
+        stage.metrics["paired"] = evaluation.paired(outcomes["sft"].by("oracle"), outcomes["loop"].by("oracle"))
+        stage.metrics["curve"] = _curve(desk, stage, scenes, outcomes)
     simulators = imagining(desk, stage.folder)
     stage.metrics["world"] = _fidelity(desk, simulators, desk.explored[1])
     stage.metrics["engines"] = {"world": simulators.engines}
@@ -54,13 +58,26 @@ def _in_truth(desk: Desk, stage: Stage) -> None:
         checkpoint.save(stage.folder / f"replays-{name}.safetensors", [_plain(pair) for pair in pairs])
 
 
-def _outcomes(desk: Desk, stage: Stage) -> dict[str, evaluation.Outcomes]:
+@contextlib.contextmanager
+def _scenes(desk: Desk) -> Iterator[Scenes]:
+    """Where policies act in truth: here, or in processes."""
+    if desk.settings.eval.processes == 1:
+        yield OneScene(desk.env)
+        return
+    apart = ScenesApart(desk.env, functools.partial(open_env, desk.settings.env), desk.settings.eval.processes)
+    try:
+        yield apart
+    finally:
+        apart.close()
+
+
+def _outcomes(desk: Desk, stage: Stage, scenes: Scenes) -> dict[str, evaluation.Outcomes]:
     """Of both policies from the same test states, judged on every device that judges LOOP's rollouts."""
     settings, judges = desk.settings, desk.judges()
     chosen, eta = evaluation.starts(desk.env, settings.eval.episodes), judges[0].config.threshold
     return {
         name: evaluation.evaluate(
-            desk.policy("scale" if name == "sft" else "loop"), desk.env, chosen, settings.env.steps, judges, eta, desk.device, f"eval {name}",
+            desk.policy("scale" if name == "sft" else "loop"), scenes, chosen, settings.env.steps, judges, eta, desk.device, f"eval {name}",
             savepoint=stage.savepoint(f"outcomes-{name}"),
         )
         for name in POLICIES
@@ -114,7 +131,7 @@ def _recorded_pairs(desk: Desk, simulators: Imagining, episodes: Sequence[Episod
     return audit.recorded(simulators.worlds, desk.judges(), episodes, desk.settings.loop.slots, desk.settings.policy.chunk)
 
 
-def _curve(desk: Desk, stage: Stage, outcomes: Mapping[str, evaluation.Outcomes]) -> list[dict[str, Any]]:
+def _curve(desk: Desk, stage: Stage, scenes: Scenes, outcomes: Mapping[str, evaluation.Outcomes]) -> list[dict[str, Any]]:
     """Greedy success in the true environment by LOOP iteration; `outcomes` are those before the first and after the last."""
     settings = desk.settings
     chosen = evaluation.starts(desk.env, min(settings.eval.curve_episodes, settings.eval.episodes))
@@ -122,7 +139,7 @@ def _curve(desk: Desk, stage: Stage, outcomes: Mapping[str, evaluation.Outcomes]
     rows = []
     for iteration, path in snapshots(desk.run.out):
         outcome = known[iteration].first(len(chosen)) if iteration in known else evaluation.evaluate(
-            policies.load(path, desk.device), desk.env, chosen, settings.env.steps, (), 1.0, desk.device, f"eval iteration {iteration}",
+            policies.load(path, desk.device), scenes, chosen, settings.env.steps, (), 1.0, desk.device, f"eval iteration {iteration}",
             savepoint=stage.savepoint(f"outcomes-{iteration}"),
         )  # fmt: skip
         rows.append({"iteration": iteration, **outcome.tally(desk.env.tasks)["oracle"]})

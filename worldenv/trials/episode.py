@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldenv import noise
-from worldenv.data.collect import Expert, Start
+from worldenv.data.collect import Expert
+from worldenv.data.scenes import Start
 from worldenv.envs.contract import Snapshot
 from worldenv.evaluation import Protocol
 

@@ -32,7 +32,7 @@ import torch
 
 from worldenv import checkpoint, compiled, console, report
 from worldenv.config import EnginesConfig, EnvConfig
-from worldenv.data.collect import Start
+from worldenv.data.scenes import Start
 from worldenv.devices import on
 from worldenv.engines.store import Store
 from worldenv.envs import libero, suites

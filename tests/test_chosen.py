@@ -1,7 +1,7 @@
 """Some of an environment's tasks, and what a run makes of them.
 
 Tried against wrong versions, each found here: tasks in the environment's order instead of the chosen one; an episode recorded under the number
-that its task has in the whole; cameras that are not compared.
+that its task has in the whole; cameras that are not compared, or only when the world model asks for them.
 """
 
 from __future__ import annotations
@@ -84,6 +84,19 @@ def test_tasks_that_are_seen_by_different_cameras_are_named(tmp_path, monkeypatc
     monkeypatch.setattr(ChosenTasks, "camera_of", lambda self, task: turned if task == 1 else seen)
     with pytest.raises(RunError, match=r"red puck.*blue puck.*different cameras.*--env\.tasks"):
         _ = desk.camera
+
+
+@pytest.mark.parametrize("source", ["", "given"])
+def test_tasks_that_are_seen_by_different_cameras_are_refused_before_anything_is_done(source, tmp_path, monkeypatch):
+    if source:
+        train.train(tmp_path / source, presets.fast(presets.TINY), only="demos")
+    seen = Tabletop(EnvConfig(image=64)).camera
+    turned = dataclasses.replace(seen, camera_to_world=seen.camera_to_world + 0.01)
+    monkeypatch.setattr(ChosenTasks, "camera_of", lambda self, task: turned if task == 1 else seen)
+    demos = DemosConfig(source=str(tmp_path / source / "stages/demos") if source else "")
+    with pytest.raises(RunError, match=r"red puck.*blue puck.*different cameras.*--env\.tasks"):
+        train.train(tmp_path / "run", dataclasses.replace(presets.fast(presets.TINY), demos=demos), until="demos")
+    assert not list((tmp_path / "run").rglob("*.npz"))
 
 
 def test_the_preset_of_libero_can_be_and_is_cut_short():

@@ -47,8 +47,8 @@ class _Expert:
 def demos(desk: Desk, stage: Stage) -> None:
     """Every task is shown a few times: by a scripted expert, or in demonstrations that the user has."""
     settings = desk.settings
+    _ = desk.camera  # one for all tasks, said before there is anything: the world model wants it hours later
     if settings.env.recorded:
-        _ = desk.camera  # one for all, said before there is anything
         shown = dataclasses.replace(settings.demos, source=settings.env.recordings)
         stage.metrics |= given.take(desk.site, shown, stage.folder, "env.recordings")
         stage.metrics["recordings"] = recorded.fingerprint(settings.env)

@@ -4,17 +4,27 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from published_directories import write_policy, write_reflector
+from small_policy import INSTRUCTIONS, published_policy
 
-from worldenv import config, presets, train
+from worldenv import checkpoint, config, presets, train
 from worldenv.checkpoint import CheckpointError
+from worldenv.reflector import weights as reflectors
 from worldenv.run import RECORD, Run, RunError, settings_of
+from worldenv.simulator import weights as simulators
+from worldenv.simulator.evac import Evac
+from worldenv.simulator.weights import PREFIXES
 from worldenv.stages.desk import Desk
+
+SMALLER = dataclasses.replace(presets.TINY.simulator, action_resampler=dataclasses.replace(presets.TINY.simulator.action_resampler, queries=8))
 
 
 def work(run, stage, fingerprint, text="output"):
@@ -340,6 +350,87 @@ def test_what_the_user_brings_and_is_not_there_is_named_before_any_work(stage, s
         train.train(tmp_path / "run", settings, first=stage)
     assert finished.check(stage, "f")
     train._want_brought(settings, [name for name in train.STAGES if name != stage])
+
+
+def released(simulator):
+    """Its tensors by the names of a published file."""
+    return {prefix + key: tensor for part, prefix in PREFIXES.items() for key, tensor in getattr(simulator, part).state_dict().items()}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory):
+    """Weights as users bring them, of small networks."""
+    folder = tmp_path_factory.mktemp("brought")
+    write_policy(folder / "openvla", published_policy(), 1, shard_bytes=50_000)
+    write_reflector(folder / "llava", reflectors.initialise(presets.TINY.reflector, INSTRUCTIONS, 0))
+    torch.save({"state_dict": released(Evac.initialised(presets.TINY.simulator, 0))}, folder / "evac.pt")
+    return folder
+
+
+def with_brought(folder):
+    settings = dataclasses.replace(presets.TINY, device="cpu")
+    for path, name in (("sft.start", "openvla"), ("world.initial", "evac.pt"), ("reward.start", "llava")):
+        settings = changed(settings, path, str(folder / name))
+    return settings
+
+
+def test_weights_that_can_be_begun_from_are_found_good_without_being_read(brought, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("weights were copied")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", loaded)
+    settings = with_brought(brought)
+    train._want_brought(settings, ("world",))
+    monkeypatch.undo()
+    train._want_brought(settings, tuple(train.STAGES))
+    train._want_brought(changed(settings, "sft", dataclasses.replace(settings.sft, steps=0, views=1)), ("sft",))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda d: (d / "openvla/config.json").unlink(), r"sft\.start: .*/openvla/config\.json: .*No such file"),
+        (lambda d: cut(sorted((d / "openvla").glob("model-*"))[-1]), r"sft\.start: .*/model-000\d\d-of-000\d\d\.safetensors: truncated or damaged"),
+        (lambda d: sorted((d / "openvla").glob("model-*"))[1].unlink(), r"sft\.start: .*safetensors: no such file; the index names it"),
+        (lambda d: (d / "openvla/tokenizer.json").unlink(), r"sft\.start: .*tokenizer\.json: no such file"),
+        (lambda d: (d / "llava/config.json").unlink(), r"reward\.start: .*/llava/config\.json: .*No such file"),
+        (lambda d: cut(d / "llava/model.safetensors"), r"reward\.start: .*/llava/model\.safetensors: truncated or damaged"),
+        (lambda d: cut(d / "evac.pt"), r"world\.initial: .*evac\.pt: truncated, damaged"),
+        (lambda d: torch.save({}, d / "evac.pt"), r"world\.initial: .*evac\.pt: holds no tensors"),
+        (lambda d: ((d / "evac.pt").unlink(), (d / "evac.pt").mkdir()), r"world\.initial: .*evac\.pt: a folder, want a file: give the one in it"),
+        (
+            lambda d: torch.save({k: t for k, t in torch.load(d / "evac.pt")["state_dict"].items() if not k.startswith("embedder.")}, d / "evac.pt"),
+            r"world\.initial: .*evac\.pt: clip: missing: .*It holds no image tower of CLIP",
+        ),
+        (
+            lambda d: checkpoint.save(d / "evac.pt", simulators.to_tree(Evac.initialised(SMALLER, 0))),
+            r"world\.initial: .*evac\.pt: .*mis-shaped: action_resampler",
+        ),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_weights_that_cannot_be_begun_from_are_named_before_any_work(break_it, says, brought, tmp_path):
+    shutil.copytree(brought, tmp_path / "w")
+    break_it(tmp_path / "w")
+    with pytest.raises(RunError, match=says) as caught:
+        train.train(tmp_path / "run", with_brought(tmp_path / "w"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_network_are_named_before_any_work(brought, tmp_path):
+    settings = with_brought(brought)
+    resampler = dataclasses.replace(settings.simulator.image_resampler, queries=8)
+    for path, value, says, until in (
+        ("simulator.image_resampler", resampler, r"world\.initial: .*16 image tokens, these settings 8", None),
+        ("policy.head", "tokens", r"sft\.start: .*lm_head\.weight is missing or zero", "sft"),
+    ):
+        with pytest.raises(RunError, match=says):
+            train.train(tmp_path / "run", changed(settings, path, value), until=until)
 
 
 def test_a_run_goes_on_with_another_number_of_gpus(tmp_path):

@@ -16,6 +16,7 @@ import re
 import shutil
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,19 @@ def read_published(path: Path, holder: str, error: type[CheckpointError] = Check
     return found
 
 
-def read_foreign(path: Path) -> Any:
+def read_foreign(path: Path, mapped: bool = False) -> Any:
     """What somebody else's file of tensors holds, on the CPU: .safetensors, or a torch file, of which nothing is executed (`weights_only=True`).
 
-    Raises CheckpointError where it is missing, truncated, damaged, or holds anything but plain tensors and containers.
+    With `mapped`, bytes of tensors are read when they are looked at, so that names and shapes cost no memory; the file must stay as it is. (Torch
+    files of before 2020 are read whole.) Raises CheckpointError where it is missing, a folder, truncated, damaged, or holds anything but plain
+    tensors and containers.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    _want_file(path, "no such file")
     try:
         with warnings.catch_warnings(action="ignore"):  # of a version of pickle that damage makes up
-            return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except MemoryError:
         raise
     except Exception as error:  # of damaged bytes, torch's unpickler raises whatever they make it stumble over
@@ -77,6 +81,14 @@ def read_foreign(path: Path) -> Any:
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: truncated, damaged, or not made of plain tensors ({reason}); get it again") from error
+
+
+def _want_file(path: Path, missing: str) -> None:
+    """CheckpointError where `path` is none, which says `missing` where nothing is there."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder, want a file: give the one in it that holds the weights")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {missing}")
 
 
 def read_json(path: Path, cure: str, fields: Mapping[str, type]) -> dict[str, Any]:
@@ -269,8 +281,7 @@ def save(path: Path, tree: Any) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; run the stage that writes it")
+    _want_file(path, "no such file; run the stage that writes it")
     try:
         with safe_open(path, framework="pt") as opened:
             yield opened

@@ -19,9 +19,11 @@ from worldenv import console, presets
 from worldenv.checkpoint import Savepoint
 from worldenv.config import RunConfig
 from worldenv.data import recorded
-from worldenv.learning import processes
+from worldenv.learning import processes, sft
+from worldenv.reflector import weights as reflectors
 from worldenv.run import Run, RunError, Stage, done, savepoint_path, settings_of
 from worldenv.simulator.schedule import Sampler
+from worldenv.simulator.weights import want_beginning
 from worldenv.stages.desk import Desk
 from worldenv.stages.evaluate import evaluate
 from worldenv.stages.loop import help_loop, loop
@@ -111,7 +113,8 @@ def chosen(settings: RunConfig, only: str | None = None, until: str | None = Non
 
 
 def _want_brought(settings: RunConfig, names: Sequence[str]) -> None:
-    """RunError for what the user brings, one of the stages `names` begins from and is not there: said before the hours of the stages before it."""
+    """RunError for what the user brings, one of the stages `names` begins from and is not there, or is no such thing: said before the hours of the
+    stages before it."""
     if "explore" in names and settings.env.recorded and not settings.explore.source:
         raise RunError(
             "explore.source: env.name=recorded has nothing to explore: run --until scale, let its policy act on the robot, record and label that, "
@@ -132,6 +135,23 @@ def _want_brought(settings: RunConfig, names: Sequence[str]) -> None:
         recorded.fingerprint(settings.env)
         if settings.explore.source:
             recorded.opened(Path(settings.explore.source), "explore.source")
+    _want_weights(settings, names)
+
+
+def _want_weights(settings: RunConfig, names: Sequence[str]) -> None:
+    """RunError for published weights that one of the stages `names` begins from and that are damaged or of another network, by names and shapes."""
+    world, judge, clip = settings.world, settings.reward, Path(settings.world.clip) if settings.world.clip else None
+    checks: tuple[tuple[str, str, str, Callable[[], object]], ...] = (
+        ("sft", "sft.start", settings.sft.start, lambda: sft.want_start(settings.policy, settings.sft)),
+        ("world", "world.initial", world.initial, lambda: want_beginning(settings.simulator, Path(world.initial), clip)),
+        ("reward", "reward.start", judge.start, lambda: reflectors.open_directory(Path(judge.start), settings.reflector, device="meta")),
+    )
+    for stage, name, path, check in checks:
+        if stage in names and path:
+            try:
+                check()
+            except ValueError as error:
+                raise RunError(f"{name}: {error}") from error
 
 
 def _want_unchanged(run: Run, again: Sequence[str]) -> None:

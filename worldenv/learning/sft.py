@@ -74,6 +74,14 @@ def pretrained(config: PolicyConfig, sft: SftConfig, episodes: Sequence[Episode]
     return OpenVLAOFT(settings, opened.network.to(device), opened.tokenizer, opened.statistics)
 
 
+def want_start(config: PolicyConfig, sft: SftConfig) -> None:
+    """Raises what `pretrained` would of `sft.start`, before there are demonstrations and in little memory."""
+    if sft.steps:
+        published.want_base(Path(sft.start), config.head)
+    else:
+        published.open_directory(Path(sft.start), sft.dataset or None, dtype=None, images=sft.views)
+
+
 def _rate(step: int, config: SftConfig) -> float:
     if config.schedule == "one_cycle":
         return one_cycle(step, config.steps, config.lr)

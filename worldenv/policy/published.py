@@ -80,7 +80,7 @@ def _model(directory: Path) -> PolicyConfig:
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors by published name, from one file or from all shards of the index."""
+    """The model's tensors by published name, from one file or from all shards of the index; their bytes are read when they are looked at."""
     index = directory / "model.safetensors.index.json"
     place = _json(index).get("weight_map", {}) if index.is_file() else None
     files = sorted(set(place.values())) if place is not None else ["model.safetensors"]
@@ -126,10 +126,11 @@ def _scale_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def open_directory(
-    directory: Path, dataset: str | None = None, step: int | None = None, scale_head: Path | None = None, dtype: torch.dtype = torch.bfloat16,
+    directory: Path, dataset: str | None = None, step: int | None = None, scale_head: Path | None = None, dtype: torch.dtype | None = torch.bfloat16,
     base: bool = False, seed: int = 0, images: int = 1,
 ) -> OpenVLAOFT:  # fmt: skip
-    """The policy in a published directory, on the CPU: backbone in `dtype`, heads and proprio projector in float32.
+    """The policy in a published directory, on the CPU: backbone in `dtype`, heads and proprio projector in float32. Without a `dtype` the backbone is
+    as its files have it, which are read when it is looked at: nobody has to hold what is only to be checked.
 
     `dataset` and `step` choose where the directory holds several; `images` says how many views the model was trained with, of which the directory
     says nothing (the released LIBERO models: 2). Without a scale head, in the directory or at `scale_head`, there is the published
@@ -172,23 +173,40 @@ def open_base(
     OpenVLA's own directories, which have no heads, are read too. The `head` of tokens is not fresh: it is the model's own output layer, in float32.
     Errors as in `open_directory`.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; give an OpenVLA or OpenVLA-OFT checkpoint's")
-    config = _model(directory)
-    # the published heads are as wide as the model
-    config = replace(config, proprio=len(statistics.proprio.q01), head_width=config.llama.width, head=head)
+    config, state, tokenizer = _base(directory, head)
+    config = replace(config, proprio=len(statistics.proprio.q01))
     with torch.device("meta"):
         network = Network(config)
     fresh = _fresh(config, seed)
     readers = [fresh[name] for name in ("action_head", "scale_head")] if head == "laplace" else [{}, {}]
-    state = from_published(_weights(directory), readers[0], fresh["proprio_projector"], readers[1], config)
+    _assign(network, state | from_published({}, readers[0], fresh["proprio_projector"], readers[1], config), dtype, directory)
+    return OpenVLAOFT(config, network, tokenizer, statistics)
+
+
+def want_base(directory: Path, head: Literal["laplace", "tokens"] = "laplace") -> None:
+    """Raises what `open_base` would, by names and shapes alone: in seconds, and in no memory to speak of."""
+    config, state, _ = _base(directory, head)
+    with torch.device("meta"):
+        network = Network(config)
+    fresh = {name: tensor for name, tensor in network.state_dict().items() if name.startswith(_SMALL)}
+    fill(network, fresh | state, str(directory), assign=True)
+
+
+def _base(directory: Path, head: Literal["laplace", "tokens"]) -> tuple[PolicyConfig, dict[str, torch.Tensor], PromptTokenizer]:
+    """Sizes, weights of the backbone (and of the `head` of tokens) by our names, and words of a start of fine-tuning; the weights are read when they
+    are looked at. Errors as in `open_directory`.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give an OpenVLA or OpenVLA-OFT checkpoint's")
+    config = _model(directory)
+    config = replace(config, head_width=config.llama.width, head=head)  # the published heads are as wide as the model
+    state = from_published(_weights(directory), {}, {}, {}, config)
     if head == "tokens" and not ("token_head.weight" in state and state["token_head.weight"].any()):
         raise CheckpointError(
             f"{directory}: language_model.lm_head.weight is missing or zero for the action tokens, as where a policy with an L1 head was written; "
             "start from OpenVLA's own"
         )
-    _assign(network, state, dtype, directory)
-    return OpenVLAOFT(config, network, PromptTokenizer.published(directory / "tokenizer.json"), statistics)
+    return config, state, PromptTokenizer.published(directory / "tokenizer.json")
 
 
 def _fresh(config: PolicyConfig, seed: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -206,9 +224,10 @@ def _fresh(config: PolicyConfig, seed: int) -> dict[str, dict[str, torch.Tensor]
     return {name: module.state_dict() for name, module in made.items()}
 
 
-def _assign(network: Network, state: Mapping[str, torch.Tensor], dtype: torch.dtype, directory: Path) -> None:
+def _assign(network: Network, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None, directory: Path) -> None:
     wide = (*_SMALL, "token_head")
-    fill(network, {name: t.to(torch.float32 if name.startswith(wide) else dtype) for name, t in state.items()}, str(directory), assign=True)
+    cast = {name: t.to(torch.float32 if name.startswith(wide) else dtype or t.dtype) for name, t in state.items()}
+    fill(network, cast, str(directory), assign=True)
 
 
 def _length(tensors: Mapping[str, torch.Tensor], ending: str, otherwise: int) -> int:

@@ -127,8 +127,9 @@ def _published_prompt(path: Path) -> Prompt:
         raise ReflectorError(f"{path}: {error}") from error
 
 
-def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = torch.bfloat16) -> LlavaReflector:
-    """A published LLaVA-OneVision directory as it is, frozen, on the CPU and without a reward head.
+def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> LlavaReflector:
+    """A published LLaVA-OneVision directory as it is, frozen, on `device` and without a reward head. On "meta" weights are not read, which takes no
+    memory to speak of: for who would know whether it can be opened.
 
     Sizes come from the directory, the rest (frames, sampler, pooling, head_width, threshold) from `like`. Only safetensors are read, nothing is
     downloaded and no code of the directory runs. Raises ReflectorError, one line, for a missing or damaged file, another kind of model, weights that
@@ -154,7 +155,7 @@ def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = 
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
             directory, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, device_map=device,
         )  # fmt: skip
         config = described(model.config, like)
     except Exception as error:  # transformers has many kinds for a config or a file that it cannot use

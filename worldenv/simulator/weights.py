@@ -52,9 +52,10 @@ Misfits = dict[str, list[str]]
 def read(path: Path) -> Tensors:
     """All tensors of a released checkpoint under their Lightning names: .safetensors, or a torch file in Lightning or DeepSpeed layout.
 
-    Raises CheckpointError as `checkpoint.read_foreign`, and where there are no tensors in it.
+    Their bytes are read when they are looked at: the file must stay as it is. Raises CheckpointError as `checkpoint.read_foreign`, and where there
+    are no tensors in it.
     """
-    state = checkpoint.read_foreign(path)
+    state = checkpoint.read_foreign(path, mapped=True)
     for layer in ("state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(layer), dict):
             state = state[layer]
@@ -92,6 +93,12 @@ def _fitting(module: nn.Module, weights: Mapping[str, torch.Tensor], dead: re.Pa
     return given, {kind: names for kind, names in wrong.items() if names}
 
 
+def _copy(module: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
+    """Into `module`; on the meta device, where names and shapes are all that there is, nothing is."""
+    if not any(tensor.is_meta for tensor in module.state_dict().values()):
+        module.load_state_dict(given)
+
+
 def _listed(misfits: Misfits) -> str:
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in misfits.items())
 
@@ -104,7 +111,7 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], name: str, dead
     given, misfits = _fitting(module, weights, dead)
     if misfits:
         raise CheckpointError(f"{name}: {_listed(misfits)}")
-    module.load_state_dict(given)
+    _copy(module, given)
 
 
 def _fill_parts(simulator: Evac, parts: Mapping[str, Tensors], name: str) -> None:
@@ -119,7 +126,7 @@ def _fill_parts(simulator: Evac, parts: Mapping[str, Tensors], name: str) -> Non
             cure += ". It holds no image tower of CLIP: give open_clip's file beside it (world.clip; --clip of worldenv-imagine)"
         raise CheckpointError(f"{name}: " + "; ".join(f"{part}: {_listed(misfits)}" for part, misfits in wrong.items()) + cure)
     for part, (given, _) in fitting.items():
-        getattr(simulator, part).load_state_dict(given)
+        _copy(getattr(simulator, part), given)
 
 
 def load_published(simulator: Evac, state: Mapping[str, torch.Tensor], name: str, without: Iterable[str] = ()) -> None:
@@ -178,6 +185,13 @@ def begin_from(simulator: Evac, path: Path, clip: Path | None = None) -> list[st
         return load_dynamicrafter(simulator, state, str(path))
     _load_released(simulator, state, str(path), clip)
     return []
+
+
+def want_beginning(config: configs.SimulatorConfig, path: Path, clip: Path | None = None) -> None:
+    """Raises what `begin_from` would raise of a simulator of `config`, by names and shapes alone: in seconds, and in no memory to speak of."""
+    with torch.device("meta"):
+        simulator = Evac(config)
+    begin_from(simulator, path, clip)
 
 
 def _load_released(simulator: Evac, state: Mapping[str, torch.Tensor], name: str, clip: Path | None) -> None:

@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,17 @@ def _configured(trt: Any, builder: Any) -> Any:
     return config
 
 
+def _refittable(trt: Any, network: Any, config: Any, recipe: EngineRecipe, weights: Collection[str]) -> None:
+    """Have the plan take new `weights`, and those alone: with plain REFIT it would also ask for every constant of the graph, which the parser names.
+
+    EngineError names a weight that TensorRT does not know.
+    """
+    config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    for one in weights:
+        if not network.mark_weights_refittable(one):
+            raise EngineError(f"{recipe.name}: {trt.__name__} knows no weight {one} in the graph, so it could not be refitted; use back end inductor")
+
+
 def _begin_with(config: Any, kept: Path) -> None:
     """Have a build begin with the timings in `kept`; with none where there are none, or TensorRT refuses them, which is said."""
     held = kept.read_bytes() if kept.is_file() else b""
@@ -103,6 +114,7 @@ def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path,
     trt = library(name)
     if name == FULL:
         only_here(name, arch, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = export.state(module).keys()  # an export uses the module up
     export.exported(module, recipe, store, folder, OPSET)
     said: list[str] = []
     logger = _logger(trt, said)
@@ -121,7 +133,7 @@ def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path,
         config.num_compute_capabilities = 1
         config.set_compute_capability(target, 0)
     elif recipe.refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
+        _refittable(trt, network, config, recipe, weights)
     kept = store.root / "timing" / f"{name}-{arch}-{trt.__version__}.cache"
     _begin_with(config, kept)
     plan = builder.build_serialized_network(network, config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_engine_refit import Fake as Refitter
 from torch import nn
 
 from worldenv import compiled
@@ -17,7 +19,7 @@ from worldenv.benchmarks import engine_rows
 from worldenv.cli import engine as command
 from worldenv.engines import backend, export, tensorrt, torch_tensorrt
 from worldenv.engines.recipe import Binding, EngineError, EngineRecipe
-from worldenv.engines.refit import RefitError
+from worldenv.engines.refit import RefitError, refit_tensorrt
 from worldenv.engines.store import Store
 
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_120")
@@ -61,6 +63,23 @@ def test_float32_is_not_rounded_to_tf32() -> None:
     builder = trt.Builder(trt.Logger())
     assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
     assert not tensorrt._configured(trt, builder).get_flag(trt.BuilderFlag.TF32)
+
+
+@rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["policy_backbone", "policy_heads"])
+def test_the_parser_names_every_weight_that_is_refitted(name: str, tiny: dict[str, compiled.Network], store: Store, tmp_path: Path) -> None:
+    """And what it knows no weight by is an error."""
+    network, trt = tiny[name], tensorrt.library("tensorrt_rtx")
+    module = export.prepared(network.plain(), network.recipe)
+    weights = list(export.state(module))
+    export.exported(module, network.recipe, store, tmp_path, tensorrt.OPSET)
+    logger = tensorrt._logger(trt, [])
+    builder = trt.Builder(logger)
+    parsed, _parser = tensorrt._parsed(trt, builder, logger, tmp_path / export.GRAPH, network.recipe)
+    tensorrt._refittable(trt, parsed, tensorrt._configured(trt, builder), network.recipe, weights)
+    with pytest.raises(EngineError, match="knows no weight another"):
+        tensorrt._refittable(trt, parsed, tensorrt._configured(trt, builder), network.recipe, [*weights, "another"])
 
 
 @rtx
@@ -153,10 +172,11 @@ def test_what_torch_tensorrt_does_not_compile_makes_auto_go_on(part: str, tmp_pa
 
 
 class FakeConfig:
-    """Of a builder's configuration what timings need; it takes those that begin as they should."""
+    """Of a builder's configuration what timings and refits need; it takes those timings that begin as they should."""
 
     def __init__(self) -> None:
         self.cache: bytes | None = None
+        self.flags = set[str]()
 
     def create_timing_cache(self, held: bytes) -> bytes | None:
         return held if held in (b"", b"whole", b"other") else None
@@ -174,6 +194,8 @@ class FakeConfig:
 
     def add_optimization_profile(self, profile: Any) -> None: ...
     def set_compute_capability(self, target: Any, number: int) -> None: ...
+    def set_flag(self, flag: str) -> None:
+        self.flags.add(flag)
 
 
 @pytest.mark.parametrize("held", [b"whole", b"who", b"other", b"", None], ids=["whole", "half", "another device's", "empty", "none"])
@@ -187,29 +209,84 @@ def test_timings_that_tensorrt_refuses_are_said_and_measured_anew(held: bytes | 
     assert capsys.readouterr().err.count("TensorRT refuses these timings") == refused
 
 
-def test_a_build_that_is_killed_while_it_keeps_its_timings_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake builder; the next build would begin with half a file."""
-    builder = SimpleNamespace(create_optimization_profile=lambda: SimpleNamespace(set_shape=print), build_serialized_network=lambda *given: b"plan")
-    library = SimpleNamespace(Builder=lambda logger: builder, ComputeCapability=SimpleNamespace(SM89=0), __version__="1")
+class FakeNetwork:
+    """What the parser makes of a graph: weights and constants have names alike, and either can be marked to be refitted."""
+
+    def __init__(self, weights: Collection[str]) -> None:
+        self.named, self.marked = {*weights, "val_rates", "val_eps"}, list[str]()
+
+    def mark_weights_refittable(self, name: str) -> bool:
+        self.marked.append(name)
+        return name in self.named
+
+
+class FakeBuilder:
+    """Its plans say which weights a refitter of theirs asks for."""
+
+    def create_optimization_profile(self) -> Any:
+        return SimpleNamespace(set_shape=lambda *given: None)
+
+    def build_serialized_network(self, network: FakeNetwork, config: FakeConfig) -> bytes:
+        asks = network.named if "REFIT" in config.flags else network.marked if "REFIT_INDIVIDUAL" in config.flags else ()
+        return json.dumps(sorted(asks)).encode()
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
+    """The library's place is taken; what exports writes nothing."""
+    network = FakeNetwork(("weight", "bias"))
+    flags = SimpleNamespace(REFIT="REFIT", REFIT_INDIVIDUAL="REFIT_INDIVIDUAL")
+    library = SimpleNamespace(
+        Builder=lambda logger: FakeBuilder(), ComputeCapability=SimpleNamespace(SM89=0), BuilderFlag=flags, __version__="1", __name__="tensorrt"
+    )
 
     def exported(module: nn.Module, recipe: EngineRecipe, store: Store, folder: Path, opset: int) -> None:
         for name in (export.GRAPH, export.WEIGHTS):
             (folder / name).write_bytes(b"")
 
+    for name, stand_in in (
+        ("library", lambda name: library), ("_logger", lambda *given: None), ("_parsed", lambda *given: (network, None)),
+        ("_configured", lambda *given: FakeConfig()), ("export.exported", exported), ("only_here", lambda *given: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"worldenv.engines.tensorrt.{name}", stand_in)
+    return network
+
+
+def toy(refit: bool = False) -> EngineRecipe:
+    return EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4), "width": 3}),), ("y",), 1e-6, refit=refit)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_plan_asks_for_the_weights_of_its_module_alone(refit: bool, fake: FakeNetwork, tmp_path: Path) -> None:
+    """The graph's constants have names too, which no refit gives."""
+    tensorrt.build_with("tensorrt", nn.Linear(3, 2), toy(refit), tmp_path, "sm_90", Store(tmp_path))
+    engine = dict.fromkeys(json.loads((tmp_path / tensorrt.PLAN).read_bytes()), "A")
+    assert engine.keys() == ({"weight", "bias"} if refit else set())
+    refit_tensorrt("toy", Refitter(engine), dict.fromkeys(engine, "B"))
+    assert set(engine.values()) <= {"B"}
+
+
+def test_a_weight_that_is_not_in_the_graph_is_named(fake: FakeNetwork, tmp_path: Path) -> None:
+    fake.named.remove("bias")
+    with pytest.raises(EngineError, match="toy: tensorrt knows no weight bias in the graph"):
+        tensorrt.build_with("tensorrt", nn.Linear(3, 2), toy(refit=True), tmp_path, "sm_90", Store(tmp_path))
+    assert not (tmp_path / tensorrt.PLAN).exists()
+
+
+def test_a_build_that_is_killed_while_it_keeps_its_timings_leaves_the_old_ones(
+    fake: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next build would begin with half a file."""
+
     def is_killed(source: Path, target: Path) -> None:
         Path(target).write_bytes(Path(source).read_bytes()[:3])
         raise KeyboardInterrupt
 
-    for name, fake in (
-        ("library", lambda name: library), ("_logger", lambda *given: None), ("_parsed", lambda *given: (None, None)),
-        ("_configured", lambda *given: FakeConfig()), ("export.exported", exported),
-    ):  # fmt: skip
-        monkeypatch.setattr(f"worldenv.engines.tensorrt.{name}", fake)
-    recipe, folder = EngineRecipe("toy", (Binding("x", {"batch": (1, 2, 4)}),), ("y",), 1e-6), tmp_path / "plan"
+    folder = tmp_path / "plan"
     folder.mkdir()
 
     def build() -> None:
-        tensorrt.build_with("tensorrt_rtx", nn.Identity(), recipe, folder, "sm_89", Store(tmp_path))
+        tensorrt.build_with("tensorrt_rtx", nn.Identity(), toy(), folder, "sm_89", Store(tmp_path))
 
     build()
     (kept,) = (tmp_path / "timing").iterdir()

@@ -109,10 +109,20 @@ def _begin_with(config: Any, kept: Path) -> None:
     config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
+def _target(trt: Any, arch: str) -> Any:
+    """What RTX calls `arch`. EngineError where it builds nothing for it, which an export of minutes should not come before."""
+    if (target := getattr(trt.ComputeCapability, arch.replace("sm_", "SM"), None)) is None:
+        has = sorted(one for one in dir(trt.ComputeCapability) if one.startswith("SM"))
+        raise EngineError(f"tensorrt_rtx has no target {arch}, only {', '.join(has)}: for {arch}, use tensorrt or inductor on such a machine")
+    return target
+
+
 def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
     """Write a plan for `arch` into `folder`. EngineError: what the library says."""
     trt = library(name)
-    if name == FULL:
+    if name == RTX:
+        target = _target(trt, arch)
+    else:
         only_here(name, arch, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     weights = export.state(module).keys()  # an export uses the module up
     export.exported(module, recipe, store, folder, OPSET)
@@ -126,10 +136,6 @@ def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path,
         profile.set_shape(binding.name, *(recipe.shape(binding, at) for at in range(3)))
     config.add_optimization_profile(profile)
     if name == RTX:
-        target = getattr(trt.ComputeCapability, arch.replace("sm_", "SM"), None)
-        if target is None:
-            has = sorted(one for one in dir(trt.ComputeCapability) if one.startswith("SM"))
-            raise EngineError(f"tensorrt_rtx has no target {arch}, only {', '.join(has)}: for {arch}, use tensorrt or inductor on such a machine")
         config.num_compute_capabilities = 1
         config.set_compute_capability(target, 0)
     elif recipe.refit:

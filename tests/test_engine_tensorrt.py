@@ -273,6 +273,17 @@ def test_a_weight_that_is_not_in_the_graph_is_named(fake: FakeNetwork, tmp_path:
     assert not (tmp_path / tensorrt.PLAN).exists()
 
 
+def test_an_architecture_without_a_target_is_refused_before_the_export(
+    fake: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports = list[str]()
+    monkeypatch.setattr("worldenv.engines.tensorrt.export.exported", lambda *given: exports.append("one"))
+    with pytest.raises(EngineError, match="tensorrt_rtx has no target sm_90, only SM89: for sm_90, use tensorrt or inductor"):
+        tensorrt.build_with("tensorrt_rtx", nn.Linear(3, 2), toy(), tmp_path, "sm_90", Store(tmp_path))
+    assert exports == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_build_that_is_killed_while_it_keeps_its_timings_leaves_the_old_ones(
     fake: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

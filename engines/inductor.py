@@ -6,6 +6,7 @@ A plan is machine code for one kind of machine. Its weights are exchanged in pla
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor.package.package import load_package
+from torch.utils import cpp_extension
 
 from worldenv.engines import export
 from worldenv.engines.backend import Engine, compute_capability, only_here
@@ -27,6 +29,8 @@ from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store
 
 _PLAN, _SHAPES = "plan.pt2", "weights.json"
+_HEADERS = ("cuda.h", "cuda_runtime.h", "crt/host_defines.h", "nv/target")
+"""What code for a GPU includes of CUDA, by itself or by one of these. The packages that pip brings with torch hold the first two alone."""
 
 
 class Inductor:
@@ -104,9 +108,10 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
     """See `backend`."""
     device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
     only_here("inductor", arch, device)
+    toolkit = _toolkit() if device.type == "cuda" else None
     program = export.traced(module, recipe)
     with tempfile.TemporaryDirectory(dir=folder) as cache:  # what is left of a build elsewhere would be found by the next one, whatever made it
-        found = _libraries(Path(cache)) if device.type == "cuda" else {}
+        found = {} if toolkit is None else _libraries(Path(cache), toolkit)
         with _environment({"TORCHINDUCTOR_CACHE_DIR": cache, **found}):
             try:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PLAN), inductor_configs=options(recipe))
@@ -118,24 +123,42 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
 
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """With `changes`; afterwards as before, also what torch sets to a folder in its cache."""
-    before = {name: os.environ.get(name) for name in (*changes, "TRITON_CACHE_DIR")}
+    """With `changes`; afterwards as before, also what torch sets to a folder in its cache. CUDA_HOME torch has read when it was imported."""
+    before, toolkit = {name: os.environ.get(name) for name in (*changes, "TRITON_CACHE_DIR")}, cpp_extension.CUDA_HOME
     os.environ.update(changes)
+    cpp_extension.CUDA_HOME = changes.get("CUDA_HOME", toolkit)
     try:
         yield
     finally:
+        cpp_extension.CUDA_HOME = toolkit
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
 
-def _libraries(folder: Path) -> dict[str, str]:
+def _toolkit() -> str:
+    """The folder that holds CUDA's headers in include/: torch's CUDA_HOME, or where pip puts them. EngineError where neither has all of them: torch
+    would say so after minutes of lowering.
+    """
+    version = str(torch.version.cuda)
+    found = importlib.util.find_spec("nvidia")
+    places = found.submodule_search_locations or () if found is not None else ()
+    folders = [*filter(None, [cpp_extension.CUDA_HOME]), *(str(Path(one) / f"cu{version.partition('.')[0]}") for one in places)]
+    for folder in folders:
+        if all((Path(folder) / "include" / one).is_file() for one in _HEADERS):
+            return folder
+    raise EngineError(
+        f"inductor: needs CUDA's headers ({', '.join(_HEADERS)}), not all in {' or '.join(folders) or 'CUDA_HOME, which is not set'}: "
+        f"install the CUDA toolkit, or set CUDA_HOME, or of version {version} pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
+    )
+
+
+def _libraries(folder: Path, toolkit: str) -> dict[str, str]:
     """Where a linker finds CUDA's: torch names the toolkit's folders only where CUDA_HOME is set, and many a driver comes without libcuda.so."""
-    from torch.utils.cpp_extension import CUDA_HOME
     from triton.backends.nvidia.driver import libcuda_dirs
 
-    found = {} if CUDA_HOME is None else {"CUDA_HOME": CUDA_HOME}
+    found = {"CUDA_HOME": toolkit}
     with contextlib.suppress(AssertionError, OSError, subprocess.SubprocessError):  # Triton finds no driver: the linker says so itself
         driver = next(path for one in libcuda_dirs() if (path := Path(one) / "libcuda.so.1").exists())
         (folder / "libcuda.so").symlink_to(driver)

@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from test_reflector import SMALL as SMALL_REFLECTOR
 from test_rollout_bits import GROUP, SEED, SMALL_SIMULATOR, Plant, check, fly, networks, plant
 from test_simulator import trained
 from torch import nn
+from torch.utils import cpp_extension
 
 from worldenv import checkpoint, compiled
 from worldenv.benchmarks.bench_rollout import inside
@@ -748,17 +750,43 @@ def test_a_linker_is_shown_the_driver_and_the_environment_is_left_as_it_was(tmp_
         folder.mkdir()
     (driver / "libcuda.so.1").write_text("the driver")
     monkeypatch.setattr("triton.backends.nvidia.driver.libcuda_dirs", lambda: [str(other), str(driver)])
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/a/toolkit")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     monkeypatch.setenv("LIBRARY_PATH", "/before")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    found = inductor._libraries(cache)
+    found = inductor._libraries(cache, "/a/toolkit")
     assert found == {"CUDA_HOME": "/a/toolkit", "LIBRARY_PATH": f"{cache}:/before"}
     assert (cache / "libcuda.so").read_text() == "the driver"
     before = dict(os.environ)
     with inductor._environment(found):
         assert os.environ["CUDA_HOME"] == "/a/toolkit"
+        assert {"/a/toolkit/include"} < set(cpp_extension.include_paths("cuda"))
+        assert {"/a/toolkit/lib64"} < set(cpp_extension.library_paths("cuda"))
         os.environ["TRITON_CACHE_DIR"] = str(cache)  # as torch does
     assert dict(os.environ) == before
+    assert cpp_extension.CUDA_HOME is None
+
+
+def test_a_gpu_without_a_toolkit_takes_headers_of_pip_or_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is traced; those that come with torch are not all that is included."""
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path / name)]))
+    monkeypatch.setattr(inductor, "only_here", lambda *given: None)
+    traced = list[str]()
+    monkeypatch.setattr(export, "traced", lambda *given: traced.append("one"))
+    monkeypatch.setattr(export, "state", lambda module: {"weight": SimpleNamespace(device=torch.device("cuda"))})
+    pip = tmp_path / "nvidia" / "cu13"
+    for path in (pip / "include" / name for name in inductor._HEADERS):
+        with pytest.raises(EngineError, match=r"needs CUDA's headers .*CUDA_HOME, or of version 13\.0 pip install"):
+            inductor.build(nn.Identity(), policy_heads.recipe(SMALL), tmp_path, "sm_90", Store(tmp_path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert traced == []
+    assert inductor._toolkit() == str(pip)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))  # one that holds libraries alone, as of an image that runs programs
+    assert inductor._toolkit() == str(pip)
+    shutil.copytree(pip / "include", tmp_path / "include")
+    assert inductor._toolkit() == str(tmp_path)
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ COUNTS = {
     "sft": "batch microbatch lora-alpha",
     "scale": "batch",
     "explore": "episodes batch processes",
-    "world": "vae-batch batch patience check-every held-out-clips",
+    "world": "vae-batch batch patience check-every held-out-clips microbatch",
     "reward": "backbone-batch head-epochs head-batch embeddings classifier-width classifier-steps classifier-batch",
     "loop": "contexts iterations passes batch lora-rank lora-alpha slots bucket judge-bucket streams microbatch",
     "eval": "episodes curve-episodes",

@@ -202,8 +202,8 @@ def test_what_lies_beside_a_stage_is_made_again_where_it_is_gone(run):
 
 PLACED = (
     ("gpus", 2), ("sft.microbatch", 4), ("sft.gradient_checkpointing", True), ("explore.processes", 2), ("eval.processes", 2),
-    ("world.gradient_checkpointing", True), ("loop.slots", 8), ("loop.streams", 2),
-    ("loop.microbatch", 4), ("loop.gradient_checkpointing", True), ("engines.limit_gb", 1.0),
+    ("world.microbatch", 4), ("world.gradient_checkpointing", True), ("loop.slots", 8), ("loop.streams", 2), ("loop.microbatch", 4),
+    ("loop.gradient_checkpointing", True), ("engines.limit_gb", 1.0),
 )  # fmt: skip
 """Where a run happens and in how much memory, not what it is."""
 

@@ -318,7 +318,8 @@ def test_averages_follow_are_judged_and_leave_the_weights_alone() -> None:
     name = next(name for name, parameter in course.trained.items() if parameter is weight)
     for step, decay in ((0, 0.1), (1000, 0.9)):  # soon after the start, random weights are forgotten
         before = course.averaged[name].clone()
-        course.step(step, weight.sum())
+        weight.sum().backward()
+        course.step(step)
         torch.testing.assert_close(course.averaged[name], decay * before + (1 - decay) * weight.detach())
         assert not torch.equal(course.averaged[name], weight)
     now, judged = weight.detach().clone(), list[torch.Tensor]()
@@ -662,20 +663,65 @@ def test_training_begins_from_a_checkpoint(tmp_path: Path, kind: str) -> None:
     assert not torch.equal(simulator.delta_std, source.delta_std), "statistics are of the episodes"
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Gradients of every step are those of one process on the whole batch, though each took half of it; both end with the same bits."""
+def test_microbatches_train_as_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most so many clips, and frames of the autoencoder, go through a network at once; gradients of every step are those of the whole batch."""
+    forward, clip, most = world_model.Objective.forward, torch.nn.utils.clip_grad_norm_, set[int]()
+    gradients: list[torch.Tensor] = []
+
+    def sized(self: Any, batch: world_model.Batch, rays: torch.Tensor) -> torch.Tensor:
+        most.add(len(batch.target))
+        return forward(self, batch, rays)
+
+    def kept(parameters: Any, largest: float) -> torch.Tensor:
+        chosen = list(parameters)
+        gradients.extend(p.grad.clone() for p in chosen)
+        return clip(chosen, largest)
+
+    monkeypatch.setattr(world_model.Objective, "forward", sized)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", kept)
+    found = []
+    for number, (microbatch, sizes) in enumerate(((1, {1}), (2, {2}), (3, {3, 1}), (8, {WORLD.batch}))):
+        most.clear()
+        gradients.clear()
+        config = dataclasses.replace(WORLD, microbatch=microbatch, vae_steps=2, steps=3, check_every=2)
+        simulator = Evac.initialised(CONFIG, 0)
+        metrics = [train_vae(simulator, EPISODES, CAMERA, TABLETOP, config, 0, Never())]
+        clips, held_out = clips_of(simulator, EPISODES), clips_of(simulator, HELD_OUT)
+        metrics.append(world_model.train_simulator(simulator, clips, held_out, config, 0, Kept(tmp_path / str(number))))
+        assert most == sizes
+        found.append((list(gradients), simulator.state_dict(), metrics))
+    wanted, weights_of_all, whole = found[-1]
+    for given, trained, metrics in found[:-1]:
+        assert len(given) == len(wanted)
+        for mine, want in zip(given, wanted, strict=True):
+            torch.testing.assert_close(mine, want, rtol=1e-3, atol=1e-5)
+        for name, value in trained.items():
+            torch.testing.assert_close(value, weights_of_all[name], rtol=1e-4, atol=1e-4, msg=name)
+        assert [one["loss"] for one in metrics] == pytest.approx([one["loss"] for one in whole], rel=1e-4)
+        assert metrics[0]["kl"] == pytest.approx(whole[0]["kl"], rel=1e-4)
+        assert np.asarray(metrics[1]["held_out"]) == pytest.approx(np.asarray(whole[1]["held_out"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_two_processes_train_as_one(tmp_path: Path, pieces: int) -> None:
+    """Gradients of every step are those of one process on the whole batch, though each took half of it, in one pass or in two; both end with the
+    same bits.
+    """
     from tests import two_processes
 
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.two_processes"]
-    done = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    microbatch = WORLD.batch // 2 // pieces
+    command += [str(tmp_path / "two"), str(microbatch)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    two_processes.train(tmp_path / "one")
+    two_processes.train(tmp_path / "one", WORLD.batch)
     one, a, b = (load_file(tmp_path / name) for name in ("one/0.safetensors", "two/0.safetensors", "two/1.safetensors"))
     assert {int(n) for n in one.pop("sizes")} >= {WORLD.batch}
     halves = [some.pop("sizes").tolist() for some in (a, b)]
-    assert [half.count(WORLD.batch // 2) for half in halves] == [two_processes.STEPS] * 2
+    judged = WORLD.held_out_clips // WORLD.batch * WORLD.batch // microbatch  # twice, by the first process
+    assert [half.count(microbatch) - 2 * (half is halves[0]) * judged for half in halves] == [two_processes.STEPS * pieces] * 2
     for name, value in one.items():
         assert torch.equal(a[name], b[name]), name
         torch.testing.assert_close(a[name], value, rtol=1e-4, atol=1e-6 if name.startswith("gradient") else 2e-5, msg=name)

@@ -1,6 +1,6 @@
 """A short training of the small simulator whose gradients are kept; started by torchrun, each process takes its share of every batch.
 
-    torchrun --nproc-per-node 2 -m tests.two_processes FOLDER
+    torchrun --nproc-per-node 2 -m tests.two_processes FOLDER MICROBATCH
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from worldenv.simulator.evac import Evac
 STEPS = 3
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, microbatch: int) -> None:
     """Write FOLDER/RANK.safetensors: gradients of every step before clipping, trained weights, sizes of batches, losses."""
     simulator = Evac.initialised(CONFIG, 0)
     kept: dict[str, torch.Tensor] = {}
@@ -46,7 +46,7 @@ def train(folder: Path) -> None:
         patch.setattr(world_model.Objective, "forward", sized)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", keeping)
         clips, held_out = clips_of(simulator, EPISODES), clips_of(simulator, HELD_OUT)
-        settings = dataclasses.replace(WORLD, steps=STEPS, check_every=2)
+        settings = dataclasses.replace(WORLD, steps=STEPS, check_every=2, microbatch=microbatch)
         metrics = world_model.train_simulator(simulator, clips, held_out, settings, 0, Kept(folder / "savepoint"))
     weights = {f"weight.{name}": value.contiguous() for name, value in simulator.state_dict().items()}
     losses = torch.tensor([metrics["loss"], *(loss for _, loss in metrics["held_out"])], dtype=torch.float64)
@@ -58,4 +58,4 @@ def train(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with distributed.joined():
-        train(Path(sys.argv[1]))
+        train(Path(sys.argv[1]), int(sys.argv[2]))

@@ -648,6 +648,9 @@ class WorldConfig:
     """Parts that the simulator's training leaves as they are (the released model: vae clip action_resampler)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the simulator's forward and backward pass; weights, optimiser and loss are float32 either way."""
+    microbatch: Count = 32
+    """Clips, or frames of the autoencoder, per forward and backward pass of a process: a step accumulates the gradients of as many as its batch
+    needs."""
     gradient_checkpointing: bool = False
     """Keep the U-Net's activations at block borders only and compute the rest again in the backward pass: less memory, the same gradient."""
 
@@ -907,7 +910,7 @@ class RunConfig:
             self, gpus=other.gpus, loop=loop,
             sft=replace(self.sft, microbatch=other.sft.microbatch, gradient_checkpointing=other.sft.gradient_checkpointing),
             explore=replace(self.explore, processes=other.explore.processes), eval=replace(self.eval, processes=other.eval.processes),
-            world=replace(self.world, gradient_checkpointing=other.world.gradient_checkpointing),
+            world=replace(self.world, microbatch=other.world.microbatch, gradient_checkpointing=other.world.gradient_checkpointing),
             engines=replace(self.engines, limit_gb=other.engines.limit_gb),
         )  # fmt: skip
 

@@ -141,7 +141,7 @@ PAPER = RunConfig(
     explore=ExploreConfig(episodes=500, factors=(1.0,), batch=8, processes=2),
     world=WorldConfig(
         initial="weights/evac.pt", frozen=("vae", "clip", "action_resampler"), steps=100_000, batch=64, lr=5e-5, grad_clip=0.5, dropout=0.1,
-        sampled_levels=0.0, aligned_starts=0.0, ema=0.9999, check_every=1000, sampling="curriculum", precision="bfloat16",
+        sampled_levels=0.0, aligned_starts=0.0, ema=0.9999, check_every=1000, sampling="curriculum", precision="bfloat16", microbatch=8,
         gradient_checkpointing=True,
     ),
     reward=RewardConfig(start="weights/llava-onevision-qwen2-7b-ov-hf"),

@@ -77,16 +77,21 @@ def train_vae(
         if maps:
             pictures = torch.cat([pictures, draw_maps(pose[drawn], gripper[drawn], camera, robot).to(device)])
         pictures = simulator.picture(pictures)
-        posterior = network.encode(pictures)
         given = torch.from_numpy(noise.normal(seed, 0, 0, step, Stream.VAE_NOISE, shape)).to(device)
-        kl = posterior.kl().mean() / math.prod(shape[1:])
-        loss = picture_loss(network.decode(posterior.sample(given)), pictures, still, config.foreground_weight) + config.vae_kl * kl
-        losses.append(finite(loss, "autoencoder", step, "world.vae_lr"))
-        divergence = float(kl.detach())
+        optimizer.zero_grad(set_to_none=True)
+        total, divergence = 0.0, 0.0
+        for start in range(0, config.vae_batch, config.microbatch):
+            part = slice(start, min(start + config.microbatch, config.vae_batch))
+            share = (part.stop - start) / config.vae_batch
+            posterior = network.encode(pictures[part])
+            kl = posterior.kl().mean() / math.prod(shape[1:])
+            drawn_again = network.decode(posterior.sample(given[part]))
+            loss = picture_loss(drawn_again, pictures[part], still[part], config.foreground_weight) + config.vae_kl * kl
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total, divergence = total + share * float(loss.detach()), divergence + share * float(kl.detach())
+        losses.append(finite(total, "autoencoder", step, "world.vae_lr"))
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, config.vae_steps, config.vae_lr)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
         optimizer.step()
         bar.note(loss=losses[-1])

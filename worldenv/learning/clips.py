@@ -8,7 +8,7 @@ frames noisier, at levels below a third; conditions dropped at random.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -128,7 +128,16 @@ class Batch:
 
     def rows(self, rank: int, count: int) -> Batch:
         """Those of process `rank` of `count`: every count-th example, from its own number on."""
-        return Batch(**{field.name: getattr(self, field.name)[rank::count] for field in fields(self)})
+        return self._of(slice(rank, None, count))
+
+    def pieces(self, most: int) -> Iterator[tuple[float, Batch]]:
+        """All of it, at most `most` examples at a time, each piece with its share of the batch."""
+        whole = len(self.target)
+        for start in range(0, whole, most):
+            yield min(most, whole - start) / whole, self._of(slice(start, start + most))
+
+    def _of(self, examples: slice) -> Batch:
+        return Batch(**{field.name: getattr(self, field.name)[examples] for field in fields(self)})
 
 
 def clip_weights(windows: NDArray[np.int64], chunk: int, config: WorldConfig, progress: float) -> NDArray[np.float64]:

@@ -8,11 +8,13 @@ simulator begins from random weights, so by default CLIP tower and both resample
 from published weights and `frozen` says what stays. Averaged weights (EMA) are kept, those of the best held-out loss.
 
 Several processes (worldenv.distributed) train one simulator: each takes its rows of the very batch that one process would take, and gradients
-are averaged, so the number of processes changes results by rounding and the network's own dropout masks only.
+are averaged. A process goes through its rows in microbatches, whose gradients are added. Every example is drawn for the whole batch, so the number
+of processes and the microbatch change results by rounding and the network's own dropout masks only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -141,14 +143,13 @@ class _Course:
         losses = [loss for _, loss in self.checks]
         return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
-    def step(self, step: int, loss: torch.Tensor) -> None:
-        """Down the slope of `loss`; the averages follow."""
+    def step(self, step: int) -> None:
+        """Down the slope that is at the weights, which is forgotten then; the averages follow."""
         for group in self._optimizer.param_groups:
             group["lr"] = one_cycle(step, self._config.steps, self._config.lr)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self._config.grad_clip)
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         decay = min(self._config.ema, (1.0 + step) / (10.0 + step))  # early averages forget the random weights
         torch._foreach_lerp_(list(self.averaged.values()), [p.detach() for p in self.trained.values()], 1.0 - decay)
 
@@ -176,9 +177,21 @@ class _HeldOut:
         for i, part in enumerate(parts):
             if i % processes.count() == processes.rank():
                 batch = example(self._simulator, self._clips, part, config, self._seed, _HELD_OUT_STEP + i, training=False)
-                total += len(part) * float(judge(batch, self._clips.rays))
+                total += len(part) * sum(share * float(judge(piece, self._clips.rays)) for share, piece in batch.pieces(config.microbatch))
         self._simulator.train()
         return processes.total(total, self._clips.latents.device) / len(self._windows)
+
+
+def _descend(objective: nn.Module, batch: Batch, rays: torch.Tensor, microbatch: int) -> float:
+    """Leave the gradient of the mean loss of `batch` at the weights, of several processes averaged over theirs, and return that loss."""
+    total, pieces = 0.0, list(batch.pieces(microbatch))
+    among = objective if isinstance(objective, DistributedDataParallel) else None
+    for number, (share, piece) in enumerate(pieces, 1):
+        with contextlib.nullcontext() if among is None or number == len(pieces) else among.no_sync():  # the others are told once, the sum
+            loss = objective(piece, rays)
+            (loss * share).backward()
+        total += share * float(loss.detach())
+    return total
 
 
 def train_simulator(simulator: Evac, clips: Clips, held_out: Clips, config: WorldConfig, seed: int, savepoint: Savepoint) -> dict[str, Any]:
@@ -218,9 +231,9 @@ def train_simulator(simulator: Evac, clips: Clips, held_out: Clips, config: Worl
         batch = example(simulator, clips, np.concatenate(starts), config, seed, step)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise.torch_seed(seed, Stream.WORLD_DROPOUT, step) + rank)  # the network's own dropout layers
-            loss = objective(batch.rows(rank, count) if count > 1 else batch, clips.rays)
+            loss = _descend(objective, batch.rows(rank, count) if count > 1 else batch, clips.rays, config.microbatch)
         course.losses.append(processes.total(finite(loss, "simulator", step, "world.lr"), clips.latents.device) / count)
-        course.step(step, loss)
+        course.step(step)
         bar.note(loss=float(np.mean(course.losses[-50:])), held_out=course.checks[-1][1] if course.checks else math.nan)
     else:
         step = config.steps

@@ -19,7 +19,7 @@ from worldenv.checkpoint import Savepoint
 from worldenv.config import ScaleConfig, SftConfig
 from worldenv.data.episode import Episode
 from worldenv.kernels.frames import centre_crop
-from worldenv.learning import processes
+from worldenv.learning import processes, scale_head
 from worldenv.learning import sft as sft_module
 from worldenv.learning.augment import crop, published, recolour, shift
 from worldenv.learning.chunks import Chunks
@@ -285,6 +285,27 @@ def test_scale_head_finds_the_mean_error_and_nothing_else_moves(tmp_path: Path) 
     assert float(scale[..., 1].mean()) == pytest.approx(float(error[..., 1].mean()), rel=0.3)
     assert float(scale.min()) >= policy.config.scale_floor * (1 - 1e-6)
     assert metrics["nll"] == pytest.approx(float(laplace.nll(target, chunk.mu, chunk.log_scale)), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_scale_head_is_shown_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """However many chunk starts there are; what is kept of them takes no more than the trunk's own dtype, and is what the trunk gave."""
+    given = episodes((40, 40))
+    policy, sizes = policy_for(given), list[int]()
+    for name, parameter in policy.network.named_parameters():
+        if not name.startswith(("action_head", "scale_head", "proprio_projector")):
+            parameter.data = parameter.data.to(dtype)
+    chunks = Chunks(given, TABLETOP, policy.statistics, 8)
+    hidden, mu, target = scale_head._seen(policy, chunks)
+    assert (len(chunks), hidden.dtype, hidden.device.type) == (66, dtype, "cpu")
+    observation, want = chunks.take(np.arange(32, 64))
+    with torch.no_grad():
+        assert torch.equal(hidden[32:64].float(), policy.hidden(policy.query(observation)))
+    assert torch.equal(target[32:64], want)
+    assert torch.equal(mu[32:64], policy.network.action_head(hidden[32:64].float()))
+    policy.network.scale_head.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    fit_scale_head(policy, given, TABLETOP, ScaleConfig(steps=3), 0, savepoint(tmp_path))
+    assert sizes == [32, 32, 2, 8, 8, 8, 32, 32, 2]
 
 
 def test_the_scale_head_is_fitted_within_the_policys_limits(tmp_path: Path) -> None:

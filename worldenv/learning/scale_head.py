@@ -1,6 +1,7 @@
 """Stage scale: the scale head learns how far mu is off, by the Laplace likelihood; everything else is frozen (paper, appendix B.1, Eq. 8).
 
-The trunk is frozen, so its hiddens and mu are computed once. The density is the one that acts later, floor and ceiling included and factor 1:
+The trunk is frozen, so its hiddens and mu are computed once. Hiddens are most of it, 0.9 MB of a published float32 policy for each chunk start: they
+stay on the host, and the device has a batch of them. The density is the one that acts later, floor and ceiling included and factor 1:
 beyond them beta has nothing to gain.
 """
 
@@ -17,22 +18,25 @@ from worldenv.config import ScaleConfig
 from worldenv.data.episode import Episode
 from worldenv.learning.chunks import Chunks
 from worldenv.learning.finite import finite
+from worldenv.nouns import ACTION_DIM
 from worldenv.policy import laplace
 from worldenv.policy.openvla_oft import OpenVLAOFT
 from worldenv.robots.contract import Robot
 
-_AT_ONCE = 32  # queries per forward pass of the trunk
+_AT_ONCE = 32  # queries per forward pass of the trunk, and of the head over all of them
 
 
 @torch.no_grad()
 def _seen(policy: OpenVLAOFT, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of every chunk start: hiddens (N, 7 K, width), mu and target (N, K, 7)."""
-    parts = []
-    for start in range(0, len(chunks), _AT_ONCE):
-        observation, target = chunks.take(np.arange(start, min(start + _AT_ONCE, len(chunks))))
-        hidden = policy.hidden(policy.query(observation))
-        parts.append((hidden, policy.network.action_head(hidden), target.to(policy.device)))
-    hidden, mu, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    """Of every chunk start: hiddens (N, 7 K, width), on the host in the trunk's own dtype; mu and target (N, K, 7) float32."""
+    count, embedded = len(chunks), policy.network.language_model.model.embed_tokens.weight
+    hidden = torch.empty(count, policy.chunk * ACTION_DIM, embedded.shape[1], dtype=embedded.dtype)
+    mu, target = torch.empty(2, count, policy.chunk, ACTION_DIM, device=policy.device)
+    for start in range(0, count, _AT_ONCE):
+        some = slice(start, min(start + _AT_ONCE, count))
+        observation, wanted = chunks.take(np.arange(some.start, some.stop))
+        now = policy.hidden(policy.query(observation))
+        hidden[some], mu[some], target[some] = now.to(hidden), policy.network.action_head(now), wanted.to(target)  # what was wider was so by zeros
     return hidden, mu, target
 
 
@@ -54,22 +58,27 @@ def fit_scale_head(
         head.load_state_dict(kept["head"])
         optimizer.load_state_dict(kept["optimizer"])
 
-    def loss(rows: torch.Tensor | slice) -> torch.Tensor:
-        return laplace.nll(target[rows], mu[rows], laplace.scale(head(hidden[rows]), 1.0, *limits))
+    def log_scale(rows: torch.Tensor | slice) -> torch.Tensor:
+        return laplace.scale(head(hidden[rows].to(policy.device).float()), 1.0, *limits)
+
+    @torch.no_grad()
+    def over_all() -> tuple[float, float]:
+        """Mean NLL and median scale."""
+        found = torch.cat([log_scale(slice(start, start + _AT_ONCE)) for start in range(0, len(hidden), _AT_ONCE)])
+        return float(laplace.nll(target, mu, found)), float(found.exp().median())
 
     if begin == 0:
-        with torch.no_grad():
-            first = float(loss(slice(None)))
+        first, _ = over_all()
     for step in (bar := console.track(begin, config.steps, "scale")):
         if savepoint.due():
             savepoint.save({"step": step, "first": first, "head": head.state_dict(), "optimizer": optimizer.state_dict()})
-        rows = torch.from_numpy(noise.integers(seed, noise.Stream.SCALE, step, len(target), config.batch)).to(policy.device)
-        value = loss(rows)
+        rows = torch.from_numpy(noise.integers(seed, noise.Stream.SCALE, step, len(target), config.batch))
+        there = rows.to(policy.device)
+        value = laplace.nll(target[there], mu[there], log_scale(rows))
         finite(value, "scale", step, "scale.lr")
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         bar.note(nll=float(value.detach()))
-    with torch.no_grad():
-        scale = laplace.scale(head(hidden), 1.0, *limits).exp()
-        return {"nll_before": first, "nll": float(loss(slice(None))), "scale_median": float(scale.median()), "steps": config.steps}
+    nll, median = over_all()
+    return {"nll_before": first, "nll": nll, "scale_median": median, "steps": config.steps}

@@ -141,15 +141,16 @@ def _toolkit() -> str:
     """The folder that holds CUDA's headers in include/: torch's CUDA_HOME, or where pip puts them. EngineError where neither has all of them: torch
     would say so after minutes of lowering.
     """
-    version = str(torch.version.cuda)
-    found = importlib.util.find_spec("nvidia")
+    version, toolkit, found = str(torch.version.cuda), cpp_extension.CUDA_HOME, importlib.util.find_spec("nvidia")
+    if toolkit is not None and any(path for place in ("include", "targets/*/include") for path in Path(toolkit).glob(f"{place}/{_HEADERS[0]}")):
+        return toolkit  # the others are where its release has them
     places = found.submodule_search_locations or () if found is not None else ()
-    folders = [*filter(None, [cpp_extension.CUDA_HOME]), *(str(Path(one) / f"cu{version.partition('.')[0]}") for one in places)]
-    for folder in folders:
+    of_pip = [str(Path(one) / f"cu{version.partition('.')[0]}") for one in places]
+    for folder in of_pip:
         if all((Path(folder) / "include" / one).is_file() for one in _HEADERS):
             return folder
     raise EngineError(
-        f"inductor: needs CUDA's headers ({', '.join(_HEADERS)}), not all in {' or '.join(folders) or 'CUDA_HOME, which is not set'}: "
+        f"inductor: needs CUDA's headers ({', '.join(_HEADERS)}), not all in {' or '.join([toolkit or 'CUDA_HOME, which is not set', *of_pip])}: "
         f"install the CUDA toolkit, or set CUDA_HOME, or of version {version} pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
     )
 

@@ -25,8 +25,9 @@ from worldenv.stages.replay import replay
 StageName = Literal["demos", "sft", "scale", "explore", "world", "reward", "loop", "eval", "report"]
 _STAGES = get_args(StageName)
 _LESS_MEMORY = (
-    " Go on with less at once: --resume {} with smaller --sft.microbatch, --world.microbatch, --loop.microbatch or --loop.slots, or with "
-    "--sft.gradient-checkpointing, --world.gradient-checkpointing or --loop.gradient-checkpointing; what is finished stays"
+    " Go on with less at once: --resume {0} with smaller --sft.microbatch, --world.microbatch, --loop.microbatch or --loop.slots, or with "
+    "--sft.gradient-checkpointing, --world.gradient-checkpointing or --loop.gradient-checkpointing; what is finished stays. Or without the engines' "
+    "weights, in a run that takes over what is finished before stage reward: --reuse {0} --out NEW --engines.back-end eager"
 )
 
 

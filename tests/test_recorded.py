@@ -535,7 +535,7 @@ def test_a_camera_that_never_sees_the_gripper_is_refused(acted: Path, tmp_path: 
     bare = written(tmp_path / "bare", dataclasses.replace(episodes[0], camera=None))
     assert convert_command.main([str(bare), "--camera", str(tmp_path / "camera.json"), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert f"--camera {tmp_path / 'camera.json'}: at its recorded poses the gripper is in the picture at 0 of {len(wrong.frame)} moments" in said
+    assert f"--camera {tmp_path / 'camera.json'}: at its poses the gripper is in the picture at 0 of {len(wrong.frame)} moments" in said
     assert not (tmp_path / "out").exists()
     own = [elsewhere(one, inverted) for one in episodes]
     settings = dataclasses.replace(recordings(written(tmp_path / "shown", *own)), test_states=1)
@@ -545,6 +545,52 @@ def test_a_camera_that_never_sees_the_gripper_is_refused(acted: Path, tmp_path: 
     explored = written(tmp_path / "explored", *(cut(one, one.steps - 1) for one in own))
     with pytest.raises(ValueError, match=r"explore\.source=.* 0 of "):
         given.take_exploration(site, EpisodeSet(explored), EpisodeSet(tmp_path / "shown"), tmp_path / "taken-too")
+
+
+def far(episode: Episode, times: float) -> np.ndarray:
+    """Its camera so many times as far from where the gripper is halfway, which stays in the picture."""
+    assert episode.camera is not None
+    there, to_world = episode.pose[episode.steps // 2, :3], episode.camera.camera_to_world.copy()
+    to_world[:3, 3] = there + times * (to_world[:3, 3] - there)
+    return to_world
+
+
+def test_a_camera_in_millimetres_is_refused(acted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From hundreds of metres the gripper is in the picture throughout, and its map never moves; converted, shown, explored."""
+    episodes = list(EpisodeSet(acted / "stages/demos"))
+    view = far(episodes[0], 1000.0)
+    own = [elsewhere(one, view) for one in episodes]
+    (tmp_path / "camera.json").write_text(json.dumps(camera_to_plain(own[0].camera)))
+    bare = written(tmp_path / "bare", *(dataclasses.replace(one, camera=None) for one in episodes))
+    assert convert_command.main([str(bare), "--camera", str(tmp_path / "camera.json"), "--out", str(tmp_path / "out")]) == 2
+    assert re.search(r"camera\.json: the gripper moves by \d+ cm, and in the picture by 0\.0\d+ % of its side.*in mm\?", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    shown = written(tmp_path / "shown", *own)
+    with pytest.raises(ValueError, match=r"env\.recordings=.* moves by .*in mm\?"):
+        train.train(tmp_path / "run", short(recordings(shown)), until="demos")
+    site = Desk(Run(tmp_path / "other", dataclasses.replace(short(recordings(shown)), demos=DemosConfig(per_task=1)), leads=False)).site
+    explored = written(tmp_path / "explored", *(cut(one, one.steps - 1) for one in own))
+    with pytest.raises(ValueError, match=r"explore\.source=.* moves by .*in mm\?"):
+        given.take_exploration(site, EpisodeSet(explored), EpisodeSet(shown), tmp_path / "taken")
+
+
+def test_a_camera_that_sees_the_gripper_move_is_not_refused(acted: Path) -> None:
+    """Nor one from five times as far, nor one along whose axis one episode moves."""
+    episodes = list(EpisodeSet(acted / "stages/demos"))
+    camera = episodes[0].camera
+    assert camera is not None
+    forward = np.linspace(0.3, 0.5, episodes[0].steps + 1)[:, None] * camera.camera_to_world[:3, 2]
+    pose = np.concatenate([camera.camera_to_world[:3, 3] + forward, episodes[0].pose[:, 3:]], axis=1)
+    along = dataclasses.replace(episodes[0], pose=pose)
+    still = dataclasses.replace(episodes[0], pose=episodes[0].pose[:1].repeat(len(pose), axis=0))
+    for some, wrong in (
+        ([along], True), ([along, *episodes[1:]], False), ([elsewhere(one, far(episodes[0], 5.0)) for one in episodes], False),
+        ([elsewhere(one, far(episodes[0], 300.0)) for one in episodes], True), ([still], False), ([elsewhere(still, far(still, 1000.0))], False),
+    ):  # fmt: skip
+        seen = in_view.InView(TABLETOP, "--camera c.json")
+        for one in some:
+            seen.add(one)
+        assert bool(seen.wrong()) == wrong
 
 
 def test_a_camera_that_seldom_sees_the_gripper_is_worth_a_word(acted: Path, capsys: pytest.CaptureFixture[str]) -> None:

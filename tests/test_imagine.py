@@ -70,6 +70,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arrays = {
         "p": poses(), "c": commands(), "k": INTRINSICS, "e": TO_WORLD, "s": STATE, "holed": holed, "unturned": unturned, "one-armed": one_armed,
         "six": np.zeros((4, 6)), "large": 3.0 * commands(), "short": poses(1), "k4": np.eye(4), "k-flat": np.zeros((3, 3)), "e3": np.eye(3),
+        "e-aside": TO_WORLD + np.outer([5.0, 0, 0, 0], [0, 0, 0, 1]), "e-mm": TO_WORLD + np.outer([0, 0, 799.2, 0], [0, 0, 0, 1]),
         "e-scaled": np.diag([2.0, 2, 2, 1]), "e-moving": np.stack([TO_WORLD, TO_WORLD + np.eye(4)]), "s7": STATE[:7],
         "stats": np.ones((2, DELTA_DIM)), "stats-zero": np.zeros((2, DELTA_DIM)), "text": np.array(["a"]),
     }  # fmt: skip
@@ -253,6 +254,14 @@ def test_random_weights_only_where_asked_and_said_so(call: Any, tmp_path: Path) 
     top = frames_of(tmp_path / "v.mp4")[0, :28]
     assert (top.astype(int).max(-1) > 120).any(), "a banner says so in every frame"
     assert call(random_weights="")[0] == 2, "both were given"
+
+
+@pytest.mark.parametrize("given", [{}, COMMANDS], ids=["poses", "commands"])
+def test_a_camera_in_whose_picture_nothing_moves_is_worth_a_line(given: dict[str, str], call: Any) -> None:
+    for extrinsics, says in (("e", ""), ("e-aside", r"at its poses .* 0 of \d+ moments"), ("e-mm", r"the gripper moves by .*in mm\?")):
+        code, _, err = call(**given, extrinsics=f"{extrinsics}.npy", force="")
+        assert code == 0
+        assert bool(re.search(rf"^--extrinsics .*{extrinsics}\.npy: {says}", err, re.MULTILINE) if says else "camera" not in err), err
 
 
 def test_an_existing_video_is_kept(call: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from worldenv.cli import files
 from worldenv.cli.arguments import parse
 from worldenv.cli.ending import Ending
 from worldenv.data import episode as episodes
+from worldenv.data.in_view import InView
 from worldenv.devices import device_of
 from worldenv.nouns import ACTION_DIM, Camera
 from worldenv.report import videos
@@ -237,6 +238,15 @@ def motion(args: ImagineArgs) -> Motion:
     return Motion(frame, pose, gripper, robot.arms[-1:], camera, robot, recorded)
 
 
+def _warn_of_view(args: ImagineArgs, seen: Motion) -> None:
+    """A line where `seen` is at no state in the picture, or moves and its map would not: the video would be that of an arm at rest."""
+    in_view = InView(seen.robot, f"--episode {args.episode}" if args.episode else f"--extrinsics {args.extrinsics}")
+    for i, arm in enumerate(seen.arms):
+        in_view.look(seen.pose[:, i], seen.camera, arm)
+    if wrong := in_view.wrong():
+        console.say(wrong)
+
+
 def _simulator(args: ImagineArgs) -> Evac:
     if args.clip is not None and (args.checkpoint is None or weights.is_ours(args.checkpoint)):
         raise ValueError(f"--clip {args.clip}: is for a released --checkpoint that lacks its image tower; leave it away")
@@ -306,6 +316,7 @@ def imagine(args: ImagineArgs) -> dict[str, Any]:
         raise ValueError(both if args.random_weights else "give --checkpoint; or --random-weights, whose video shows nothing but that it runs")
     files.seeded(args.seed)
     device, seen = device_of(args.device), motion(args)
+    _warn_of_view(args, seen)
     simulator = _simulator(args)
     simulator.sample_with(args.denoise_steps, args.eta, args.guidance)
     settings = simulator.config

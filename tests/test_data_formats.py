@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_episode import equal, make
+from test_episode import equal, make, placed
 
 from worldenv import kinematics
 from worldenv.checkpoint import CheckpointError
@@ -30,7 +30,6 @@ from worldenv.data import lerobot, libero_hdf5
 from worldenv.data.convert import Choices, convert
 from worldenv.data.convert import read as read_any
 from worldenv.data.episode import EpisodeSet, UnfitError, save
-from worldenv.nouns import Camera
 from worldenv.robots.panda import PANDA
 
 
@@ -46,7 +45,7 @@ def shown(seed=0, steps=6, side=(16, 20), **changes):
     """An episode whose every observation has a picture of its own."""
     rng = np.random.default_rng(seed + 100)
     picture = rng.integers(0, 256, (steps + 1, *(n // 4 for n in side), 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
-    camera = Camera(rng.normal(size=(3, 3)), rng.normal(size=(4, 4)), *side, mirrored=bool(seed % 2))
+    camera = placed(rng, *side, mirrored=bool(seed % 2))
     return make(seed, steps, **{"frame": picture, "pose": path_of(seed, steps), "camera": camera, **changes})
 
 

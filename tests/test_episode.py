@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from pusher import Pusher
 
 from worldenv import noise
+from worldenv.action_map import rotation
 from worldenv.checkpoint import CheckpointError
 from worldenv.config import DemosConfig, EnvConfig, ExploreConfig
 from worldenv.data import collect
@@ -39,6 +40,15 @@ CPU = torch.device("cpu")
 ARRAYS = ("frame", "pose", "gripper", "command", "success")
 
 
+def placed(rng, height, width, mirrored=False):
+    """A camera anywhere."""
+    to_world = np.eye(4)
+    to_world[:3, :3] = rotation((turn := rng.normal(size=4)) / np.linalg.norm(turn))
+    to_world[:3, 3] = rng.normal(size=3)
+    fx, fy, cx, cy = rng.uniform(1, 9, size=4)
+    return Camera(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), to_world, height, width, mirrored)
+
+
 def make(seed=0, steps=6, **changes):
     rng = np.random.default_rng(seed)
     pose = np.concatenate([rng.normal(size=(steps + 1, 3)), np.tile([1.0, 0, 0, 0], (steps + 1, 1))], axis=1)
@@ -46,7 +56,7 @@ def make(seed=0, steps=6, **changes):
         "instruction": 'push the "größte" puck', "task": 1, "split": "train", "state_index": 7, "source": "expert",
         "frame": rng.integers(0, 256, (steps + 1, 8, 10, 3), dtype=np.uint8), "pose": pose, "gripper": rng.random(steps + 1),
         "command": rng.uniform(-1, 1, (steps, 7)).astype(np.float32), "success": rng.random(steps + 1) > 0.5,
-        "camera": Camera(rng.normal(size=(3, 3)), rng.normal(size=(4, 4)), 8, 10), "versions": {"mujoco": "3.8.1"},
+        "camera": placed(rng, 8, 10), "versions": {"mujoco": "3.8.1"},
     }  # fmt: skip
     return Episode(**{**parts, **changes})
 
@@ -110,6 +120,9 @@ def test_the_content_hash_sees_every_part(name):
         ({"frame": np.zeros((6, 8, 8, 3), np.uint8)}, "frame"),
         ({"frame": np.zeros((7, 8, 8), np.uint8)}, "frame"),
         ({"frame": np.zeros((7, 8, 6, 3), np.uint8)}, r"camera: of \d+ x \d+ px, pictures are 6 x 8"),
+        ({"camera": Camera(np.diag([np.nan, 9, 1]), np.eye(4), 8, 10)}, "camera: intrinsics or camera_to_world: a value is not finite"),
+        ({"camera": Camera(np.diag([9.0, 9, 1]), np.diag([2.0, 2, 2, 1]), 8, 10)}, "camera: camera_to_world: want a rotation"),
+        ({"camera": Camera(np.diag([9.0, -9, 1]), np.eye(4), 8, 10)}, "camera: intrinsics: want fx and fy above 0"),
         ({"frame": np.zeros((7, 8, 8, 3), np.float32)}, "frame"),
         ({"gripper": np.full(7, 1.5)}, "range"),
         ({"success": np.zeros(6, bool)}, "success"),

@@ -117,6 +117,8 @@ class Episode:
             if not fits or array.dtype != np.dtype(dtype):
                 wanted = shapes.get(name, f"({steps + 1}, H, W, 3)")
                 raise ValueError(f"{name}: {array.shape} {array.dtype}, want {wanted} {np.dtype(dtype)}")
+        if self.camera is not None and (problem := _no_camera(self.camera)):
+            raise ValueError(f"camera: {problem}")
         if self.camera is not None and self.camera.width * self.frame.shape[1] != self.camera.height * self.frame.shape[2]:
             pictures = f"pictures are {self.frame.shape[2]} x {self.frame.shape[1]}"
             raise ValueError(f"camera: of {self.camera.width} x {self.camera.height} px, {pictures}: give intrinsics and size as they are for these")

@@ -24,7 +24,8 @@ from worldenv import presets, train
 from worldenv.cli import train as command
 from worldenv.config import DemosConfig, EnvConfig
 from worldenv.data import given, lerobot
-from worldenv.data.convert import Format, convert
+from worldenv.data.convert import Choices, Format, convert
+from worldenv.data.convert import read as read_any
 from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.envs.chosen import ChosenTasks
 from worldenv.kernels.frames import resize_lanczos3
@@ -72,6 +73,31 @@ def taken(env: ChosenTasks, source: Path, out: Path, per_task: int = 1) -> tuple
 def metrics_of(out: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = json.loads((out / "stages" / "demos" / "stage.json").read_text())["metrics"]
     return metrics
+
+
+@pytest.mark.parametrize("setting", ["demos.source", "env.recordings"])
+def test_success_that_was_said_of_the_episode_is_refused(setting: str, env: ChosenTasks, shown: Path, tmp_path: Path) -> None:
+    episodes = list(EpisodeSet(shown))
+    whole = dataclasses.replace(episodes[1], success=np.ones(episodes[1].steps + 1, bool))
+    source = written(tmp_path / "set", episodes[0], whole, *episodes[2:])
+    with pytest.raises(ValueError, match=r"set: 'push the red .*', demonstration 1: its task is done before the first command: .*label frames"):
+        given.take(env, DemosConfig(per_task=2, source=str(source)), tmp_path / "out", setting)
+    assert given.take(env, DemosConfig(per_task=1, source=str(source)), tmp_path / "one", setting)["episodes"] == 3  # that one is not taken
+
+
+@pytest.mark.parametrize("form", ["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"])
+def test_no_demonstration_of_ours_or_of_a_published_format_is_done_before_it_begins(form: Format, shown: Path, tmp_path: Path) -> None:
+    convert(shown, form, tmp_path / "source")
+    if form == "libero-hdf5":
+        for file in (tmp_path / "source").glob("*.hdf5"):
+            with h5py.File(file, "a") as opened:  # as LIBERO publishes it
+                for demo in opened["data"].values():
+                    demo.attrs.pop("worldenv", None)
+    elif form.startswith("lerobot"):
+        strip_ours(tmp_path / "source", form.removeprefix("lerobot-"))
+    found = [one for _, one in read_any(tmp_path / "source", Choices(gripper="open-1" if form.startswith("lerobot") else None))]
+    assert len(found) == 6
+    assert all(one.first_success for one in found)
 
 
 @pytest.mark.parametrize("form", ["episodes", "libero-hdf5", "lerobot-v2.1", "lerobot-v3.0"])

@@ -37,7 +37,8 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
     A demonstration is of a task whose words its instruction has, or the name of its file (LIBERO's); case and spaces do not count. Those of other
     tasks, those without success, and those that show what one before them does, are passed over. Pictures become as large as those of `env`, and
     mirrored where those are. What is on disk already is not written again. Returns metrics. ValueError, naming the file or the task and the cure,
-    where a task has too few, where pictures cannot be those of `env`, and where `out` holds other demonstrations; CheckpointError as the readers do.
+    where a task has too few, where one is done before it begins, where pictures cannot be those of `env`, and where `out` holds other
+    demonstrations; CheckpointError as the readers do.
     """
     episodes, tasks = EpisodeSet(out), {plain(words): task for task, words in enumerate(env.tasks)}
     seen, looks, before = _Seen([0] * len(env.tasks)), _Looks(env), set[bytes]()
@@ -54,6 +55,7 @@ def take(env: Site, config: DemosConfig, out: Path, setting: str = _DEMOS) -> di
         elif seen.taken[task] < config.per_task:
             before.add(motion)
             where = f"{place}: {episode.instruction!r}, demonstration {seen.taken[task]}"
+            _want_undone(episode, where)
             shown = looks.as_in_env(episode if setting == _DEMOS else want_camera(episode, where), task, seen.taken[task], where)
             in_view.add(shown)
             _keep(episodes, task * config.per_task + seen.taken[task], shown, where, "demos")
@@ -133,6 +135,15 @@ def want_camera(episode: Episode, where: str) -> Episode:
             "(python -m worldenv.cli.convert SOURCE --camera FILE --out FOLDER; docs/own-robot.md)"
         )
     return episode
+
+
+def _want_undone(episode: Episode, where: str) -> None:
+    """ValueError, from `where`, if the task of `episode` is done when it begins: then success was said of the episode, and the judge learns that."""
+    if episode.success[0]:
+        raise ValueError(
+            f"{where}: its task is done before the first command: success is of every observation, not of the episode: label frames "
+            "(docs/own-robot.md)"
+        )
 
 
 def _motion(episode: Episode) -> bytes:

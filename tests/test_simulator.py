@@ -707,9 +707,11 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     assert not (Path(__file__).parent / "evil.txt").exists()
 
 
-def test_a_file_with_more_than_tensors_says_how_to_keep_these_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", ["state_dict", "module", None], ids=["lightning", "deepspeed", "plain"])
+def test_a_file_with_more_than_tensors_says_how_to_keep_these_alone(layer: str | None, tmp_path: Path) -> None:
     path, source = tmp_path / "last.ckpt", trained(seed=1)
-    torch.save({"state_dict": released(source), "hyper_parameters": argparse.Namespace(lr=1e-4)}, path)  # as Lightning saves them
+    held: dict[str, Any] = {layer: released(source)} if layer else dict(released(source))
+    torch.save({**held, "hyper_parameters": argparse.Namespace(lr=1e-4)}, path)
     with pytest.raises(checkpoint.CheckpointError, match=r"last\.ckpt: holds more than tensors \(argparse\.Namespace\)") as caught:
         weights.read(path)
     said = str(caught.value)

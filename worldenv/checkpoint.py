@@ -77,7 +77,8 @@ def read_foreign(path: Path, mapped: bool = False) -> Any:
             raise CheckpointError(
                 f"{path}: holds more than tensors ({found[1]}), and nothing of that is run here; where you trust the file, keep its weights alone, "
                 f"in Python: found = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': found['state_dict']}, 'weights.pt')"
+                "found = found.get('state_dict', found.get('module', found)); "
+                "torch.save({name: value for name, value in found.items() if torch.is_tensor(value)}, 'weights.pt')"
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: truncated, damaged, or not made of plain tensors ({reason}); get it again") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -586,8 +587,26 @@ def test_misfits_are_named() -> None:
     for part_of in ("file.pt", "missing: middle_block.1", "too much: out.9.weight", r"time_embed.0.bias (5,), want (256,)"):
         assert part_of in str(caught.value)
     assert torch.equal(before, simulator.unet.out[2].bias)  # type: ignore[union-attr, arg-type]
-    with pytest.raises(checkpoint.CheckpointError, match="no known part: strange"):
-        weights.load_published(simulator, {**released(simulator), "strange.weight": torch.zeros(1)}, "file.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"file\.pt: all tensors are of no known part: strange\.weight; want a released EVAC"):
+        weights.load_published(simulator, {"strange.weight": torch.zeros(1)}, "file.pt")
+
+
+def test_tensors_of_no_known_part_are_passed_over_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """What training keeps beside the weights; names within a part that are too much or missing stay errors."""
+    source, target = trained(seed=1), trained(seed=2)
+    few = {"model_ema.decay": torch.zeros(()), "model_ema.num_updates": torch.zeros(())}
+    many = {f"model_ema.diffusion_model{i:02}": torch.zeros(1) for i in range(12)}
+    for stray, told in (
+        (few, r"file\.pt: passed over 2 tensors of no known part: model_ema\.decay, model_ema\.num_updates\n"),
+        (many, r"file\.pt: passed over 12 tensors of no known part: model_ema\.diffusion_model00, .*07 and 4 more\n"),
+        ({}, ""),
+    ):
+        weights.load_published(target, {**released(source), **stray}, "file.pt")
+        assert re.fullmatch(told, capsys.readouterr().err)
+        for name, value in target.named_parameters():
+            assert torch.equal(value, source.get_parameter(name)), name
+    with pytest.raises(checkpoint.CheckpointError, match=r"unet: too much: strange\.weight"):
+        weights.load_published(target, {**released(source), **few, "model.diffusion_model.strange.weight": torch.zeros(1)}, "file.pt")
 
 
 def test_every_misfit_of_every_part_is_named_and_nothing_is_copied() -> None:

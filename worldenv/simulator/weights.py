@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from worldenv import checkpoint
+from worldenv import checkpoint, console
 from worldenv import config as configs
 from worldenv.checkpoint import CheckpointError
 from worldenv.simulator.evac import Evac
@@ -45,6 +45,7 @@ DEAD = {
 """Tensors of released files that have no influence on anything; matched only where our networks have no such name."""
 _CLIP_TEXT = re.compile(r"^(transformer\.|token_embedding\.|ln_final\.|positional_embedding$|text_projection$|logit_scale$|attn_mask$)")
 """The text half of an open_clip file."""
+_FEW = 8  # names of tensors that are passed over
 Misfits = dict[str, list[str]]
 """Kind ("missing", "too much", "mis-shaped") -> names of tensors."""
 
@@ -66,7 +67,9 @@ def read(path: Path) -> Tensors:
 
 
 def split(state: Mapping[str, torch.Tensor], name: str) -> dict[str, Tensors]:
-    """`state` by part of `Evac`, without prefixes. Raises CheckpointError for tensors of no known part; `name` says whose they are."""
+    """`state` by part of `Evac`, without prefixes; `name` says whose they are. A line on the console tells of tensors of no known part (averages
+    beside the weights, what only training needs), which are passed over. Raises CheckpointError where there are no others.
+    """
     parts: dict[str, Tensors] = {part: {} for part in PREFIXES}
     strange = []
     for key, value in state.items():
@@ -76,7 +79,10 @@ def split(state: Mapping[str, torch.Tensor], name: str) -> dict[str, Tensors]:
         elif not _NO_WEIGHTS.match(key):
             strange.append(key)
     if strange:
-        raise CheckpointError(f"{name}: tensors of no known part: {', '.join(sorted(strange))}")
+        few = ", ".join(sorted(strange)[:_FEW]) + (f" and {len(strange) - _FEW} more" if len(strange) > _FEW else "")
+        if not any(parts.values()):
+            raise CheckpointError(f"{name}: all tensors are of no known part: {few}; want a released EVAC, or DynamiCrafter-512")
+        console.say(f"{name}: passed over {len(strange)} tensors of no known part: {few}")
     return parts
 
 

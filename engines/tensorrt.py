@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from worldenv import checkpoint, console
+from worldenv.devices import give_back
 from worldenv.engines import export
 from worldenv.engines.backend import Engine, capability, compute_capability, only_here
 from worldenv.engines.cuda_graphs import Replayed
@@ -118,14 +119,17 @@ def _target(trt: Any, arch: str) -> Any:
 
 
 def build_with(name: str, module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, store: Store) -> None:
-    """Write a plan for `arch` into `folder`. EngineError: what the library says."""
+    """Write a plan for `arch` into `folder`; `module` is used up. EngineError: what the library says."""
     trt = library(name)
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == RTX:
         target = _target(trt, arch)
     else:
-        only_here(name, arch, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    weights = export.state(module).keys()  # an export uses the module up
+        only_here(name, arch, here)
+    weights = list(export.state(module))  # an export uses the module up
     export.exported(module, recipe, store, folder, OPSET)
+    module.to("meta")  # the weights are in a file now, and the builder wants all the memory that there is
+    give_back(here)
     said: list[str] = []
     logger = _logger(trt, said)
     builder = trt.Builder(logger)

@@ -273,6 +273,25 @@ def test_a_weight_that_is_not_in_the_graph_is_named(fake: FakeNetwork, tmp_path:
     assert not (tmp_path / tensorrt.PLAN).exists()
 
 
+def test_a_build_begins_with_all_memory_that_torch_can_spare(fake: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the network that was exported there is no copy left, here or on the GPU."""
+    module, before = nn.Linear(3, 2), list[str]()
+    build = FakeBuilder.build_serialized_network
+
+    def emptied() -> None:
+        before.append("emptied" if module.weight.is_meta else "emptied too early")
+
+    def built(builder: FakeBuilder, *given: Any) -> bytes:
+        before.append("built")
+        return build(builder, *given)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", emptied)
+    monkeypatch.setattr(FakeBuilder, "build_serialized_network", built)
+    tensorrt.build_with("tensorrt", module, toy(), tmp_path, "sm_90", Store(tmp_path))
+    assert before == ["emptied", "built"]
+
+
 def test_an_architecture_without_a_target_is_refused_before_the_export(
     fake: FakeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -462,6 +462,35 @@ def fails(error: Exception) -> Any:
     return call
 
 
+@pytest.mark.parametrize(("device", "want"), [("cuda", ["planned", "emptied", "loaded"]), ("cpu", ["planned", "loaded"])])
+def test_an_engine_is_loaded_into_memory_that_torch_has_given_back(device: str, want: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what a build has left in a cycle of references."""
+    made, left = list[str](), list[weakref.ref[Any]]()
+
+    def planned(*given: Any) -> Any:
+        program = nn.Module()
+        program.itself = program
+        left.append(weakref.ref(program))
+        made.append("planned")
+        return SimpleNamespace(folder=Path("none"))
+
+    def load(*given: Any) -> Any:
+        made.append("loaded")
+        raise EngineError("as far as this")
+
+    def emptied() -> None:
+        assert left[0]() is None
+        made.append("emptied")
+
+    monkeypatch.setattr("torch.cuda.empty_cache", emptied)
+    monkeypatch.setattr(compiled, "on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(compiled, "planned", planned)
+    monkeypatch.setattr(compiled, "back_end", lambda name: SimpleNamespace(requires=lambda: None, architecture=lambda device: "sm_90", load=load))
+    with pytest.raises(EngineError, match="as far as this"):
+        compiled.built(heads(), "inductor", Store(Path("none")), torch.device(device), [], timed=False)
+    assert made == want
+
+
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
 
 

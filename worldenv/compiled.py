@@ -22,7 +22,7 @@ from torch import nn
 
 from worldenv import checkpoint, console, noise
 from worldenv.config import EnginesConfig
-from worldenv.devices import on
+from worldenv.devices import give_back, on
 from worldenv.engines import (
     parity,
     policy_backbone,
@@ -223,6 +223,7 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
     with on(device):
         try:
             plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
+            give_back(device)  # engines hold their weights and activations past torch
             engine = chosen.load(plan.folder, network.recipe, device)
             rival = Choice.eager(network).run if timed else None
             found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, rival)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,15 @@ def gpus_of(device: torch.device, wanted: int) -> list[torch.device]:
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """With `device` as the present GPU, which is where kernels are launched and TensorRT and AOTInductor load a plan; nothing on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def give_back(device: torch.device) -> None:
+    """Give the driver what torch keeps of GPUs for tensors to come, before memory is taken past torch; nothing on a CPU. What cycles of references
+    hold is let go first: an exported program, with a network's weights, is in one.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def dealt(workers: Sequence[Worker], jobs: Iterable[Job], work: Callable[[Worker, Job], Made]) -> Iterator[Made]:

@@ -491,6 +491,53 @@ def test_an_engine_is_loaded_into_memory_that_torch_has_given_back(device: str, 
     assert made == want
 
 
+def first_and_copy(store: Store, seed: int = 0) -> tuple[compiled.Fitted, compiled.Network]:
+    """An engine of a policy's heads, and those of a policy drawn with `seed`."""
+    network = heads()
+    given = recorded(network)
+    return (
+        compiled.Fitted([compiled.built(network, "onnxruntime", store, CPU, given, timed=True)], {network.name: given}, store),
+        compiled.of_policy(small_policy(POLICY, seed=seed))[1],
+    )
+
+
+def test_a_copy_of_an_engine_takes_the_plan_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is prepared or hashed again, or exported; what was found where the plan was built stays beside it."""
+    store = Store(tmp_path)
+    first, network = first_and_copy(store)
+    (one,) = first.choices
+    assert one.plan is not None
+    kept = store.parity(one.plan.key)
+    for name in ("worldenv.checkpoint.file_hash", "worldenv.checkpoint.tensors_hash", "worldenv.engines.export.prepared"):
+        monkeypatch.setattr(name, lambda *given: pytest.fail("again"))
+    made = compiled.alike(first, [dataclasses.replace(network, plain=lambda: pytest.fail("again"))], store, CPU)
+    (copied,) = made.choices
+    assert copied.engine is not one.engine
+    assert copied.plan is one.plan
+    given = recorded(network)[1]
+    assert all(torch.equal(a, b) for a, b in zip(copied.engine(*given), one.engine(*given), strict=True))
+    assert network.runs[network.name] is not None
+    assert store.parity(one.plan.key) == kept
+
+
+def test_a_copy_on_another_architecture_has_a_plan_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    first, network = first_and_copy(store)
+    monkeypatch.setattr(onnxruntime, "architecture", lambda device: "another")
+    monkeypatch.setattr(onnxruntime, "only_here", lambda *given: None)
+    (copied,) = compiled.alike(first, [network], store, CPU).choices
+    assert copied.plan is not None
+    assert copied.plan.wanted.arch == "another"
+
+
+def test_a_copy_that_is_of_other_weights_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, network = first_and_copy(store, seed=1)
+    with pytest.raises(EngineError, match="policy_heads: onnxruntime passed on the first GPU and not on cpu"):
+        compiled.alike(first, [network], store, CPU)
+    assert network.runs == {}
+
+
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB")
 
 

@@ -220,18 +220,32 @@ def built(network: Network, name: str, store: Store, device: torch.device, recor
     chosen = back_end(name)
     if missing := chosen.requires():
         raise EngineError(missing)
+    with _making(network, name, device):
+        plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
+        made = _loaded(network, name, plan, device, recorded, timed)
+    assert made.parity is not None
+    store.write_parity(plan.key, made.parity.plain())
+    return made
+
+
+@contextlib.contextmanager
+def _making(network: Network, name: str, device: torch.device) -> Iterator[None]:
+    """On `device`; an EngineError for whatever CUDA, a compiled graph or a file raises, or no memory does: the next back end may do better."""
     with on(device):
         try:
-            plan = planned(name, network.plain(), network.recipe, chosen.architecture(device), store, recorded)
-            give_back(device)  # engines hold their weights and activations past torch
-            engine = chosen.load(plan.folder, network.recipe, device)
-            rival = Choice.eager(network).run if timed else None
-            found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, rival)
+            yield
         except EngineError:
             raise
-        except (RuntimeError, OSError) as error:  # of CUDA, of a compiled graph, a file, or out of memory: the next back end may do better
+        except (RuntimeError, OSError) as error:
             raise EngineError(f"{network.name}: {name} does not run: {said(error)[0]}") from error
-    store.write_parity(plan.key, found.plain())
+
+
+def _loaded(network: Network, name: str, plan: Plan, device: torch.device, recorded: Sequence[Any], timed: bool) -> Choice:
+    """`network` by `plan` on `device`, as it compared on `recorded`."""
+    give_back(device)  # engines hold their weights and activations past torch
+    engine = back_end(name).load(plan.folder, network.recipe, device)
+    rival = Choice.eager(network).run if timed else None
+    found = parity.compare(network.recipe, name, Running(engine), network.eager, recorded, rival)
     return Choice(network, engine, found, plan)
 
 
@@ -468,21 +482,27 @@ class Fitted:
 
 
 def alike(first: Fitted, networks: Sequence[Network], store: Store, device: torch.device) -> Fitted:
-    """The back ends of `first`, from the same plans, for copies of its networks on another GPU: compared there on the same inputs, put into place.
+    """The back ends of `first`, for copies of its networks on another GPU: compared there on the same inputs, put into place.
 
+    By its plans as they are, whose bytes were checked when `first` took them: only a GPU of another architecture has plans of its own.
     EngineError where one does not pass there.
     """
     names, before = [network.name for network in networks], {one.network.name: one for one in first.choices}
     recorded = {name: [tuple(one.to(device) for one in given) for given in first.recorded.get(name, ())] for name in names}
     choices = []
     for one, network in ((before[network.name], network) for network in networks):
-        if one.engine.back_end == "eager":
+        name, plan, given = one.engine.back_end, one.plan, recorded[network.name]
+        if plan is None:
             choices.append(Choice.eager(network, one.why))
             continue
-        made = built(network, one.engine.back_end, store, device, recorded[network.name], timed=False)
-        if made.parity is None or not made.parity.passed:
-            said = "" if made.parity is None else made.parity.said
-            raise EngineError(f"{network.name}: {one.engine.back_end} passed on the first GPU and not on {device}: {said}; use one GPU, or eager")
+        if back_end(name).architecture(device) == plan.wanted.arch:
+            with _making(network, name, device):
+                made = _loaded(network, name, plan, device, given, timed=False)
+        else:
+            made = built(network, name, store, device, given, timed=False)
+        assert made.parity is not None
+        if not made.parity.passed:
+            raise EngineError(f"{network.name}: {name} passed on the first GPU and not on {device}: {made.parity.said}; use one GPU, or eager")
         choices.append(made)
     place(choices)
     return Fitted(choices, recorded, store)

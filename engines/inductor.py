@@ -1,6 +1,9 @@
 """Back end inductor: AOTInductor's compiled graph; on CUDA replayed from CUDA graphs where few shapes come up.
 
 A plan is machine code for one kind of machine. Its weights are exchanged in place, between two calls.
+
+    plan/           AOTInductor's package, unpacked, from where it is loaded; before torch 2.13, which loads no folder, the package plan.pt2
+    weights.json    shapes of the weights, by name
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.package.package import load_package
+from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.utils import cpp_extension
 
 from worldenv.engines import export
@@ -28,7 +32,7 @@ from worldenv.engines.recipe import EngineError, EngineRecipe, said
 from worldenv.engines.refit import RefitError
 from worldenv.engines.store import Store
 
-_PLAN, _SHAPES = "plan.pt2", "weights.json"
+_PACKAGE, _UNPACKED, _SHAPES = "plan.pt2", "plan", "weights.json"
 _HEADERS = ("cuda.h", "cuda_runtime.h", "crt/host_defines.h", "nv/target")
 """What code for a GPU includes of CUDA, by itself or by one of these. The packages that pip brings with torch hold the first two alone."""
 
@@ -44,7 +48,8 @@ class Inductor:
             # a runner is one call at a time: on a CPU each worker of the scheduler has its own (Schedule.workers), and they share the weights
             # and on a GPU nothing may ask whether a run has ended, which is forbidden while a CUDA graph is captured
             on_gpu = device.type == "cuda"
-            self._loaded = load_package(str(plan), run_single_threaded=on_gpu, num_runners=1 if on_gpu else torch.get_num_threads())
+            runners = 1 if on_gpu else torch.get_num_threads()
+            self._loaded = AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(plan), "model", on_gpu, runners, -1))
         except Exception as error:  # a damaged package is a RuntimeError, a foreign one anything
             raise EngineError(f"{recipe.name}: AOTInductor does not load {plan}: {error}; build it anew") from error
         self._names = set(self._loaded.get_constant_fqns())
@@ -114,11 +119,15 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
         found = {} if toolkit is None else _libraries(Path(cache), toolkit)
         with _environment({"TORCHINDUCTOR_CACHE_DIR": cache, **found}):
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PLAN), inductor_configs=options(recipe))
+                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _PACKAGE), inductor_configs=options(recipe))
                 shapes = {name: list(tensor.shape) for name, tensor in export.state(module).items()}
                 (folder / _SHAPES).write_text(json.dumps(shapes), encoding="utf-8")
             except Exception as error:  # a compiler's errors have no base
                 raise EngineError(f"{recipe.name}: AOTInductor does not compile it: {said(error)[-1][:300]}") from error
+    if torch.__version__ >= "2.13":  # a package would be unpacked by each engine that loads it, into memory where /tmp is that
+        with zipfile.ZipFile(folder / _PACKAGE) as package:
+            package.extractall(folder)  # all of it is in a folder of the package's name
+        (folder / _PACKAGE).unlink()
 
 
 @contextlib.contextmanager
@@ -169,4 +178,5 @@ def _libraries(folder: Path, toolkit: str) -> dict[str, str]:
 
 def load(folder: Path, recipe: EngineRecipe, device: torch.device) -> Engine:
     """See `backend`."""
-    return Inductor(folder / _PLAN, recipe, device)
+    unpacked = folder / _UNPACKED
+    return Inductor(unpacked if unpacked.is_dir() else folder / _PACKAGE, recipe, device)

@@ -889,6 +889,32 @@ def test_inductor_builds_passes_and_is_refitted_in_place(store: Store) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, made.engine(*given), strict=True))
 
 
+@pytest.mark.slow
+def test_engines_of_one_plan_are_loaded_from_where_it_lies(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on several GPUs: nothing is unpacked for either, and a refit is one engine's. Every file is checked when the plan is opened."""
+    network = heads()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    plan = backend.planned("inductor", network.plain(), network.recipe, inductor.architecture(CPU), store)
+    one, other = (inductor.load(plan.folder, network.recipe, CPU) for _ in range(2))
+    assert list(tmp_path.rglob("*.so")) == []
+    (code,) = plan.folder.rglob("*.so")
+    assert f"{code.relative_to(plan.folder)}" in json.loads((plan.folder / "manifest.json").read_text())["files"]
+    assert plan.bytes < 2 * code.stat().st_size  # no package is kept beside it
+    given = recorded(network)[2]
+    before = one(*given)
+    other.refit(export.state(compiled.of_policy(small_policy(POLICY, seed=1))[1].plain()))
+    assert all(torch.equal(a, b) for a, b in zip(before, one(*given), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, other(*given), strict=True))
+    del one, other
+    with code.open("r+b") as file:
+        file.seek(code.stat().st_size // 2)
+        file.write(b"another")
+    with pytest.raises(EngineError, match=r"\.so: truncated or damaged"):
+        store.read(plan.key)
+    shutil.rmtree(plan.folder)
+
+
 def test_a_policy_without_engines_is_left_as_it_is() -> None:
     policy: OpenVLAOFT = small_policy(POLICY)
     nothing = Path("none")

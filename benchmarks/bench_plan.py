@@ -382,7 +382,7 @@ def _whole_run(args: PlanArgs, settings: RunConfig, loop_hours: float) -> dict[s
     ]
     before = next(i for i, one in enumerate(stages) if one["stage"] == "eval")
     stages.insert(before, {"stage": "loop", "what": f"{settings.loop.iterations} iterations", "gpus": args.gpus, "hours": loop_hours})
-    disk, host = disk_gb(settings, found), host_memory_gb(settings, args.gpus)
+    disk, host = disk_gb(settings, found), host_memory_gb(settings, found, args.gpus)
     return {
         "stages": stages,
         "environment_steps": environment_steps(settings),
@@ -400,7 +400,7 @@ def _run_lines(row: dict[str, Any]) -> Iterator[str]:
     disk = ", ".join(f"{name} {size:.0f}" for name, size in row["disk_gb"].items())
     yield f"disk: {sum(row['disk_gb'].values()):.0f} GB: {disk}"
     host = ", ".join(f"{stage} {size:.0f}" for stage, size in row["host_memory_gb"].items())
-    yield f"pictures of episodes in a host's memory [GB], by stage: {host}"
+    yield f"memory of the host [GB], by stage, {row['gpus']} processes in sft and world: {host}"
 
 
 def _lines(args: PlanArgs, plant: Plant, row: dict[str, Any]) -> Iterator[str]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from worldenv.benchmarks import networks
 from worldenv.benchmarks.plan_costs import Counts, Gpu
 from worldenv.config import RunConfig
 from worldenv.learning.clips import ENCODED_TOGETHER
+from worldenv.nouns import ACTION_DIM
+from worldenv.policy.heads import L1Head, ProprioProjector, ScaleHead
 
 _LEARNING = 3
 """Forward passes that a training step takes: one, and two back; one more where activations are computed again."""
@@ -104,15 +108,13 @@ def disk_gb(settings: RunConfig, found: Counts) -> dict[str, float]:
     """What a run leaves or needs at once on its disk [GB]; LoRA, optimisers of policy and heads, and pages are smaller."""
     frame, loop = _frame(settings), settings.loop
     snapshots = _snapshots(settings)
-    evac = networks.meta_simulator(settings.simulator)
-    held = tuple(f"{part}." for part in settings.world.frozen)
-    trained = sum(p.numel() for name, p in evac.named_parameters() if not name.startswith(held))
+    simulator, trained = _simulator(settings)
     sizes = {
         "pictures of episodes, before compression": _episodes(settings) * (settings.env.steps + 1) * frame,
         "3 policies": 3 * found.weights["policy"],  # of sft, scale, loop; each is the whole network
         f"what LOOP changed, {snapshots} copies": snapshots * found.changed,
-        "simulator": _FLOAT32 * sum(p.numel() for p in evac.parameters()),
-        "savepoint of stage world": _WORLD_STATES * _FLOAT32 * trained,
+        "simulator": simulator,
+        "savepoint of stage world": _WORLD_STATES * trained,
         "reflector": found.weights["reflector"],
         "plans of engines, at most": settings.engines.limit_gb * 1e9,
         "rollouts of an iteration": loop.contexts * loop.group * len(found.judged) * frame,
@@ -121,18 +123,47 @@ def disk_gb(settings: RunConfig, found: Counts) -> dict[str, float]:
     return {name: size / 1e9 for name, size in sizes.items()}
 
 
-def host_memory_gb(settings: RunConfig, processes: int) -> dict[str, float]:
-    """Pictures of episodes in the memory of one machine by stage, `processes` of `torchrun` in stages sft and world [GB]; networks on their way to a
-    GPU come to them."""
-    each = (settings.env.steps + 1) * _frame(settings) / 1e9
-    everything = _episodes(settings) * each
-    return {
-        "sft": processes * _demonstrations(settings) * each,
-        # an autoencoder learns from all, put together
-        "world": processes * 2 * ENCODED_TOGETHER * each + (0 if settings.world.initial else 3 * everything),
-        "reward": 2 * everything,  # true and imagined
+def host_memory_gb(settings: RunConfig, found: Counts, processes: int) -> dict[str, float]:
+    """In the memory of one machine by stage, `processes` of `torchrun` in stages sft and world [GB]: pictures of episodes, what begins or stays on
+    the host, and what is put together there to be saved. Files that are read are mapped: once for all processes, given back where memory is short."""
+    each = (settings.env.steps + 1) * _frame(settings)
+    demonstrations, everything = _demonstrations(settings) * each, _episodes(settings) * each
+    simulator, trained = _simulator(settings)
+    sizes = {
+        "sft": processes * (demonstrations + (_heads(settings) if settings.sft.start else found.weights["policy"])) + found.weights["policy"],
+        "scale": demonstrations + _hiddens(settings) + found.weights["policy"],
+        # random weights are made by every process; an autoencoder learns from all episodes, put together
+        "world": processes * (2 * ENCODED_TOGETHER * each + (0 if settings.world.initial else simulator))
+        + (0 if settings.world.initial else 3 * everything) + _WORLD_STATES * trained,
+        "reward": 2 * everything + found.weights["reflector"],  # true and imagined
         "eval": settings.explore.episodes * each,
-    }
+    }  # fmt: skip
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def _simulator(settings: RunConfig) -> tuple[float, float]:
+    """All of it in float32, and what of it is trained [byte]."""
+    evac = networks.meta_simulator(settings.simulator)
+    held = tuple(f"{part}." for part in settings.world.frozen)
+    sizes = {name: float(_FLOAT32 * parameter.numel()) for name, parameter in evac.named_parameters()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if not name.startswith(held))
+
+
+def _heads(settings: RunConfig) -> float:
+    """Those that a published policy is given, random, in float32 [byte]."""
+    policy = settings.policy
+    with torch.device("meta"):
+        made = (
+            L1Head(policy.llama.width, policy.head_width, policy.head_blocks), ProprioProjector(policy.proprio, policy.llama.width),
+            ScaleHead(policy.llama.width, policy.head_width, policy.head_blocks, policy.scale_form),
+        )  # fmt: skip
+    return float(sum(parameter.nbytes for one in made for parameter in one.parameters()))
+
+
+def _hiddens(settings: RunConfig) -> float:
+    """Of every chunk start of the demonstrations, in the backbone's type [byte]."""
+    policy, starts = settings.policy, _demonstrations(settings) * (settings.env.steps - settings.policy.chunk + 1)
+    return float(starts * policy.chunk * ACTION_DIM * policy.llama.width * (2 if settings.sft.precision == "bfloat16" else _FLOAT32))
 
 
 def _frame(settings: RunConfig) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.package.package import load_package
 from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.utils import cpp_extension
 
@@ -49,7 +50,10 @@ class Inductor:
             # and on a GPU nothing may ask whether a run has ended, which is forbidden while a CUDA graph is captured
             on_gpu = device.type == "cuda"
             runners = 1 if on_gpu else torch.get_num_threads()
-            self._loaded = AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(plan), "model", on_gpu, runners, -1))
+            if plan.is_dir():  # as `load_package` would, which takes no folder
+                self._loaded = AOTICompiledModel(torch._C._aoti.AOTIModelPackageLoader(str(plan), "model", on_gpu, runners, -1))
+            else:
+                self._loaded = load_package(str(plan), run_single_threaded=on_gpu, num_runners=runners)
         except Exception as error:  # a damaged package is a RuntimeError, a foreign one anything
             raise EngineError(f"{recipe.name}: AOTInductor does not load {plan}: {error}; build it anew") from error
         self._names = set(self._loaded.get_constant_fqns())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,21 @@ def test_every_truncation_and_flipped_byte_of_a_torch_file_is_named_or_harmless(
             refused.append(str(error))
     assert len(refused) > len(cuts)
     assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refused)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_foreign_file_is_read_in_place(name, tmp_path):
+    """Every process of a stage reads it: each with a copy of its own, eight of them take the memory of a host."""
+    from safetensors.torch import save_file
+
+    path, tensors = tmp_path / name, {"a": torch.arange(5000.0)}
+    torch.save(tensors, path) if name == "x.pt" else save_file(tensors, path)
+    kept = path.read_bytes()
+    found = checkpoint.read_foreign(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    found["a"].add_(1.0)
+    assert path.read_bytes() == kept, "what is changed then is this process's own"
+    assert_same(checkpoint.read_foreign(path), tensors)
 
 
 def test_every_truncation_and_every_flipped_byte_is_named(tmp_path):

@@ -165,11 +165,13 @@ def test_stages_disk_and_memory_are_the_settings_sums() -> None:
     assert disk["3 policies"] == pytest.approx(3 * 16.01, rel=0.01)
     assert disk["simulator"] == pytest.approx(2.2238 * 4, rel=0.001)
     assert disk["savepoint of stage world"] == pytest.approx(5 * 4 * 1.46215, rel=0.001)
-    memory = host_memory_gb(PAPER, 8)
-    assert memory["sft"] == pytest.approx(8 * 50 / 550 * frames)
-    assert memory["world"] == pytest.approx(8 * 16 / 550 * frames)  # eight at a time, and in one array
+    memory, projector = host_memory_gb(PAPER, found, 8), 4096 * (8 + 1) + 4096 * (4096 + 1)
+    assert memory["sft"] == pytest.approx(8 * (50 / 550 * frames + 4 * (heads + projector) / 1e9) + 16.01, rel=0.001)
+    assert memory["scale"] == pytest.approx(50 / 550 * frames + 50 * 209 * 56 * 4096 * 2 / 1e9 + 16.01, rel=0.001)
+    assert memory["world"] == pytest.approx(8 * 16 / 550 * frames + 5 * 4 * 1.46215, rel=0.001)  # eight at a time, and in one array; a savepoint
     scratch = dataclasses.replace(PAPER, world=dataclasses.replace(PAPER.world, initial=""))
-    assert host_memory_gb(scratch, 8)["world"] == pytest.approx(3 * frames + memory["world"])
+    assert host_memory_gb(scratch, found, 8)["world"] == pytest.approx(3 * frames + memory["world"] + 8 * disk["simulator"])
+    assert memory["reward"] == pytest.approx(2 * frames + 16.1, rel=0.001)
     assert memory["eval"] == pytest.approx(500 / 550 * frames)
 
 

@@ -657,17 +657,18 @@ def test_the_image_tower_may_be_an_open_clip_file(tmp_path: Path) -> None:
 
 
 def test_training_may_begin_without_the_image_tower_in_the_file(tmp_path: Path) -> None:
-    source, theirs, target = trained(seed=1), trained(seed=3), trained(seed=2)
+    source, theirs = trained(seed=1), trained(seed=3)
     torch.save({name: value for name, value in released(source).items() if not name.startswith("embedder.")}, tmp_path / "evac.pt")
     torch.save({f"visual.{name}": value for name, value in theirs.clip.state_dict().items()}, tmp_path / "clip.bin")
     with pytest.raises(checkpoint.CheckpointError, match=r"evac\.pt: clip: missing.*give open_clip's file beside it \(world\.clip"):
-        weights.begin_from(target, tmp_path / "evac.pt")
-    assert weights.begin_from(target, tmp_path / "evac.pt", tmp_path / "clip.bin") == []
+        weights.begin_from(tmp_path / "evac.pt", SMALL, 2, torch.device("cpu"))
+    target, new = weights.begin_from(tmp_path / "evac.pt", SMALL, 2, torch.device("cpu"), tmp_path / "clip.bin")
+    assert new == []
     for name, value in target.named_parameters():
         assert torch.equal(value, (theirs if name.startswith("clip.") else source).get_parameter(name)), name
     checkpoint.save(tmp_path / "ours.safetensors", weights.to_tree(source))
     with pytest.raises(checkpoint.CheckpointError, match=r"clip\.bin: is for a released EVAC"):
-        weights.begin_from(target, tmp_path / "ours.safetensors", tmp_path / "clip.bin")
+        weights.begin_from(tmp_path / "ours.safetensors", SMALL, 2, torch.device("cpu"), tmp_path / "clip.bin")
 
 
 def test_a_file_of_something_else_is_no_simulator(tmp_path: Path) -> None:

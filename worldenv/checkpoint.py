@@ -53,19 +53,19 @@ def read_published(path: Path, holder: str, error: type[CheckpointError] = Check
     return found
 
 
-def read_foreign(path: Path, mapped: bool = False) -> Any:
+def read_foreign(path: Path) -> Any:
     """What somebody else's file of tensors holds, on the CPU: .safetensors, or a torch file, of which nothing is executed (`weights_only=True`).
 
-    With `mapped`, bytes of tensors are read when they are looked at, so that names and shapes cost no memory; the file must stay as it is. (Torch
-    files of before 2020 are read whole.) Raises CheckpointError where it is missing, a folder, truncated, damaged, or holds anything but plain
-    tensors and containers.
+    Bytes of tensors lie in the file, mapped, and are read when they are looked at: names and shapes cost no memory, processes that read one file share
+    it, and the file must stay as it is. (Torch files from before 1.6 are read whole.) Raises CheckpointError where it is missing, a folder, truncated,
+    damaged, or holds anything but plain tensors and containers.
     """
     _want_file(path, "no such file")
     try:
         with warnings.catch_warnings(action="ignore"):  # of a version of pickle that damage makes up
             if path.suffix == ".safetensors":
                 return load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
     except Exception as error:  # of damaged bytes, torch's unpickler raises whatever they make it stumble over

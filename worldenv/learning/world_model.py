@@ -260,13 +260,13 @@ def train(
     `savepoint` gives the place of each part's savepoint. Of several processes each returns the simulator; the metrics are the first one's.
     Errors as those of the two stages; CheckpointError where `config.initial` or `config.clip` does not fit.
     """
-    simulator = Evac.initialised(simulator_config, seed)
     metrics: dict[str, Any] = {}
     if config.initial:
-        new = begin_from(simulator, Path(config.initial), Path(config.clip) if config.clip else None)
+        clip = Path(config.clip) if config.clip else None
+        simulator, new = begin_from(Path(config.initial), simulator_config, seed, device, clip)
         metrics["initial"] = {"file": config.initial, "not_in_it": len(new)}
-    simulator = simulator.to(device)
-    if not config.initial:
+    else:
+        simulator = Evac.initialised(simulator_config, seed).to(device)
         if processes.rank() == 0:
             metrics["autoencoder"] = train_vae(simulator, training, camera, robot, config, seed, savepoint("autoencoder"))
         processes.agreed("autoencoder")  # the others have waited for it

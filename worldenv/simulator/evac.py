@@ -173,11 +173,11 @@ class Evac(nn.Module):
             return cls(config)
 
     @classmethod
-    def unfilled(cls, config: SimulatorConfig) -> Self:
+    def unfilled(cls, config: SimulatorConfig, device: torch.device | str = "cpu") -> Self:
         """A simulator whose weights are to be filled from a file: no time is spent on random ones. Buffers are as `config` has them."""
         with torch.device("meta"):
             simulator = cls(config)
-        simulator.to_empty(device="cpu")
+        simulator.to_empty(device=device)
         simulator.latent_scale.fill_(config.latent_scale)
         simulator.delta_mean.zero_()
         simulator.delta_std.fill_(1.0)

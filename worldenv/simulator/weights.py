@@ -56,7 +56,7 @@ def read(path: Path) -> Tensors:
     Their bytes are read when they are looked at: the file must stay as it is. Raises CheckpointError as `checkpoint.read_foreign`, and where there
     are no tensors in it.
     """
-    state = checkpoint.read_foreign(path, mapped=True)
+    state = checkpoint.read_foreign(path)
     for layer in ("state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(layer), dict):
             state = state[layer]
@@ -173,31 +173,34 @@ def load_dynamicrafter(simulator: Evac, state: Mapping[str, torch.Tensor], name:
     return [*kept, *(f"action_resampler.{key}" for key in simulator.action_resampler.state_dict())]
 
 
-def begin_from(simulator: Evac, path: Path, clip: Path | None = None) -> list[str]:
-    """Fill `simulator` from `path`, for training: a file of ours, released EVAC, or DynamiCrafter-512, told apart by what they hold.
+def begin_from(
+    path: Path, config: configs.SimulatorConfig, seed: int, device: torch.device, clip: Path | None = None
+) -> tuple[Evac, list[str]]:
+    """A simulator on `device` that begins from `path`, for training: ours, released EVAC, or DynamiCrafter-512, told apart by what they hold.
 
-    `clip` is an open_clip file, for a released EVAC without its image tower. Returns the names that the file has no weights for, which stay as they
-    are. Raises CheckpointError as the functions for each, and where `clip` is given beside another file.
+    `clip` is an open_clip file, for a released EVAC without its image tower. Returns also the names that the file has no weights for, which are
+    random, a function of `seed`. Raises CheckpointError as the functions for each, and where `clip` is given beside another file.
     """
     ours = is_ours(path)
     state = {} if ours else read(path)
     released = f"{PREFIXES['unet']}domain_embedding.weight" in state
     if clip is not None and not released:
         raise CheckpointError(f"{clip}: is for a released EVAC that lacks its image tower, and {path} is none; leave it away")
+    if not ours and not released:
+        simulator = Evac.unfilled(config, device) if device.type == "meta" else Evac.initialised(config, seed)
+        new = load_dynamicrafter(simulator, state, str(path))
+        return simulator.to(device), new
+    simulator = Evac.unfilled(config, device)  # from the file to the device: of many processes, each would have a copy on the host
     if ours:
         fill(simulator, _ours(checkpoint.load(path), str(path))["weights"], str(path))
-        return []
-    if not released:
-        return load_dynamicrafter(simulator, state, str(path))
-    _load_released(simulator, state, str(path), clip)
-    return []
+    else:
+        _load_released(simulator, state, str(path), clip)
+    return simulator, []
 
 
 def want_beginning(config: configs.SimulatorConfig, path: Path, clip: Path | None = None) -> None:
     """Raises what `begin_from` would raise of a simulator of `config`, by names and shapes alone: in seconds, and in no memory to speak of."""
-    with torch.device("meta"):
-        simulator = Evac(config)
-    begin_from(simulator, path, clip)
+    begin_from(path, config, 0, torch.device("meta"), clip)
 
 
 def _load_released(simulator: Evac, state: Mapping[str, torch.Tensor], name: str, clip: Path | None) -> None:

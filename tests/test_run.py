@@ -22,6 +22,7 @@ from worldenv.run import RECORD, Run, RunError, settings_of
 from worldenv.simulator import weights as simulators
 from worldenv.simulator.evac import Evac
 from worldenv.simulator.weights import PREFIXES
+from worldenv.stages import desk as desk_module
 from worldenv.stages.desk import Desk
 
 SMALLER = dataclasses.replace(presets.TINY.simulator, action_resampler=dataclasses.replace(presets.TINY.simulator.action_resampler, queries=8))
@@ -229,6 +230,36 @@ def test_a_stage_is_done_again_where_a_setting_that_it_reads_is_another(path, va
         return config.fingerprint(*train.deciding(name, settings))
 
     assert {name for name in train.STAGES if reads(name, presets.TINY) != reads(name, other)} == made_again
+
+
+@pytest.mark.parametrize(
+    ("there", "changes", "taken"),
+    [
+        (8, {}, 8), (8, {"gpus": 4}, 4), (6, {}, 4), (8, {"world.batch": 12}, 4),
+        (8, {"gpus": 1}, None), (1, {}, None), (8, {"device": "cuda:0"}, None),
+    ],
+)  # fmt: skip
+def test_gpus_that_would_idle_are_said_once_with_the_command_that_takes_them(there, changes, taken, tmp_path, monkeypatch, capsys):
+    settings = dataclasses.replace(presets.TINY, device="cuda")
+    for name, value in changes.items():
+        settings = changed(settings, name, value)
+    made = []
+
+    def work(desk, stage):
+        made.append(stage.folder.name)
+        (stage.folder / "x").write_text("x")
+
+    for name, plan in train.STAGES.items():
+        monkeypatch.setitem(train.STAGES, name, dataclasses.replace(plan, work=work))
+    monkeypatch.setattr(train, "device_of", torch.device)
+    monkeypatch.setattr(desk_module, "device_of", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    train.train(tmp_path / "my run", settings, until="world")
+    assert made == ["demos", "sft", "scale", "explore", "world"]
+    said = [line.strip() for line in capsys.readouterr().err.splitlines() if "torchrun" in line]
+    command = f"torchrun --nproc-per-node {taken} -m worldenv.cli.train --resume '{tmp_path / 'my run'}' --until world"
+    most = min(there, settings.gpus or there)
+    assert said == ([f"sft: trains on one GPU, {most - 1} idle. Stop it (Ctrl-C) and give, for {taken}: {command}"] if taken else [])
 
 
 def test_a_run_goes_on_in_less_memory(tmp_path):

@@ -8,6 +8,8 @@ A stage reads what earlier stages wrote and writes its own folder; it is skipped
 from __future__ import annotations
 
 import gc
+import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from worldenv import console, presets
 from worldenv.checkpoint import Savepoint
 from worldenv.config import RunConfig
 from worldenv.data import recorded
+from worldenv.devices import device_of
 from worldenv.learning import processes, sft
 from worldenv.reflector import weights as reflectors
 from worldenv.run import Run, RunError, Stage, done, savepoint_path, settings_of
@@ -197,6 +200,7 @@ def train(
         if done(out, name):  # one that was begun again and stopped goes on
             run.forget(name)
     run.keep_settings()
+    idle = _idle(out, settings, names)
     for name in names:
         plan = STAGES[name]
         fingerprint = run.fingerprint(name, deciding(name, settings), list(_inputs(name, settings)))
@@ -206,11 +210,36 @@ def train(
         if name not in again and run.borrow(name, fingerprint, reuse):
             console.say(f"{name:>7}: taken from another run")
             continue
+        if name in _TOGETHER and idle:
+            console.say(f"{name:>7}: {idle}")
+            idle = None
         with console.logging(out / "log.jsonl"), run.at_work(name, fingerprint) as stage:
             plan.work(desk, stage)
     processes.agreed(None)
     if "report" in names:
         console.say(f"report: {out / 'report.html'}")
+
+
+_TOGETHER = ("sft", "world")
+"""Stages in which all processes train; where there is one, one GPU does."""
+
+
+def _idle(out: Path, settings: RunConfig, names: Sequence[str]) -> str | None:
+    """One line where GPUs that the run may have would idle while this process trains alone in one of the stages `names`, with the command that takes
+    them: as many as the batches can be divided among.
+    """
+    shared = [name for name in names if name in _TOGETHER]
+    if not shared or processes.count() > 1 or device_of(settings.device) != torch.device("cuda"):
+        return None
+    there = min(settings.gpus or torch.cuda.device_count(), torch.cuda.device_count())
+    batches = {"sft": settings.sft.batch, "world": settings.world.batch}
+    taken = max(n for n in range(1, there + 1) if math.gcd(*(batches[name] for name in shared)) % n == 0)
+    if taken == 1:
+        return None
+    return (
+        f"trains on one GPU, {there - 1} idle. Stop it (Ctrl-C) and give, for {taken}: torchrun --nproc-per-node {taken} -m worldenv.cli.train "
+        f"--resume {shlex.quote(str(out))} --until {shared[-1]}"
+    )
 
 
 def _follow(out: Path) -> None:

@@ -56,9 +56,9 @@ def read_published(path: Path, holder: str, error: type[CheckpointError] = Check
 def read_foreign(path: Path) -> Any:
     """What somebody else's file of tensors holds, on the CPU: .safetensors, or a torch file, of which nothing is executed (`weights_only=True`).
 
-    Bytes of tensors lie in the file, mapped, and are read when they are looked at: names and shapes cost no memory, processes that read one file share
-    it, and the file must stay as it is. (Torch files from before 1.6 are read whole.) Raises CheckpointError where it is missing, a folder, truncated,
-    damaged, or holds anything but plain tensors and containers.
+    Bytes of tensors lie in the file, mapped, and are read when they are looked at: names and shapes cost no memory, processes that read one file
+    share it, and the file must stay as it is. (Torch files from before 1.6 are read whole.) Raises CheckpointError where it is missing, a folder,
+    truncated, damaged, or holds anything but plain tensors and containers.
     """
     _want_file(path, "no such file")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -165,6 +166,10 @@ def test_scale_heads_ours_theirs_and_none(written: Path, tmp_path: Path) -> None
     opened = open_directory(directory, scale_head=tmp_path / "goal_scale_header.pth")
     hidden = torch.randn(2, 56, LIKE.llama.width)
     assert torch.equal(opened.network.scale_head(hidden), theirs(hidden))
+    shutil.copy(tmp_path / "goal_scale_header.pth", directory)
+    assert torch.equal(open_directory(directory, seed=3).network.scale_head.last.weight, fresh.network.scale_head.last.weight)  # by its own name: not
+    (directory / "goal_scale_header.pth").rename(directory / "scale_head--150000_checkpoint.pt")
+    assert torch.equal(open_directory(directory).network.scale_head(hidden), theirs(hidden))
 
 
 # LoRA

@@ -155,7 +155,7 @@ def open_directory(directory: Path, like: ReflectorConfig, dtype: torch.dtype = 
     try:
         model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
             directory, local_files_only=True, use_safetensors=True, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
-            ignore_mismatched_sizes=True, device_map=device,
+            ignore_mismatched_sizes=True, device_map=None if device == "cpu" else device,  # which wants accelerate
         )  # fmt: skip
         config = described(model.config, like)
     except Exception as error:  # transformers has many kinds for a config or a file that it cannot use

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from worldenv import _core
-from worldenv.benchmarks.plan_costs import GPUS, Affine, Workload, counts, on_gpu, read_profile, workload
-from worldenv.benchmarks.plan_stages import disk_gb, environment_steps, host_memory_gb, stage_costs
+from worldenv.benchmarks.plan_costs import GPUS, Affine, Gpu, Workload, counts, on_gpu, read_profile, workload
+from worldenv.benchmarks.plan_stages import disk_gb, environment_steps, gpu_memory_gb, host_memory_gb, stage_costs
 from worldenv.config import RunConfig
 from worldenv.presets import PAPER, PRESETS
 from worldenv.reflector.frames import Sampler
@@ -183,7 +183,11 @@ class Plant:
 
     def peak_memory(self, placement: Placement, slots: int) -> float:
         """Of the fullest device [byte]: weights, what is remembered of the rollouts there, and the largest batch's activations."""
-        return max(self._memory(networks, placement, slots) for networks, _ in placement.groups)
+        return max(self.memories(placement, slots).values())
+
+    def memories(self, placement: Placement, slots: int) -> dict[frozenset[str], float]:
+        """As much of a device of each group, by its networks [byte]."""
+        return {networks: self._memory(networks, placement, slots) for networks, _ in placement.groups}
 
     def _memory(self, networks: frozenset[str], placement: Placement, slots: int) -> float:
         work = self.workload
@@ -368,13 +372,13 @@ def plan(args: PlanArgs) -> tuple[list[str], dict[str, Any]]:
     }
     lines = list(_lines(args, plant, row))
     if args.profile is None:
-        row |= _whole_run(args, settings, hours)
-        lines += _run_lines(row)
+        row |= _whole_run(args, settings, hours, plant.memories(placement, once.slots))
+        lines += _run_lines(row, gpu)
     return lines, row
 
 
-def _whole_run(args: PlanArgs, settings: RunConfig, loop_hours: float) -> dict[str, Any]:
-    """All stages of a run, of which LOOP takes `loop_hours`; disk and the host's memory."""
+def _whole_run(args: PlanArgs, settings: RunConfig, loop_hours: float, rollouts: dict[frozenset[str], float]) -> dict[str, Any]:
+    """All stages of a run, of which LOOP takes `loop_hours`; disk and memory, `rollouts` of which GPUs have for theirs [byte]."""
     found, gpu = counts(settings), GPUS[args.gpu]
     stages = [
         {"stage": one.stage, "what": one.what, "gpus": args.gpus if one.shared else 1, "hours": one.hours(gpu, args.gpus, args.efficiency)}
@@ -388,10 +392,11 @@ def _whole_run(args: PlanArgs, settings: RunConfig, loop_hours: float) -> dict[s
         "environment_steps": environment_steps(settings),
         "disk_gb": disk,
         "host_memory_gb": host,
+        "gpu_memory_gb": gpu_memory_gb(settings, found, args.gpus, rollouts),
     }
 
 
-def _run_lines(row: dict[str, Any]) -> Iterator[str]:
+def _run_lines(row: dict[str, Any], gpu: Gpu) -> Iterator[str]:
     yield f"{'stage':8}{'GPUs':>5}{'hours':>9}"
     for one in row["stages"]:
         yield f"{one['stage']:8}{one['gpus']:5d}{one['hours']:9.2f}  {one['what']}"
@@ -399,6 +404,13 @@ def _run_lines(row: dict[str, Any]) -> Iterator[str]:
     yield f"control steps of the true environment, whose time is the host's: {made}"
     disk = ", ".join(f"{name} {size:.0f}" for name, size in row["disk_gb"].items())
     yield f"disk: {sum(row['disk_gb'].values()):.0f} GB: {disk}"
+    needed = {stage: sum(parts.values()) for stage, parts in row["gpu_memory_gb"].items()}
+    for stage, parts in row["gpu_memory_gb"].items():
+        yield f"memory of a GPU, stage {stage}: {needed[stage]:.1f} GB: {', '.join(f'{what} {size:.1f}' for what, size in parts.items())}"
+    most = max(needed, key=needed.__getitem__)
+    cure = "--engines.back-end eager, or --loop.apart" if most == "loop" else f"--{most}.microbatch"
+    fits = "" if needed[most] <= gpu.memory / 1e9 else f", more than there is: {cure}"
+    yield f"memory of a GPU, most: stage {most}, {needed[most]:.1f} of {gpu.memory / 1e9:.0f} GB{fits}"
     host = ", ".join(f"{stage} {size:.0f}" for stage, size in row["host_memory_gb"].items())
     yield f"memory of the host [GB], by stage, {row['gpus']} processes in sft and world: {host}"
 

@@ -6,7 +6,7 @@ the host's affair: `environment_steps` says how many control steps it makes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,10 @@ _POLICIES = 2
 _WORLD_STATES = 5
 """Copies of what is trained in the world's savepoint: weights, their average, the best average, and AdamW's two moments."""
 _FLOAT32 = 4
+_QUERY = {False: 4.6e9, True: 0.3e9}
+"""Activations of a query that the published policy learns from, without and with gradient checkpointing [byte]: `worldenv.learning.loop.memory`."""
+_CLIP = {False: 9.35e9 / (256 * 256 * 12), True: 1.13e9 / (256 * 256 * 12)}
+"""As much of a clip that the published U-Net learns from, by pixel of its frames, memory's too; counted in the same way, in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,40 @@ def disk_gb(settings: RunConfig, found: Counts) -> dict[str, float]:
     return {name: size / 1e9 for name, size in sizes.items()}
 
 
+def gpu_memory_gb(
+    settings: RunConfig, found: Counts, processes: int, rollouts: Mapping[frozenset[str], float]
+) -> dict[str, dict[str, float]]:
+    """Of the fullest GPU by stage, and what takes it [GB]; `processes` of `torchrun` train in stages sft and world. `rollouts` says what they take
+    on a GPU that has these networks [byte]. Stages that are left out take less: they learn nothing large.
+    """
+    sft, world, loop = settings.sft, settings.world, settings.loop
+    lora = found.changed - _scorers(settings)
+    picture = settings.simulator.height * settings.simulator.width * (settings.simulator.memory + settings.simulator.chunk)
+    simulator, trained = _simulator(settings)
+
+    def learning(microbatch: int, checkpointing: bool) -> dict[str, float]:
+        return {"gradients, moments, LoRA": 3 * found.changed + lora, "activations": microbatch * _QUERY[checkpointing]}
+
+    def looping(networks: frozenset[str]) -> dict[str, float]:
+        copied = [name for name in ("policy", "reflector") if name in networks and settings.engines.back_end != "eager"]
+        update = learning(loop.microbatch, loop.gradient_checkpointing)
+        return {
+            "rollouts": rollouts[networks], "weights of engines, at most": sum(found.weights[name] for name in copied),
+            "an update": sum(update.values()) if "policy" in networks else 0.0,
+        }  # fmt: skip
+
+    stages = {
+        "sft": {"policy": found.weights["policy"], **learning(sft.microbatch, sft.gradient_checkpointing)},
+        "world": {
+            "weights": simulator, "averages, moments, gradients": 5 * trained,  # the average and the best of it, two moments
+            "in bfloat16": trained / 2 if world.precision == "bfloat16" else 0.0, "sums of processes": trained if processes > 1 else 0.0,
+            "activations": min(world.microbatch, world.batch // processes) * _CLIP[world.gradient_checkpointing] * picture,
+        },
+        "loop": max((looping(networks) for networks in rollouts), key=lambda one: sum(one.values())),
+    }  # fmt: skip
+    return {stage: {what: size / 1e9 for what, size in parts.items() if size} for stage, parts in stages.items()}
+
+
 def host_memory_gb(settings: RunConfig, found: Counts, processes: int) -> dict[str, float]:
     """In the memory of one machine by stage, `processes` of `torchrun` in stages sft and world [GB]: pictures of episodes, what begins or stays on
     the host, and what is put together there to be saved. Files that are read are mapped: once for all processes, given back where memory is short."""
@@ -158,6 +196,14 @@ def _heads(settings: RunConfig) -> float:
             ScaleHead(policy.llama.width, policy.head_width, policy.head_blocks, policy.scale_form),
         )  # fmt: skip
     return float(sum(parameter.nbytes for one in made for parameter in one.parameters()))
+
+
+def _scorers(settings: RunConfig) -> float:
+    """Both heads, which LOOP trains [byte]: all that a policy is given but its proprio projector."""
+    policy = settings.policy
+    with torch.device("meta"):
+        projector = ProprioProjector(policy.proprio, policy.llama.width)
+    return _heads(settings) - sum(parameter.nbytes for parameter in projector.parameters())
 
 
 def _hiddens(settings: RunConfig) -> float:

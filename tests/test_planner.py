@@ -15,7 +15,7 @@ from worldenv import _core
 from worldenv.benchmarks import bench_hoisting, bench_scheduler
 from worldenv.benchmarks.bench_plan import PlanArgs, Plant, best, ends, iteration, placements, plan, plant_of, steady
 from worldenv.benchmarks.plan_costs import GPUS, StageWork, Workload, _reflector, counts, fitted, on_gpu, read_profile, workload
-from worldenv.benchmarks.plan_stages import disk_gb, environment_steps, host_memory_gb, stage_costs
+from worldenv.benchmarks.plan_stages import disk_gb, environment_steps, gpu_memory_gb, host_memory_gb, stage_costs
 from worldenv.cli import bench
 from worldenv.presets import PAPER, TINY
 from worldenv.reflector import flops
@@ -173,6 +173,26 @@ def test_stages_disk_and_memory_are_the_settings_sums() -> None:
     assert host_memory_gb(scratch, found, 8)["world"] == pytest.approx(3 * frames + memory["world"] + 8 * disk["simulator"])
     assert memory["reward"] == pytest.approx(2 * frames + 16.1, rel=0.001)
     assert memory["eval"] == pytest.approx(500 / 550 * frames)
+
+
+def test_a_gpus_memory_is_that_of_the_stage_that_needs_most() -> None:
+    """Engines have weights of their own, an update has gradients: the rollouts alone would fit."""
+    found, everything = counts(PAPER), frozenset({"policy", "simulator", "reflector"})
+    alone, shared = (gpu_memory_gb(PAPER, found, processes, {everything: 52.8e9}) for processes in (1, 8))
+    total = {stage: sum(parts.values()) for stage, parts in alone.items()}
+    assert total["loop"] == pytest.approx(52.8 + 16.0 + 16.1 + (23.7 - 16.0), abs=0.2)  # 23.7: python -m worldenv.learning.loop.memory --microbatch 8
+    assert total["sft"] == pytest.approx(23.7, abs=0.2)
+    assert total["world"] == pytest.approx(8.9 + 5.5 * 5.85 + 8 * 1.13, abs=0.1)
+    assert sum(shared["world"].values()) == pytest.approx(total["world"] + 5.85, abs=0.1)
+    whole = dataclasses.replace(PAPER, world=dataclasses.replace(PAPER.world, microbatch=64))
+    assert sum(gpu_memory_gb(whole, found, 1, {everything: 0.0})["world"].values()) == pytest.approx(total["world"] + 56 * 1.13)
+    eager = dataclasses.replace(PAPER, engines=dataclasses.replace(PAPER.engines, back_end="eager"))
+    assert sum(gpu_memory_gb(eager, found, 1, {everything: 52.8e9})["loop"].values()) == pytest.approx(total["loop"] - 32.1, abs=0.1)
+    apart = gpu_memory_gb(PAPER, found, 1, {frozenset({"policy", "simulator"}): 30e9, frozenset({"reflector"}): 20e9})["loop"]
+    assert sum(apart.values()) == pytest.approx(30 + 16.0 + 7.7, abs=0.2)
+    lines, row = plan(PlanArgs(gpus=8, gpu="h100", rollouts=64))
+    said = next(line for line in lines if "GPU, most" in line)
+    assert f"stage loop, {sum(row['gpu_memory_gb']['loop'].values()):.1f} of 80 GB, more than there is: --engines.back-end eager" in said
 
 
 def test_more_waste_after_the_end_makes_lock_step_worse() -> None:

@@ -530,6 +530,41 @@ def test_a_presets_sampler_ends_at_the_clean_latent(name: str) -> None:
     assert float((ended * clean).sum() / (clean * clean).sum()) > 0.95
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_does_not_dim_what_it_remembers(name: str) -> None:
+    """A network that is right, and reads the clean latent off its last memory frame, keeps it for 27 chunks. With scales by noise level, as EVAC's
+    release has them, 27 steps would leave 0.47 of it.
+    """
+    asked, tiny = PRESETS[name].simulator, PRESETS["tiny"].simulator
+    sampler = {field: getattr(asked, field) for field in ("denoise_steps", "eta", "dynamic_rescale", "final", "scale_memory")}
+    simulator = Evac.initialised(dataclasses.replace(tiny, **sampler), 0).eval()
+    config, channels, memories = simulator.config, tiny.vae.z_channels, tiny.memory
+    alphas, scales = torch.from_numpy(schedule.alphas_cumprod()), torch.from_numpy(schedule.latent_scales(asked.dynamic_rescale))
+    levels: list[int] = []
+
+    def right(x: torch.Tensor, *_: Any) -> torch.Tensor:
+        level = levels.pop(0)
+        noisy, copied = x[:, :channels, memories:].double(), x[:, channels : 2 * channels, memories - 1 : memories].double()
+        a, clean = alphas[level], scales[level] * copied
+        v = (a.sqrt() * noisy - clean) / (1 - a).sqrt()
+        return torch.cat([torch.zeros_like(x[:, :channels, :memories]).double(), v.expand_as(noisy)], 2).float()
+
+    simulator.runs["simulator_unet"] = right
+    shown = torch.randn(channels, *config.latent, generator=torch.Generator().manual_seed(0))
+    memory = simulator.begin(torch.zeros(1, config.height, config.width, 3, dtype=torch.uint8))
+    memory = [dataclasses.replace(memory[0], history=shown.expand(memories, -1, -1, -1).contiguous())]
+    step = ActionMap(
+        torch.zeros(1, config.chunk, config.height, config.width, 3, dtype=torch.uint8), torch.zeros(1, 6, *config.latent),
+        torch.zeros(1, config.chunk, DELTA_DIM),
+    )  # fmt: skip
+    for chunk in range(27):
+        levels = simulator.sampler.timesteps.tolist()[::-1]
+        noises = torch.randn(1, *simulator.noise_shape(), generator=torch.Generator().manual_seed(chunk))
+        _, memory = simulator.imagine(memory, step, noises)
+    gain = float((memory[0].history[-1] * shown).sum() / shown.square().sum())
+    assert gain == pytest.approx(1.0, abs=0.02)
+
+
 def test_eta_outside_of_its_range_is_refused() -> None:
     with pytest.raises(ValueError, match="eta"):
         schedule.Sampler.ddim(4, eta=1.5)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from worldenv import audit, presets
+from worldenv import audit, evaluation, presets
 from worldenv.data.episode import Episode, EpisodeSet
 from worldenv.learning import reward_head
 from worldenv.run import Run
@@ -88,7 +88,7 @@ def test_both_policies_are_replayed_with_loops_noise_and_numbers_of_their_own(tm
         evaluate, "assembled", lambda desk, folder, policy, _: SimpleNamespace(replicas=[policy], engines={"of": folder.name}, **made)
     )
     monkeypatch.setattr(audit, "replay", lambda replicas, env, by, contexts, **how: given.append((replicas, contexts, {**how, "by": by})) or [])
-    env = SimpleNamespace(tasks=("a", "b", "c"), states=lambda split: {"train": 2}[split])
+    env = SimpleNamespace(tasks=("a", "b", "c"), states=lambda split: {"train": 9}[split])
     here: Any = SimpleNamespace(
         settings=SETTINGS, env=env, policy=policies.get, reflector=lambda device: None, judging=None, seed=3, schedule="schedule", device="cpu",
         context=lambda task, state: (task, state),
@@ -98,9 +98,62 @@ def test_both_policies_are_replayed_with_loops_noise_and_numbers_of_their_own(tm
     for (replicas, contexts, how), stage, first in zip(given, ("scale", "loop"), (REPLAY_NUMBERS, REPLAY_NUMBERS + 7), strict=True):
         assert replicas == [policies[stage]]
         assert policies[stage].scale_factor == 2.5
-        assert contexts == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 0)]  # all tasks, then their next states
+        assert contexts == [(0, 0), (1, 0), (2, 0), (0, 3), (1, 3), (2, 3), (0, 6)]  # all tasks, states far from those of demonstrations too
         assert how["by"] == made["judges"]
         assert (how["first_number"], how["seed"], how["steps"], how["schedule"]) == (first, 3, SETTINGS.env.steps, "schedule")
+
+
+def test_success_before_and_after_is_of_the_policy_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by iteration of the copy that was kept then; the first and the last are not played again."""
+    played: list[tuple[str, int]] = []
+
+    def plays(policy: str, scenes: Any, chosen: Any, steps: int, *_: Any, savepoint: str) -> Any:
+        played.append((policy, len(chosen)))
+        return evaluation.Outcomes(tuple(chosen), np.tile([[False, policy == "loop"]], (len(chosen), 1)), None, 0.5)
+
+    monkeypatch.setattr(evaluation, "evaluate", plays)
+    monkeypatch.setattr(evaluate.policies, "load", lambda path, device: path.stem)
+    kept_ = [(0, Path("begin")), (2, Path("second")), (4, Path("last"))]
+    monkeypatch.setattr(evaluate, "snapshots", lambda out: kept_)
+    settings = dataclasses.replace(
+        SETTINGS, eval=dataclasses.replace(SETTINGS.eval, episodes=6, curve_episodes=3), loop=dataclasses.replace(SETTINGS.loop, iterations=4)
+    )
+    here: Any = SimpleNamespace(
+        settings=settings, env=SimpleNamespace(tasks=("a", "b", "c"), states=lambda split: 5), policy=lambda stage: stage, device="cpu",
+        judges=lambda: [SimpleNamespace(config=SETTINGS.reflector)], run=SimpleNamespace(out=tmp_path),
+    )  # fmt: skip
+    stage: Any = SimpleNamespace(savepoint=lambda part: part)
+    found = evaluate._outcomes(here, stage, here)
+    assert (played, {name: int(one.by("oracle").sum()) for name, one in found.items()}) == ([("scale", 6), ("loop", 6)], {"sft": 0, "loop": 6})
+    rows = evaluate._curve(here, stage, here, found)
+    assert played[2:] == [("second", 3)]
+    assert [(row["iteration"], row["successes"], row["episodes"]) for row in rows] == [(0, 0, 3), (2, 0, 3), (4, 3, 3)]
+
+
+class EnoughError(Exception):
+    """What comes after was not asked for."""
+
+
+def test_the_controller_is_fitted_to_training_and_measured_on_what_is_held_out(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, held = (list(some) for some in world._world_episodes(desk))
+    number = {id(e.pose): e.state_index for e in (*learned, *held)}
+    given: dict[str, list[int]] = {}
+
+    def fitted(poses: Any, commands: Any, robot: Any, margin_m: float) -> Any:
+        given["fit"] = [number[id(pose)] for pose in poses]
+        return SimpleNamespace(to_dict=dict)
+
+    def measured(controller: Any, episodes: list[Episode], chunk: int) -> Any:
+        given["measured"] = states(episodes)
+        raise EnoughError
+
+    for name, stand_in in (("_world_episodes", lambda desk: (learned, held)), ("fit", fitted), ("_off", measured)):
+        monkeypatch.setattr(world, name, stand_in)
+    stage: Any = SimpleNamespace(folder=tmp_path, metrics={})
+    with pytest.raises(EnoughError):
+        world.world(desk, stage)
+    assert given == {"fit": states(learned), "measured": states(held)}
+    assert not set(given["fit"]) & set(given["measured"])
 
 
 def test_fidelity_is_of_the_frames_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def agreement(pairs: Sequence[Pair], tasks: Sequence[str], threshold: float) -> 
     """How often imagined and true outcome agree: success at any step of T, by the reflector on the imagined video and by the predicate.
 
     Counts in all and by task: `agree` of `episodes`; `false_positives` are imagined successes that were true failures; `reflector_*` are
-    the reflector's errors on the true video of the same episodes, so the rest is the simulator's and the kinematics' share.
+    the reflector's errors on the true video of the same episodes, which may be others than those that disagree.
     """
 
     def count(some: Sequence[Pair]) -> dict[str, int]:

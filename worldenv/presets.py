@@ -129,7 +129,8 @@ PAPER = RunConfig(
     preset="paper",
     policy=OPENVLA_OFT,
     simulator=dataclasses.replace(
-        EVAC, height=256, width=256, chunk=8, posterior="mean", first_tokens="given", delta_rows="aligned", delta_stride=1.0
+        EVAC, height=256, width=256, chunk=8, posterior="mean", first_tokens="given", delta_rows="aligned", delta_stride=1.0,
+        dynamic_rescale=False, final="pred_x0",  # else each chunk ends at 0.973 of its latents, and the next ones remember that
     ),
     reflector=LLAVA_ONEVISION,
     env=EnvConfig(name="libero_spatial", image=256, steps=216, train_states=50, test_states=50),

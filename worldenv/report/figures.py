@@ -187,7 +187,7 @@ def _by_iteration(report: Mapping[str, Any]) -> Plot | None:
     ends = 100 * np.array([one["interval"] for one in points]).T
     error = np.maximum([rate - ends[0], ends[1] - rate], 0)
     axes.errorbar(iteration, rate, yerr=error, fmt="o-", ms=4, capsize=3, elinewidth=1.2, color=AFTER, label="all tasks, true")
-    imagined = [(i, 100 * one["imagined_success"]) for i, one in enumerate(report["loop"]["metrics"], 1) if one.get("imagined_success") is not None]
+    imagined = [(i, 100 * one["imagined_success"]) for i, one in enumerate(report["loop"]["metrics"]) if one.get("imagined_success") is not None]
     if imagined:
         axes.plot(*zip(*imagined, strict=True), lw=0.9, color=_IMAGINED, label="rollouts that LOOP saw succeed, sampled")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -196,7 +196,8 @@ def _by_iteration(report: Mapping[str, Any]) -> Plot | None:
     figure.legend(loc="outside upper center", ncols=2, fontsize=7, columnspacing=1)
     caption = (
         f"Greedy success in the true environment on {points[0]['episodes']} test states, episodes ended by the predicate, with 95 % Wilson "
-        "intervals; nothing was chosen by it. Thin line: what the rollouts of each iteration were judged to be, noise included."
+        "intervals; nothing was chosen by it. Thin line: what the rollouts of each iteration, which are made before its update, were judged to be, "
+        "noise included."
     )
     return finished("iterations", "Success by iteration", caption, figure)
 
@@ -253,7 +254,7 @@ def _updates(report: Mapping[str, Any]) -> Plot | None:
     figure.supxlabel("iteration", fontsize=8.5)
     caption = (
         "Share of executed steps that the clip keeps from the gradient; largest probability ratio (1: the policy has not moved); "
-        "divergence from the policy that drew the rollouts; entropy of its actions."
+        "divergence from the policy that drew the rollouts; entropy of its actions. Measured on the way: each step at the weights before it."
     )
     return finished("updates", "Updates of the policy", caption, figure)
 

@@ -158,7 +158,7 @@ def _outcomes(title: str, whole: Mapping[str, Any], note: str, truth: str = "tru
     if "reflector_false_positives" in whole:
         note += (
             f" On the {truth} videos of these rollouts the reflector alone errs {whole['reflector_false_positives']} times towards success "
-            f"and {whole['reflector_false_negatives']} times towards failure; the rest is the simulator's and the kinematics' share."
+            f"and {whole['reflector_false_negatives']} times towards failure, in the same rollouts or in others."
         )
     first = f"{title.rpartition(': ')[2]}, task"
     columns = (first, "imagined success", f"{truth} success", "agree", "false positives", "false negatives")

@@ -164,11 +164,14 @@ def audited(desk: Desk, policy: OpenVLAOFT, reflector: Judge, folder: Path, name
 
 
 def _replays(desk: Desk, name: str, folder: Path, first: int) -> tuple[list[audit.Pair], dict[str, Any]]:
-    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks, imagined and true; and what ran the imagined ones."""
+    """Rollouts of policy `name` with LOOP's noise, from training states spread over the tasks and over all that a task has (the first ones are those
+    of its demonstrations), imagined and true; and what ran the imagined ones.
+    """
     policy, reflector = desk.policy("scale" if name == "sft" else "loop"), desk.reflector(desk.judging)
     fleet = audited(desk, policy, reflector, folder, name)
-    tasks, states = len(desk.env.tasks), desk.env.states("train")
-    contexts = [desk.context(n % tasks, (n // tasks) % states) for n in range(desk.settings.report.replays)]
+    tasks, states, replays = len(desk.env.tasks), desk.env.states("train"), desk.settings.report.replays
+    each = -(-replays // tasks)
+    contexts = [desk.context(n % tasks, n // tasks * states // each % states) for n in range(replays)]
     pairs = audit.replay(
         fleet.replicas, desk.env, fleet.judges, contexts, seed=desk.seed, first_number=first, steps=desk.settings.env.steps, schedule=desk.schedule,
     )  # fmt: skip

@@ -117,7 +117,7 @@ def build(module: nn.Module, recipe: EngineRecipe, folder: Path, arch: str, stor
     """See `backend`."""
     device = next((one.device for one in export.state(module).values()), torch.device("cpu"))
     only_here("inductor", arch, device)
-    toolkit = _toolkit() if device.type == "cuda" else None
+    toolkit = toolkit_folder() if device.type == "cuda" else None
     program = export.traced(module, recipe)
     with tempfile.TemporaryDirectory(dir=folder) as cache:  # what is left of a build elsewhere would be found by the next one, whatever made it
         found = {} if toolkit is None else _libraries(Path(cache), toolkit)
@@ -150,7 +150,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _toolkit() -> str:
+def toolkit_folder() -> str:
     """The folder that holds CUDA's headers in include/: torch's CUDA_HOME, or where pip puts them. EngineError where neither has all of them: torch
     would say so after minutes of lowering.
     """

@@ -858,13 +858,13 @@ def test_a_gpu_without_a_toolkit_takes_headers_of_pip_or_is_refused_at_once(tmp_
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert traced == []
-    assert inductor._toolkit() == str(pip)
+    assert inductor.toolkit_folder() == str(pip)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))  # one that holds libraries alone, as of an image that runs programs
-    assert inductor._toolkit() == str(pip)
+    assert inductor.toolkit_folder() == str(pip)
     for place in ("targets/x86_64-linux/include", "include"):  # conda's, NVIDIA's; what cuda.h includes is theirs to know
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "cuda.h").touch()
-        assert inductor._toolkit() == str(tmp_path)
+        assert inductor.toolkit_folder() == str(tmp_path)
         shutil.rmtree(tmp_path / place)
 
 

@@ -267,6 +267,26 @@ def test_what_a_check_raises_is_the_finding(check, state, detail):
     assert (found.state, found.detail, found.cure) == (state, detail, "cure")
 
 
+def test_what_engines_for_a_gpu_are_built_with_is_looked_for(tmp_path, monkeypatch):
+    from worldenv.engines import inductor
+
+    monkeypatch.setattr("torch.version.cuda", None)
+    with pytest.raises(ModuleNotFoundError, match="torch was built without CUDA"):
+        doctor._compilers()
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
+    found = doctor._try("gpu", "engines", doctor._compilers, "cure")
+    assert (found.state, found.cure) == ("missing", "cure")
+    assert "needs CUDA's headers" in found.detail
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda.h").touch()
+    assert str(tmp_path) in doctor._compilers()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ModuleNotFoundError, match=r"no C\+\+ compiler"):
+        doctor._compilers()
+
+
 def test_two_distributions_of_opencv_are_found(monkeypatch):
     class Distribution:
         def __init__(self, name):

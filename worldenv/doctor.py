@@ -152,6 +152,21 @@ def _gpu() -> str:
     return f"{device.name}, {device.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
+def _compilers() -> str:
+    """What the back end inductor builds engines for a GPU with: minutes into a build is late to learn that it is not there."""
+    from worldenv.engines import inductor  # which imports a compiler
+    from worldenv.engines.recipe import EngineError
+
+    if torch.version.cuda is None:
+        raise ModuleNotFoundError("torch was built without CUDA")
+    if lacking := inductor.requires():
+        raise ModuleNotFoundError(lacking)
+    try:
+        return f"inductor: a C++ compiler, CUDA's headers in {inductor.toolkit_folder()}/include"
+    except EngineError as error:
+        raise ModuleNotFoundError(str(error)) from error
+
+
 def _distribution(name: str) -> Callable[[], str]:
     def version() -> str:
         importlib.import_module(name)
@@ -186,4 +201,5 @@ def examine(asked: tuple[Topic, ...]) -> Iterator[Finding]:
                     yield _try("libero", suite, lambda suite=suite: apart.call(draw_libero, suite), _GL_CURE)  # type: ignore[misc]
     yield _try("gpu", "device", _gpu, "an NVIDIA driver, and a CUDA build of torch")
     yield _try("gpu", "kernels", _distribution("triton"), "pip install triton, on Linux")
+    yield _try("gpu", "engines", _compilers, "install what it names; until then eager PyTorch runs the networks, or TensorRT where that is installed")
     yield _try("tensorrt", "TensorRT", _tensorrt, "pip install tensorrt, on a machine with an NVIDIA GPU")

@@ -21,6 +21,7 @@ from worldenv import noise
 from worldenv.checkpoint import Savepoint
 from worldenv.config import ReflectorConfig, RewardConfig
 from worldenv.data.episode import Episode
+from worldenv.learning.optimizer import one_cycle
 from worldenv.learning.reward_head import Labelled, auc, calibration_error, descend, fit_head, measure, score, stops, train_backbone
 from worldenv.presets import PRESETS
 from worldenv.reflector import weights
@@ -224,6 +225,32 @@ def test_gradients_of_the_backbone_are_clipped(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda _: norms.append(float(torch.stack([p.grad.norm() for p in network.parameters()]).norm())))
     descend(network, lambda step: 50.0 * network.weight.sum() + network.bias.sum(), 2, 0.1, "x", "x", Savepoint(tmp_path / "savepoint"))
     assert norms == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+def test_the_backbones_rate_is_one_cycle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, rates = torch.nn.Linear(3, 1), list[float]()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
+    descend(network, lambda step: network.weight.sum(), 20, 0.1, "x", "x", Savepoint(tmp_path / "savepoint"))
+    assert rates == pytest.approx([one_cycle(step, 20, 0.1) for step in range(20)])
+    assert (max(rates), rates[-1]) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-9))
+
+
+@pytest.mark.parametrize("positives", [0.2, 0.5])
+def test_the_share_of_successes_is_what_was_asked(positives: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the head's embeddings and of the backbone's batches: it decides how strict the judge is."""
+    config, shares = replace(QUICK, positives=positives, embeddings=40, head_epochs=1, backbone_steps=2, backbone_batch=10), list[float]()
+    right = Labelled.draw
+
+    def seen(self: Labelled, *given: Any) -> Any:
+        batch, label = right(self, *given)
+        shares.append(float(label.mean()))
+        return batch, label
+
+    monkeypatch.setattr(Labelled, "draw", seen)
+    judge = reflector()
+    train_backbone(judge, TRAIN, config, 0, Savepoint(tmp_path / "backbone"))
+    assert shares == pytest.approx([positives] * 2)
+    assert fit_head(judge, TRAIN, config, 0, Savepoint(tmp_path / "head"))["positives"] == pytest.approx(positives)
 
 
 def test_the_head_sees_its_embeddings_in_another_order_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -530,6 +530,19 @@ def test_a_presets_sampler_ends_at_the_clean_latent(name: str) -> None:
     assert float((ended * clean).sum() / (clean * clean).sum()) > 0.95
 
 
+def test_a_sampled_first_frame_deviates_in_latents() -> None:
+    """Mean and deviation are scaled alike: a sample is of the scaled posterior."""
+    simulator = trained(dataclasses.replace(SMALL, posterior="sample"))
+    frame = pictures(1, 16, 24)
+    posterior = simulator._posterior(simulator.picture(frame))
+    (memory,) = simulator.begin(frame)
+    scale = float(simulator.latent_scale)
+    assert abs(scale - 1.0) > 0.1
+    torch.testing.assert_close(memory.history[-1], posterior.mean[0] * scale)
+    assert memory.deviation is not None
+    torch.testing.assert_close(memory.deviation, torch.exp(0.5 * posterior.logvar[0]) * scale)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_does_not_dim_what_it_remembers(name: str) -> None:
     """A network that is right, and reads the clean latent off its last memory frame, keeps it for 27 chunks. With scales by noise level, as EVAC's

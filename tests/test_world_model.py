@@ -665,6 +665,20 @@ def test_training_begins_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(simulator.delta_std, source.delta_std), "statistics are of the episodes"
 
 
+def test_held_out_clips_begin_where_chunks_of_rollouts_begin() -> None:
+    """And what is a usual delta is a matter of the training episodes alone."""
+    simulator = Evac.initialised(CONFIG, 0)
+    clips = clips_of(simulator, HELD_OUT)
+    judged = world_model._HeldOut(simulator, clips, dataclasses.replace(WORLD, held_out_clips=50), 0)
+    assert {tuple(window) for window in judged._windows.tolist()} <= {tuple(window) for window in clips.windows(CHUNK, aligned=True).tolist()}
+    fresh = Evac.initialised(CONFIG, 0)
+    world_model.set_delta_statistics(fresh, clips_of(fresh, EPISODES))
+    asked = dataclasses.replace(WORLD, vae_steps=1, steps=1)
+    trained_, _ = world_model.train(CONFIG, asked, EPISODES, HELD_OUT, CAMERA, TABLETOP, 0, torch.device("cpu"), lambda part: Never())
+    torch.testing.assert_close(trained_.delta_mean, fresh.delta_mean)
+    torch.testing.assert_close(trained_.delta_std, fresh.delta_std)
+
+
 def test_microbatches_train_as_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many clips, and frames of the autoencoder, go through a network at once; gradients of every step are those of the whole batch."""
     forward, clip, most = world_model.Objective.forward, torch.nn.utils.clip_grad_norm_, set[int]()

@@ -170,8 +170,23 @@ def test_an_explored_success_becomes_a_demonstration_that_ends_with_it():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # seven short runs: 3 minutes on a core of its own, and a machine may be busy
-def test_controls_and_alternatives_run_whole_and_share_equal_stages(tmp_path, capsys):
+@pytest.mark.timeout(1500)  # five short runs, and a machine may be busy
+def test_controls_and_alternatives_run_whole_and_share_equal_stages(tmp_path, capsys, monkeypatch):
+    fast = presets.fast
+
+    def shorter(settings):
+        """Whether anything is learned is not asked."""
+        short = fast(settings)
+        return dataclasses.replace(
+            short,
+            sft=dataclasses.replace(short.sft, steps=8, prior_steps=4),
+            explore=dataclasses.replace(short.explore, episodes=18),
+            world=dataclasses.replace(short.world, vae_steps=8, vae_batch=8, steps=8, batch=2, held_out_clips=4, check_every=4),
+            reward=dataclasses.replace(short.reward, backbone_steps=8, embeddings=100),
+            loop=dataclasses.replace(short.loop, contexts=2, group=4, batch=4),
+        )
+
+    monkeypatch.setattr(presets, "fast", shorter)
     base = ["--fast", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "rows.jsonl")]
     rows = {}
     for name, more in {

@@ -6,6 +6,7 @@ the host's affair: `environment_steps` says how many control steps it makes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -134,7 +135,7 @@ def gpu_memory_gb(
     on a GPU that has these networks [byte]. Stages that are left out take less: they learn nothing large.
     """
     sft, world, loop = settings.sft, settings.world, settings.loop
-    lora = found.changed - _scorers(settings)
+    lora = found.changed - _heads(settings)[0]  # the projector LOOP leaves as it is
     picture = settings.simulator.height * settings.simulator.width * (settings.simulator.memory + settings.simulator.chunk)
     simulator, trained = _simulator(settings)
 
@@ -168,7 +169,7 @@ def host_memory_gb(settings: RunConfig, found: Counts, processes: int) -> dict[s
     demonstrations, everything = _demonstrations(settings) * each, _episodes(settings) * each
     simulator, trained = _simulator(settings)
     sizes = {
-        "sft": processes * (demonstrations + (_heads(settings) if settings.sft.start else found.weights["policy"])) + found.weights["policy"],
+        "sft": processes * (demonstrations + (sum(_heads(settings)) if settings.sft.start else found.weights["policy"])) + found.weights["policy"],
         "scale": demonstrations + _hiddens(settings) + found.weights["policy"],
         # random weights are made by every process; an autoencoder learns from all episodes, put together
         "world": processes * (2 * ENCODED_TOGETHER * each + (0 if settings.world.initial else simulator))
@@ -179,6 +180,7 @@ def host_memory_gb(settings: RunConfig, found: Counts, processes: int) -> dict[s
     return {name: size / 1e9 for name, size in sizes.items()}
 
 
+@functools.cache
 def _simulator(settings: RunConfig) -> tuple[float, float]:
     """All of it in float32, and what of it is trained [byte]."""
     evac = networks.meta_simulator(settings.simulator)
@@ -187,23 +189,16 @@ def _simulator(settings: RunConfig) -> tuple[float, float]:
     return sum(sizes.values()), sum(size for name, size in sizes.items() if not name.startswith(held))
 
 
-def _heads(settings: RunConfig) -> float:
-    """Those that a published policy is given, random, in float32 [byte]."""
+def _heads(settings: RunConfig) -> tuple[float, float]:
+    """What a published policy is given, random, in float32 [byte]: both heads; and the proprio projector."""
     policy = settings.policy
     with torch.device("meta"):
-        made = (
-            L1Head(policy.llama.width, policy.head_width, policy.head_blocks), ProprioProjector(policy.proprio, policy.llama.width),
+        heads = (
+            L1Head(policy.llama.width, policy.head_width, policy.head_blocks),
             ScaleHead(policy.llama.width, policy.head_width, policy.head_blocks, policy.scale_form),
-        )  # fmt: skip
-    return float(sum(parameter.nbytes for one in made for parameter in one.parameters()))
-
-
-def _scorers(settings: RunConfig) -> float:
-    """Both heads, which LOOP trains [byte]: all that a policy is given but its proprio projector."""
-    policy = settings.policy
-    with torch.device("meta"):
+        )
         projector = ProprioProjector(policy.proprio, policy.llama.width)
-    return _heads(settings) - sum(parameter.nbytes for parameter in projector.parameters())
+    return float(sum(parameter.nbytes for one in heads for parameter in one.parameters())), float(sum(p.nbytes for p in projector.parameters()))
 
 
 def _hiddens(settings: RunConfig) -> float:

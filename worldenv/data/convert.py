@@ -44,8 +44,7 @@ class Choices:
     """LeRobot sets that are written: how pictures are kept."""
     robot: str | None = None
     """LeRobot sets and LIBERO's files, read or written: whose commands these are, and by whose width fingers become an opening, and back: agibot_g1,
-    panda, tabletop, or a .json file. None: whose the episodes say they are; of those that do not say it, panda's
-    fingers."""
+    panda, tabletop, or a .json file. None: whose the episodes say they are; of those that do not say it, panda's fingers."""
     camera: Path | None = None
     """Where the pictures were taken from, for episodes that do not say it: .json with intrinsics (3, 3) [px], camera_to_world (4, 4) [m], both in
     OpenCV's axes, height and width [px] of the pictures, and mirrored, where pictures are to stay as OpenVLA-OFT's (docs/own-robot.md)."""
@@ -91,10 +90,11 @@ def read(source: Path, choices: Choices, left_out: list[str] | None = None) -> I
             f"--camera {choices.camera} is not mirrored, and neither are the pictures of {source} then, unless it was written here: of a set whose "
             'pictures are (OpenVLA-OFT\'s), say "mirrored": true there'
         )
+    whose = "" if choices.robot is None else named(choices.robot).name
     for place, episode in _read(source, choices, mirrored, left_out):
         seen = episode if camera is None else _seen_by(camera, episode, place, choices.camera)
-        if choices.robot is not None and not seen.robot:
-            seen = dataclasses.replace(seen, robot=named(choices.robot).name)
+        if whose and not seen.robot:
+            seen = dataclasses.replace(seen, robot=whose)
         kept = fitting(functools.partial(libero_hdf5.without_noops, seen), left_out) if choices.no_noops else seen
         if kept is not None:
             yield place, kept

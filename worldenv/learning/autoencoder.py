@@ -15,7 +15,7 @@ from worldenv.config import WorldConfig
 from worldenv.data.episode import Episode
 from worldenv.learning.clips import draw_maps
 from worldenv.learning.finite import finite
-from worldenv.learning.optimizer import one_cycle, restore
+from worldenv.learning.optimizer import one_cycle, pieces, restore
 from worldenv.noise import Stream
 from worldenv.nouns import Camera
 from worldenv.robots.contract import Robot
@@ -80,9 +80,7 @@ def train_vae(
         given = torch.from_numpy(noise.normal(seed, 0, 0, step, Stream.VAE_NOISE, shape)).to(device)
         optimizer.zero_grad(set_to_none=True)
         total, divergence = 0.0, 0.0
-        for start in range(0, config.vae_batch, config.microbatch):
-            part = slice(start, min(start + config.microbatch, config.vae_batch))
-            share = (part.stop - start) / config.vae_batch
+        for share, part in pieces(config.vae_batch, config.microbatch):
             posterior = network.encode(pictures[part])
             kl = posterior.kl().mean() / math.prod(shape[1:])
             drawn_again = network.decode(posterior.sample(given[part]))

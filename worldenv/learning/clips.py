@@ -20,6 +20,7 @@ from worldenv.config import WorldConfig
 from worldenv.data.episode import Episode
 from worldenv.kernels import philox
 from worldenv.learning import processes
+from worldenv.learning.optimizer import pieces
 from worldenv.noise import Stream
 from worldenv.nouns import Camera
 from worldenv.robots.contract import Robot
@@ -132,9 +133,7 @@ class Batch:
 
     def pieces(self, most: int) -> Iterator[tuple[float, Batch]]:
         """All of it, at most `most` examples at a time, each piece with its share of the batch."""
-        whole = len(self.target)
-        for start in range(0, whole, most):
-            yield min(most, whole - start) / whole, self._of(slice(start, start + most))
+        return ((share, self._of(part)) for share, part in pieces(len(self.target), most))
 
     def _of(self, examples: slice) -> Batch:
         return Batch(**{field.name: getattr(self, field.name)[examples] for field in fields(self)})

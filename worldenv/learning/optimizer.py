@@ -1,11 +1,19 @@
-"""What several stages want of an optimizer: a rate that rises and falls, and a state that comes back from a file."""
+"""What several stages want of an optimizer: a batch in pieces, a rate that rises and falls, and a state that comes back from a file."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+def pieces(count: int, most: int) -> Iterator[tuple[float, slice]]:
+    """All of `count` rows in order, at most `most` at a time, each piece with its share of them: what its mean loss weighs."""
+    for start in range(0, count, most):
+        stop = min(start + most, count)
+        yield (stop - start) / count, slice(start, stop)
 
 
 def one_cycle(step: int, steps: int, peak: float, rise: float = 0.1) -> float:
